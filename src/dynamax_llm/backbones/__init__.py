@@ -1,0 +1,35 @@
+"""Stock Hugging Face causal LMs, driven layer by layer. ``adapt(model)`` wraps one; ``FAMILIES`` lists what can be."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dynamax_llm.backbones.attention import AttentionBackbone
+from dynamax_llm.backbones.base import Backbone, Context, Costs, LayerCost
+from dynamax_llm.backbones.cache import StackedCache
+from dynamax_llm.backbones.mamba import Mamba2Backbone
+from dynamax_llm.errors import UnsupportedModel
+from dynamax_llm.registry import Registry
+
+#: Hugging Face's model_type to the adapter that drives it.
+FAMILIES: Registry[type[Backbone]] = Registry(
+    "model type", {"llama": AttentionBackbone, "mamba2": Mamba2Backbone, "mistral": AttentionBackbone}
+)
+
+
+def adapt(model: nn.Module) -> Backbone:
+    """The Backbone that drives ``model``. Raises UnsupportedModel, naming the supported types."""
+    check_supported(getattr(model.config, "model_type", None))
+    return FAMILIES[model.config.model_type](model)
+
+
+def check_supported(model_type: str | None) -> None:
+    """Raise UnsupportedModel unless there is an adapter for this Hugging Face model type."""
+    if model_type not in FAMILIES:
+        raise UnsupportedModel(
+            f"model type {model_type!r} has no adapter. Supported: {', '.join(FAMILIES)}. "
+            "Use a model of one of these families."
+        )
+
+
+__all__ = ["FAMILIES", "Backbone", "Context", "Costs", "LayerCost", "StackedCache", "adapt", "check_supported"]

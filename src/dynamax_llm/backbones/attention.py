@@ -1,0 +1,103 @@
+"""Transformers of the Llama and Mistral kind: pre-norm attention with rotary positions and a K/V cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from dynamax_llm.backbones.base import Backbone, Context, Costs, LayerCost, linear_macs
+from dynamax_llm.backbones.cache import StackedCache
+from dynamax_llm.backbones.stacking import StackedWeights, layer_devices, normalise
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply rotary positions (cos, sin), each (B or 1, T, D), to x (..., B, H, T, D)."""
+    cos, sin = (part.unsqueeze(1) for part in rotary)
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cos + turned * sin
+
+
+class AttentionBackbone(Backbone):
+    """Llama and Mistral, and whatever else shares their layer signature."""
+
+    kind = "attention"
+    needs_positions = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.window: int | None = getattr(self.config, "sliding_window", None)
+        self._stacked = StackedWeights(self.layers, self._rows)
+
+    def _find_layers(self) -> nn.ModuleList:
+        return self.model.model.layers
+
+    def context(
+        self, h: Tensor, *, cache: StackedCache | None = None, padding: Tensor | None = None, layer: int = 0
+    ) -> Context:
+        past, count = (0 if cache is None else cache.length(layer)), h.shape[1]
+        if padding is None:
+            positions = torch.arange(past, past + count, device=h.device).unsqueeze(0)
+        else:
+            positions = (padding.long().cumsum(-1) - 1).clamp_(min=0)[:, -count:]
+        rotary = self.model.model.rotary_emb(h, position_ids=positions)
+        mask = None
+        # One new token without padding sees everything: no mask, as the stock model decides more slowly.
+        if count > 1 or padding is not None or (self.window is not None and past + 1 > self.window):
+            make = create_causal_mask if self.window is None else create_sliding_window_causal_mask
+            mask = make(
+                config=self.config,
+                inputs_embeds=h,
+                attention_mask=padding,
+                past_key_values=cache,
+                layer_idx=None if cache is None else layer,
+            )
+        return Context(positions=positions, mask=mask, rotary=rotary)
+
+    def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
+        return self.layers[index](
+            h,
+            attention_mask=ctx.mask,
+            position_ids=ctx.positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            position_embeddings=ctx.rotary,
+        )
+
+    def update_state(self, index: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
+        attention = self.layers[index].self_attn
+        x = self.layers[index].input_layernorm(h)
+        shape = (*x.shape[:-1], -1, attention.head_dim)
+        key, value = (project(x).view(shape).transpose(1, 2) for project in (attention.k_proj, attention.v_proj))
+        cache.update(rotate(key, ctx.rotary), value, index)
+
+    @staticmethod
+    def _rows(layer: nn.Module) -> tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]:
+        attention = layer.self_attn
+        return layer.input_layernorm, ((attention.k_proj, slice(None)), (attention.v_proj, slice(None)))
+
+    def update_states(self, first: int, stop: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
+        weights = self._stacked.get(first, stop) if stop - first > 1 and cache.stackable(first, stop) else None
+        if weights is None:
+            return super().update_states(first, stop, h, cache, ctx)
+        batch, count, _ = h.shape
+        rows = weights.project(normalise(h, weights.eps, self.dtype))  # (n, B * T, 2 * H * D)
+        dim = self.layers[first].self_attn.head_dim
+        kv = rows.view(stop - first, batch, count, 2, -1, dim).permute(0, 3, 1, 4, 2, 5)  # (n, 2, B, H, T, D)
+        key = rotate(kv[:, 0], ctx.rotary)
+        cache.append_kv(first, stop, torch.stack((key, kv[:, 1]), dim=1))
+
+    def final_norm(self, h: Tensor) -> Tensor:
+        return self.model.model.norm(h)
+
+    def new_cache(self) -> StackedCache:
+        return StackedCache([self.kind] * self.n_layers, layer_devices(self.layers))
+
+    def costs(self) -> Costs:
+        layers = []
+        for layer in self.layers:
+            state = linear_macs(layer.self_attn.k_proj, layer.self_attn.v_proj)
+            linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+            layers.append(LayerCost(layer=linear_macs(*linears), state=state))
+        return Costs(layers=tuple(layers), readout=linear_macs(self.model.get_output_embeddings()))

@@ -1,0 +1,147 @@
+"""The smallest thing that drives every family of stock causal LM layer by layer.
+
+A Backbone wraps a loaded Hugging Face model and never changes it: no subclassing, no patched forward, no forked
+modelling code. Engines call ``embed``, ``context``, ``layer`` and ``readout``; ``update_state`` is the state-only
+twin of ``layer`` for a token that has left, and ``update_states`` is its stacked form for many layers at once.
+
+Shapes: B batch, T tokens, d width, V vocabulary. Layers are indexed from 0; *depth* counts layers run, from 1.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynamax_llm.backbones.cache import StackedCache
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one forward over T tokens shares between layers; built once per call by ``Backbone.context``."""
+
+    positions: Tensor | None = None  # (B or 1, T) int64
+    mask: Tensor | None = None  # attention mask as the model's attention implementation wants it
+    padding: Tensor | None = None  # (B, T) 1 = token, 0 = pad: the recurrent layers' mask, None if nothing is padded
+    rotary: tuple[Tensor, Tensor] | None = None  # (cos, sin), each (B or 1, T, head_dim)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Multiply-accumulates per token: of the whole layer, and of its state update alone."""
+
+    layer: int
+    state: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Multiply-accumulates per token of a backbone's weights; attention over the cache is not counted."""
+
+    layers: tuple[LayerCost, ...]
+    readout: int  # final norm + LM head
+    total: int = field(init=False)  # a full-depth token
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", sum(cost.layer for cost in self.layers) + self.readout)
+
+    def depth(self, layers_run: int) -> int:
+        """Cost of the first ``layers_run`` layers."""
+        return sum(cost.layer for cost in self.layers[:layers_run])
+
+    def skipped(self, first: int, stop: int) -> int:
+        """Cost of updating the state of layers ``first`` to ``stop - 1`` without running them."""
+        return sum(cost.state for cost in self.layers[first:stop])
+
+
+class Backbone(abc.ABC):
+    """A stock causal LM, driven layer by layer."""
+
+    #: False where a multi-token step from a cached state silently restarts the recurrence (Mamba-1 mixers).
+    can_continue_multi_token: bool = True
+    #: True if layers read token positions (rotary embeddings).
+    needs_positions: bool = False
+    #: What a layer remembers: "attention" (K/V per token) or "mamba" (conv window + SSM state).
+    kind: str
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.config = model.config
+        self.layers: nn.ModuleList = self._find_layers()
+        self.n_layers = len(self.layers)
+        self.width = int(self.config.hidden_size)
+        self.vocab_size = int(self.config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the embedding, where token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
+        return self.model.dtype
+
+    @property
+    def model_type(self) -> str:
+        """Hugging Face's name of the architecture."""
+        return self.config.model_type
+
+    @abc.abstractmethod
+    def _find_layers(self) -> nn.ModuleList:
+        """The stock model's list of decoder layers."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (B, T) to hidden states (B, T, d)."""
+        return self.model.get_input_embeddings()(ids)
+
+    @abc.abstractmethod
+    def context(
+        self, h: Tensor, *, cache: StackedCache | None = None, padding: Tensor | None = None, layer: int = 0
+    ) -> Context:
+        """What the layers share for the T tokens of ``h`` that follow what ``cache`` holds at ``layer``.
+
+        ``padding`` is (B, past + T), 1 = token and 0 = left padding, or None if no row is padded.
+        """
+
+    @abc.abstractmethod
+    def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
+        """Run layer ``index`` (from 0) on h (B, T, d), advancing its state in ``cache``; returns (B, T, d)."""
+
+    @abc.abstractmethod
+    def update_state(self, index: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
+        """Leave in ``cache`` exactly what ``layer`` would leave, without computing its output."""
+
+    def update_states(self, first: int, stop: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
+        """``update_state`` for layers ``first`` to ``stop - 1``, all reading the same h."""
+        for index in range(first, stop):
+            self.update_state(index, h, cache, ctx)
+
+    @abc.abstractmethod
+    def final_norm(self, h: Tensor) -> Tensor:
+        """The norm between the last layer and the LM head, cast to the head's dtype."""
+
+    def readout(self, h: Tensor) -> Tensor:
+        """Hidden states (B, T, d) to float32 logits (B, T, V) through final norm and LM head."""
+        return self.model.get_output_embeddings()(self.final_norm(h)).float()
+
+    def new_cache(self) -> StackedCache:
+        """An empty cache for this backbone."""
+        return StackedCache([self.kind] * self.n_layers)
+
+    @abc.abstractmethod
+    def costs(self) -> Costs:
+        """Multiply-accumulates per token, counted from the weight shapes."""
+
+    def max_positions(self) -> int | None:
+        """The longest context the model was built for, or None if it has no limit."""
+        limit: Any = getattr(self.config, "max_position_embeddings", None) if self.needs_positions else None
+        return None if limit is None else int(limit)
+
+
+def linear_macs(*modules: nn.Module) -> int:
+    """Multiply-accumulates per token of linear modules: their weight counts."""
+    return sum(int(module.weight.numel()) for module in modules)

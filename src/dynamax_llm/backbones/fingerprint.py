@@ -1,0 +1,131 @@
+"""Which backbone is this? A short answer that survives a change of dtype and fits in a JSON file.
+
+The weights hash covers every parameter's name, shape and a fixed sample of its values, rounded to bfloat16, so it
+costs well under two seconds at 7B and is the same however the model is loaded: in float32, bfloat16 or float16. One
+case is outside that promise: weights *stored* in float32 round differently on the way through float16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynamax_llm.errors import BackboneError
+
+#: Per parameter: this many runs of this many consecutive values (consecutive, so that few memory pages are touched).
+RUNS, RUN_LENGTH = 64, 64
+
+#: Values below float16's smallest normal number are hashed as 0: float16 keeps them coarsely or not at all.
+SMALLEST = 2.0**-14
+
+#: What makes two configurations compute differently. A list of what counts, not of what does not: a field that a
+#: later transformers adds must not make a backbone a stranger.
+FIELDS = (
+    "attention_bias",
+    "conv_kernel",
+    "expand",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "intermediate_size",
+    "layer_norm_epsilon",
+    "mlp_bias",
+    "model_type",
+    "n_groups",
+    "num_attention_heads",
+    "num_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+    "state_size",
+    "tie_word_embeddings",
+    "time_step_limit",
+    "use_bias",
+    "use_conv_bias",
+    "vocab_size",
+)
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """JSON-ready identity of a loaded causal LM: its shape in words, a hash of its config, a hash of its weights.
+
+    Raises BackboneError if a weight is not in memory (offloaded by a device_map) and so cannot be read.
+    """
+    config = model.config.to_dict()
+    return {
+        "model_type": config.get("model_type"),
+        "layers": config.get("num_hidden_layers"),
+        "width": config.get("hidden_size"),
+        "vocab_size": config.get("vocab_size"),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": _hash_config(config),
+        "weights": _hash_weights(model),
+    }
+
+
+def explain_mismatch(expected: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """What tells two fingerprints apart, in one clause, coarsest difference first; None if nothing does.
+
+    The dtype a model was loaded in is no difference, though it is named where it may be the cause of one.
+    """
+    words = {
+        "model_type": "model type",
+        "layers": "number of layers",
+        "width": "width",
+        "vocab_size": "vocabulary size",
+    }
+    for key, word in words.items():
+        if expected.get(key) != found.get(key):
+            return f"the {word} is {found.get(key)}, not {expected.get(key)}"
+    if expected.get("config") != found.get("config"):
+        return "the configuration differs (same type, depth and width, other head sizes, norms or rotary settings)"
+    if expected.get("weights") != found.get("weights"):
+        text = "the architecture is the same, the weights are not (another checkpoint, or fine-tuned since)"
+        dtypes = {expected.get("dtype"), found.get("dtype")}
+        if "float16" in dtypes and len(dtypes) > 1:
+            text += "; or they are stored in float32 and were loaded once in float16, which rounds differently"
+        return text
+    return None
+
+
+def _hash_config(config: dict[str, Any]) -> str:
+    """sha256 over the canonical JSON of the fields that change what the model computes."""
+    relevant = {key: config[key] for key in FIELDS if config.get(key) is not None}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _hash_weights(model: nn.Module) -> str:
+    """sha256 over name, shape and sampled values of every parameter, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.device.type == "meta":
+            raise BackboneError(
+                f"the weight {name} is not in memory (offloaded), so this backbone cannot be recognised. "
+                "Load it with a device_map that keeps every layer on a CPU or GPU."
+            )
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(_sample(parameter.detach()).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A tensor's values at ``_places``, rounded to bfloat16, as int16 bits on the CPU."""
+    # Multi-dimensional indexing reads a view in place, where flattening it would copy the whole weight.
+    index = torch.unravel_index(_places(tensor.numel(), tensor.device), tensor.shape)
+    rounded = (tensor[index] if tensor.dim() else tensor.reshape(1)).to(torch.bfloat16)
+    return torch.where(rounded.abs() < SMALLEST, 0.0, rounded).to(torch.bfloat16).cpu().view(torch.int16)
+
+
+def _places(count: int, device: torch.device | None = None) -> Tensor:
+    """Flat indices of at most RUNS * RUN_LENGTH of ``count`` values: all of them, or scattered runs."""
+    if count <= RUNS * RUN_LENGTH:
+        return torch.arange(count, device=device)
+    # Multiplying by Knuth's constant scatters the runs: evenly spaced ones would keep to a few columns.
+    starts = torch.arange(RUNS, device=device) * 2654435761 % (count - RUN_LENGTH)
+    return (starts.unsqueeze(1) + torch.arange(RUN_LENGTH, device=device)).flatten()

@@ -1,0 +1,138 @@
+"""``dynamax train``: exits for a frozen backbone, from text."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dynamax_llm.cli.options import Device, Dtype, Model, load_backbone, peek_backbone
+from dynamax_llm.errors import UsageError
+
+if TYPE_CHECKING:
+    from dynamax_llm.exits.artifact import Exits
+
+_SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+
+def train(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(help="A .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id.", metavar="PATH|ID"),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the exits; the same command again resumes a killed run.")],
+    head: Annotated[str, typer.Option(help="Exit head: linear, mlp, transformer or mamba.", metavar="NAME")] = "mamba",
+    exits: Annotated[
+        str, typer.Option(help="Where exits sit: layers (8,12) or shares of the depth (1/2,0.75).", metavar="LAYERS")
+    ] = "1/2,5/8,3/4,7/8",
+    inputs: Annotated[
+        str, typer.Option(help="What the head reads: hidden (h), signals (statistics of the readout), or both.")
+    ] = "hidden,signals",
+    readout: Annotated[
+        str, typer.Option(help="How an exit speaks: head, tail (last layers first) or lens (learned).", metavar="NAME")
+    ] = "head",
+    tail_layers: Annotated[int, typer.Option(help="Layers of the tail readout.")] = 1,
+    label: Annotated[
+        str,
+        typer.Option(help="action: the exit gives the full model's token; topk: the paper's label.", metavar="NAME"),
+    ] = "action",
+    label_k: Annotated[int, typer.Option(help="k of the topk label.")] = 15,
+    tokens: Annotated[
+        str, typer.Option(help="Training tokens: 300k, 1M, 2.5M … Data repeats if it is shorter.")
+    ] = "1M",
+    seq_length: Annotated[int, typer.Option(help="Tokens of a chunk of text, at most.")] = 512,
+    batch: Annotated[int, typer.Option(help="Tokens of a step, padding included; at least one chunk.")] = 4096,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
+    seed: Annotated[int, typer.Option(help="Seed of weights, data order and draws.")] = 0,
+    heldout: Annotated[float, typer.Option(help="Share of the documents kept for evaluation.")] = 0.05,
+    patience: Annotated[int, typer.Option(help="Evaluations without improvement before training stops.")] = 5,
+    text_field: Annotated[
+        str | None, typer.Option(help="Field of a .jsonl or dataset record that holds the text.")
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+) -> None:
+    """Train exits on a frozen backbone and save them as an artifact."""
+    from dynamax_llm.backbones import adapt
+    from dynamax_llm.exits.artifact import MANIFEST, TENSORS
+    from dynamax_llm.exits.config import ExitConfig, place_exits
+    from dynamax_llm.exits.files import prepare_folder
+    from dynamax_llm.exits.heads import BANKS
+    from dynamax_llm.training.settings import TrainSettings
+    from dynamax_llm.training.sources import find_source
+    from dynamax_llm.training.trainer import train as train_exits
+
+    # Whatever can be wrong is found before the backbone is loaded, which may take minutes.
+    settings = TrainSettings(
+        max_tokens=count(tokens),
+        sequence=seq_length,
+        batch_tokens=batch,
+        lr=lr,
+        seed=seed,
+        held_out=heldout,
+        patience=patience,
+    )
+    BANKS.lookup(head)
+    n_layers = peek_backbone(model).num_hidden_layers
+    config = ExitConfig(
+        place_exits(exits, n_layers),
+        n_layers,
+        head=head,
+        inputs=tuple(item.strip() for item in inputs.split(",")),
+        readout=readout,
+        tail_layers=tail_layers,
+        label=label,
+        label_k=label_k,
+    )
+    source = find_source(data, text_field)
+    prepare_folder(out, (MANIFEST, TENSORS))
+    lm, tokenizer = load_backbone(model, dtype, device)
+    try:
+        trained = train_exits(adapt(lm), tokenizer, source, config, settings, out)
+    except KeyboardInterrupt:
+        typer.echo("interrupted; the same command continues where it stopped", err=True)
+        raise typer.Exit(130) from None
+    report(trained, model, out)
+
+
+def count(text: str) -> int:
+    """A number of tokens from ``300k``, ``1M``, ``2.5M``, ``1_000_000``. Raises UsageError."""
+    match = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?)\s*([kmbg]?)", text.strip(), flags=re.IGNORECASE)
+    number = int(float(match[1].replace("_", "")) * _SCALES[match[2].lower()]) if match else 0
+    if number < 1:
+        raise UsageError(f"tokens {text!r}: give a positive number such as 300k, 1M or 2500000.")
+    return number
+
+
+def report(exits: Exits, model: str, out: Path) -> None:
+    """Print what the held-out text says of the trained exits, and the command that uses them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    config, held = exits.config, exits.provenance["held_out"]
+    console = Console(highlight=False, markup=False)
+    table = Table(title=f"{config.head} head on {held['tokens']:,} held-out tokens", title_justify="left")
+    for column in ("exit", "depth", "agreement if all leave", "AUROC of the head"):
+        table.add_column(column, justify="right")
+    rows = zip(config.layers, held["base_rate"], held["auroc"], strict=True)
+    for index, (depth, rate, quality) in enumerate(rows, start=1):
+        table.add_row(
+            str(index), f"{depth} of {config.n_layers}", f"{rate:.3f}", "–" if quality is None else f"{quality:.3f}"
+        )
+    console.print(table)
+    share, threshold = held["depth"], held["threshold"]
+    reached = threshold <= 1.0
+    console.print(
+        f"At {held['agreement']:.0%} agreement: mean depth {share:.3f} of the layers with threshold {threshold:.3f} "
+        f"(oracle {held['oracle_depth']:.3f})."
+        if reached
+        else f"No threshold reaches {held['agreement']:.0%} agreement on this text; the oracle's mean depth is "
+        f"{held['oracle_depth']:.3f}."
+    )
+    console.print(f"Saved in {out}. Next:", soft_wrap=True)
+    chosen = f"{math.ceil(1000 * threshold) / 1000:.3f}" if reached else "0.9"  # rounded towards caution
+    console.print(f'  dynamax generate {model} --exits {out} --prompt "…" --threshold {chosen}', soft_wrap=True)

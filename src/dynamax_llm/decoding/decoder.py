@@ -1,0 +1,148 @@
+"""One token at a time through as many layers as it needs: the decode step, free of any generation loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynamax_llm.backbones import Backbone, Context
+from dynamax_llm.decoding.state import StatePolicy
+from dynamax_llm.engines import EagerEngine
+from dynamax_llm.exits.confidence import Judge, Signals, State, observe, select
+from dynamax_llm.exits.readout import Readout
+
+@dataclass(frozen=True)
+class ExitPlan:
+    """What decides and what happens then; fixed for a generation.
+
+    ``layers`` are the depths of the exits that are asked; ``judge`` may be None if there are none.
+    """
+
+    layers: tuple[int, ...]
+    judge: Judge | None
+    readout: Readout
+    policy: StatePolicy
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step's logits (B, V) and exit indices (B,), len(exits) for full depth."""
+
+    logits: Tensor
+    exit_index: Tensor
+
+
+class _Token:
+    """A token on its way through the layers: its h, its signals, and which rows have left."""
+
+    def __init__(self, h: Tensor, idle: Tensor, n_exits: int) -> None:
+        self.h, self.before = h, h  # h now and before the last layer, each (B, 1, d)
+        self.left = idle.clone()  # (B,) bool
+        self.exit_index = torch.full((len(h),), n_exits, device=h.device)
+        self.signals: Signals | None = None
+        self.logits: Tensor | None = None  # (B, V) of rows that left
+        self.some_left, self.all_left = bool(idle.any()), bool(idle.all())
+
+    def leave(self, index: int, leaving: Tensor) -> bool:
+        """Rows ``leaving`` (B,) bool leave by exit ``index``; whether there were any."""
+        if not bool(leaving.any()):
+            return False
+        self.exit_index = torch.where(leaving, index, self.exit_index)
+        self.left = self.left | leaving
+        self.some_left, self.all_left = True, bool(self.left.all())
+        return True
+
+    def keep(self, rows: Tensor, logits: Tensor) -> None:
+        """Remember logits (B, V) for ``rows`` (B,) bool."""
+        self.logits = logits if self.logits is None else torch.where(rows.unsqueeze(1), logits, self.logits)
+
+
+class Decoder:
+    """A batch being decoded under one ExitPlan: cache, padding, and the judge's own state."""
+
+    def __init__(self, backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None) -> None:
+        self.backbone, self.plan = backbone, plan
+        self.engine = EagerEngine(backbone, padding)
+        self.n_exits = len(plan.layers)
+        self.states: list[State] | None = None
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """The prompt (B, T) at full depth: logits (B, V) of the next token. Recurrent heads read the whole prompt."""
+        judge = self.plan.judge if self.n_exits else None
+        self.states = judge.initial_state(len(ids), self.backbone.device) if judge else None
+        padding = self.engine.padding
+        h, ctx = self.engine.enter(ids)
+        depth, signals = 0, None
+        for index, stop in enumerate(self.plan.layers if judge and judge.recurrent else ()):
+            before = self.engine.run(depth, stop - 1, h, ctx)
+            h = self.engine.run(stop - 1, stop, before, ctx)
+            depth = stop
+            if judge.needs_logits:
+                signals = self.plan.readout.signals(index, h, before, signals)
+            else:
+                signals = observe(h, before, None, signals)
+            _, self.states[index] = judge.confidence(index, h, signals, self.states[index], padding)
+        h = self.engine.run(depth, self.backbone.n_layers, h, ctx)
+        return self.backbone.readout(h[:, -1:])[:, 0]
+
+    def step(self, ids: Tensor, thresholds: Sequence[float | None], idle: Tensor | None = None) -> Step:
+        """One token (B, 1) per row. ``thresholds`` has one entry per exit; ``idle`` (B,) rows need no logits."""
+        self.engine.grow()
+        h, ctx = self.engine.enter(ids)
+        if idle is None or not self.n_exits:  # without exits nothing is saved by leaving a finished row out
+            idle = torch.zeros(len(h), dtype=torch.bool, device=h.device)
+        token = _Token(h, idle, self.n_exits)
+        depth = 0
+        for index, stop in enumerate(self.plan.layers):
+            self._run(token, depth, stop, ctx)
+            depth = stop
+            self._ask(token, index, thresholds[index])
+            if token.all_left:
+                # Recurrent heads further up read the h and the signals with which the token left.
+                self.states = self.plan.judge.advance(index + 1, token.h, token.signals, self.states)
+                break
+        self._finish(token, depth, ctx)
+        return Step(token.logits, token.exit_index)
+
+    def _run(self, token: _Token, first: int, stop: int, ctx: Context) -> None:
+        """Layers ``first`` to ``stop - 1`` for the rows that have not left."""
+        for begin, end in ((first, stop - 1), (stop - 1, stop)):
+            token.before = token.h
+            if token.some_left:
+                token.h = self.plan.policy.run(self.engine, begin, end, token.h, token.left, ctx)
+            else:
+                token.h = self.engine.run(begin, end, token.h, ctx)
+
+    def _ask(self, token: _Token, index: int, threshold: float | None) -> None:
+        judge, readout = self.plan.judge, self.plan.readout
+        logits = readout.decision_logits(index, token.h) if judge.needs_logits else None
+        signals = observe(token.h, token.before, logits, token.signals)
+        if token.some_left and token.signals is not None:
+            signals = select(token.left.unsqueeze(1), token.signals, signals)
+        token.signals = signals
+        state = None if self.states is None else self.states[index]
+        confidence, state = judge.confidence(index, token.h, signals, state)
+        if self.states is not None:
+            self.states = [*self.states[:index], state, *self.states[index + 1 :]]
+        if threshold is None:
+            return
+        leaving = (confidence[:, 0] >= threshold) & ~token.left
+        if token.leave(index, leaving) and readout.tail_layers == 0:
+            speaks = readout.logits(index, token.h) if logits is None else logits
+            token.keep(leaving, speaks[:, 0])
+
+    def _finish(self, token: _Token, depth: int, ctx: Context) -> None:
+        resumed = self.backbone.n_layers - self.plan.readout.tail_layers
+        if token.all_left:
+            self.plan.policy.skip(self.engine, depth, resumed, token.h, ctx)
+        elif token.some_left:
+            token.h = self.plan.policy.run(self.engine, depth, resumed, token.h, token.left, ctx)
+        else:
+            token.h = self.engine.run(depth, resumed, token.h, ctx)
+        if resumed < self.backbone.n_layers:
+            token.h = self.engine.run(resumed, self.backbone.n_layers, token.h, ctx)
+        if token.logits is None or not token.all_left:
+            token.keep(~token.left, self.backbone.readout(token.h)[:, 0])

@@ -1,0 +1,186 @@
+"""The one decode loop, as a ``custom_generate`` of Hugging Face's own ``generate``.
+
+    out = model.generate(**inputs, custom_generate=EarlyExit(exits, threshold=0.9), max_new_tokens=64)
+    out.sequences, out.exit_layers, out.trace.counted_reduction
+
+``generate`` prepares inputs, logits processors and stopping criteria; this loop calls them exactly as Hugging Face's
+sampling loop does, so that never exiting gives ``generate``'s own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.utils import ModelOutput
+
+from dynamax_llm.backbones import Backbone, adapt
+from dynamax_llm.decoding.decoder import Decoder, ExitPlan
+from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.decoding.thresholds import Threshold, Thresholds
+from dynamax_llm.decoding.trace import TokenCosts, Trace
+from dynamax_llm.errors import UsageError
+from dynamax_llm.exits.artifact import Exits
+
+#: Called after every step with the new tokens (B,) and the layers each ran (B,), 0 for a row that had ended.
+OnToken = Callable[[Tensor, Tensor], None]
+
+
+@dataclass
+class EarlyExitOutput(ModelOutput):
+    """``sequences`` (B, prompt + new), ``exit_layers`` (B, new) layers run per token (0 after a row's end), the
+    ``trace``, and per step ``scores`` (processed) and ``logits`` (raw), each (B, V), when asked for."""
+
+    sequences: Tensor | None = None
+    exit_layers: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    trace: Trace | None = None
+
+
+class EarlyExit:
+    """Generate with as many layers as each token needs.
+
+    ``threshold``: the least confidence that lets a token leave, one or one per exit, in [0, 1] or "never".
+    ``policy``: what happens to skipped layers' state ("propagate", "copy", "stale"); all three are approximate.
+    ``measure``: judge by this confidence measure instead of the trained head.
+    ``schedule``: "fixed", or CALM's "decaying". ``on_token`` is called after every step (streaming).
+    Raises UsageError for values that are not allowed, ArtifactMismatch when used on another backbone.
+    """
+
+    def __init__(
+        self,
+        exits: Exits,
+        *,
+        threshold: Threshold | Sequence[Threshold] = 0.9,
+        policy: str = "propagate",
+        measure: str | None = None,
+        schedule: str = "fixed",
+        on_token: OnToken | None = None,
+    ) -> None:
+        self.exits = exits
+        self.thresholds = Thresholds.parse(threshold, len(exits.config.layers), schedule)
+        self.policy = POLICIES.lookup(policy)
+        self.judge = exits.judge(measure)
+        self.on_token = on_token
+        self._backbone: Backbone | None = None
+
+    def attach(self, model: nn.Module) -> tuple[Backbone, ExitPlan, TokenCosts]:
+        """What decoding ``model`` takes; the backbone is checked once and remembered."""
+        if self._backbone is None or self._backbone.model is not model:
+            backbone = adapt(model)
+            self.exits.check_backbone(backbone)
+            self.policy.check(backbone)
+            self._backbone = backbone
+        backbone, config = self._backbone, self.exits.config
+        active = self.thresholds.active
+        judge = self.judge if active else None
+        if isinstance(judge, nn.Module):
+            judge.to(backbone.device)
+        readout = self.exits.readout(backbone)
+        plan = ExitPlan(config.layers[:active], judge, readout, self.policy)
+        costs = TokenCosts.of(backbone.costs(), config.layers, active, judge, self.policy, readout)
+        return backbone, plan, costs
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> EarlyExitOutput:
+        """Hugging Face's ``custom_generate`` protocol; called by ``model.generate``, not by you."""
+        _check_request(generation_config, model_kwargs)
+        backbone, plan, costs = self.attach(model)
+        _check_context(backbone, input_ids)
+        decoder = Decoder(backbone, plan, model_kwargs.get("attention_mask"))
+        run = _Run(input_ids, logits_processor, stopping_criteria, generation_config)
+        horizon = (stopping_criteria.max_length or 0) - input_ids.shape[1]
+        full = len(self.exits.config.layers)
+        logits = decoder.prefill(input_ids)
+        exit_index = torch.full((len(input_ids),), full, device=input_ids.device)
+        while True:
+            tokens = run.append(logits, exit_index)
+            if self.on_token is not None:
+                self.on_token(tokens, Trace(run.exit_index[-1].unsqueeze(1), costs, self.policy.name).exit_layers[:, 0])
+            if run.finished:
+                break
+            thresholds = self.thresholds.at(len(run.exit_index), horizon)
+            step = decoder.step(tokens.unsqueeze(1), thresholds, run.ended)
+            logits, exit_index = step.logits, torch.where(step.exit_index == decoder.n_exits, full, step.exit_index)
+        trace = Trace(torch.stack(run.exit_index, dim=1), costs, self.policy.name)
+        return EarlyExitOutput(
+            sequences=run.ids, exit_layers=trace.exit_layers, scores=run.scores, logits=run.logits, trace=trace
+        )
+
+
+class _Run:
+    """The token side of a generation: what Hugging Face's sampling loop keeps between forwards."""
+
+    def __init__(
+        self,
+        ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+    ) -> None:
+        self.ids, self.processors, self.criteria, self.config = ids, processors, criteria, config
+        self.pad = getattr(config, "_pad_token_tensor", None)
+        self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self.ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        self.finished = False
+        self.exit_index: list[Tensor] = []
+        wanted = config.return_dict_in_generate
+        self.scores: tuple[Tensor, ...] | None = () if wanted and config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if wanted and config.output_logits else None
+
+    def append(self, logits: Tensor, exit_index: Tensor) -> Tensor:
+        """Choose the next tokens (B,) from logits (B, V) and note where they came from."""
+        logits = logits.to(device=self.ids.device, dtype=torch.float32)
+        scores = self.processors(self.ids, logits.clone() if len(self.processors) else logits)
+        if self.scores is not None:
+            self.scores += (scores,)
+        if self.logits is not None:
+            self.logits += (logits,)
+        if self.config.do_sample:
+            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            tokens = scores.argmax(dim=-1)
+        if self.has_eos:
+            tokens = torch.where(self.ended, self.pad.to(tokens.device), tokens)
+        self.exit_index.append(torch.where(self.ended, -1, exit_index))
+        self.ids = torch.cat((self.ids, tokens.unsqueeze(1)), dim=1)
+        self.ended = self.ended | self.criteria(self.ids, self.scores)
+        self.finished = bool(self.ended.all())
+        return tokens
+
+
+def _check_request(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    if config.num_beams > 1 or config.num_return_sequences > 1:
+        raise UsageError(
+            f"num_beams={config.num_beams}, num_return_sequences={config.num_return_sequences}: early exit decodes "
+            "greedily or by sampling, one sequence per row. Set both to 1; for several samples repeat the prompt."
+        )
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise UsageError("inputs_embeds: early exit starts from token ids. Pass input_ids instead.")
+    for name in ("past_key_values", "cache_params"):
+        cache = model_kwargs.get(name)
+        if cache is not None and getattr(cache, "is_initialized", False):
+            raise UsageError(f"{name} already holds tokens: early exit keeps its own cache. Pass the whole prompt.")
+
+
+def _check_context(backbone: Backbone, input_ids: Tensor) -> None:
+    limit, length = backbone.max_positions(), input_ids.shape[1]
+    if length == 0:
+        raise UsageError("the prompt has no tokens: give at least one.")
+    if limit is not None and length >= limit:
+        raise UsageError(
+            f"the prompt has {length} tokens; {backbone.model_type} was built for a context of {limit}. "
+            f"Shorten the prompt to at most {limit - 1} tokens."
+        )

@@ -1,0 +1,111 @@
+"""State policies: what becomes of the state of layers that a token skipped.
+
+    propagate   every skipped layer updates its state from h_e: its own K/V projections, or its conv window and SSM
+                cell. Approximate: later tokens read a state made from h_e instead of from that layer's true input.
+    copy        attention only: the layer's previous entry is stored again. Approximate, and cheaper: later tokens
+                attend to a repeated neighbour (keys keep the neighbour's position).
+    stale       Mamba only: conv window and SSM state are left alone. Approximate, and free: the skipped layers never
+                hear of the token.
+
+A token that stays reads exact arithmetic on whatever state the policy left. Nothing here is exact state; the policies
+that are (``defer``, ``verify``) are not built yet.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor
+
+from dynamax_llm.backbones import Backbone, Context
+from dynamax_llm.engines import EagerEngine
+from dynamax_llm.errors import PolicyMismatch
+from dynamax_llm.registry import Registry
+
+
+class StatePolicy(abc.ABC):
+    """What happens to the state of the layers a token skips."""
+
+    name: str
+    exact = False
+    #: Kinds of layers this policy is defined for.
+    kinds: tuple[str, ...] = ("attention", "mamba")
+    #: Whether a skipped layer costs its state update.
+    updates_state = False
+
+    def check(self, backbone: Backbone) -> None:
+        """Raise PolicyMismatch if the policy is not defined for this backbone's layers."""
+        if backbone.kind not in self.kinds:
+            allowed = [name for name, policy in POLICIES.items() if backbone.kind in policy.kinds]
+            raise PolicyMismatch(
+                f"state policy {self.name!r} is not defined for the {backbone.kind} layers of {backbone.model_type!r}. "
+                f"Use {' or '.join(map(repr, allowed))}."
+            )
+
+    @abc.abstractmethod
+    def skip(self, engine: EagerEngine, first: int, stop: int, h: Tensor, ctx: Context) -> None:
+        """Every row left with h (B, 1, d): account for layers ``first`` to ``stop - 1``."""
+
+    def run(self, engine: EagerEngine, first: int, stop: int, h: Tensor, left: Tensor, ctx: Context) -> Tensor:
+        """Some rows left (``left`` (B,) bool) and keep their h; the others run layers ``first`` to ``stop - 1``.
+
+        The whole batch passes through each layer: at small batches a layer's cost is reading its weights, which the
+        rows that stay pay anyway. A row that left is thereby updated from its own frozen h, which is ``propagate``;
+        the other policies then put right what that row should have kept.
+        """
+        frozen = left.view(-1, 1, 1)
+        for index in range(first, stop):
+            kept = self.before(engine, index)
+            h = torch.where(frozen, h, engine.backbone.layer(index, h, engine.cache, ctx))
+            self.after(engine, index, left, kept)
+        return h
+
+    def before(self, engine: EagerEngine, index: int) -> object:
+        """What ``after`` needs to remember of layer ``index``."""
+        return None
+
+    def after(self, engine: EagerEngine, index: int, left: Tensor, kept: object) -> None:
+        """Give the rows that left what this policy leaves them with."""
+
+
+class Propagate(StatePolicy):
+    """Skipped layers update their state from h_e."""
+
+    name, updates_state = "propagate", True
+
+    def skip(self, engine: EagerEngine, first: int, stop: int, h: Tensor, ctx: Context) -> None:
+        engine.update_states(first, stop, h, ctx)
+
+
+class Copy(StatePolicy):
+    """Skipped attention layers repeat their newest K/V entry."""
+
+    name, kinds = "copy", ("attention",)
+
+    def skip(self, engine: EagerEngine, first: int, stop: int, h: Tensor, ctx: Context) -> None:
+        engine.cache.repeat_last_kv(first, stop)
+
+    def after(self, engine: EagerEngine, index: int, left: Tensor, kept: object) -> None:
+        engine.cache.replace_last_kv(index, left)
+
+
+class Stale(StatePolicy):
+    """Skipped Mamba layers keep the state they had."""
+
+    name, kinds = "stale", ("mamba",)
+
+    def skip(self, engine: EagerEngine, first: int, stop: int, h: Tensor, ctx: Context) -> None:
+        return None
+
+    def before(self, engine: EagerEngine, index: int) -> object:
+        return tuple(part[0].clone() for part in engine.cache.recurrent(index, index + 1))
+
+    def after(self, engine: EagerEngine, index: int, left: Tensor, kept: object) -> None:
+        for part, old in zip(engine.cache.recurrent(index, index + 1), kept, strict=True):
+            part[0, left] = old[left]
+
+
+POLICIES: Registry[StatePolicy] = Registry(
+    "state policy", {policy.name: policy for policy in (Propagate(), Copy(), Stale())}
+)

@@ -1,0 +1,138 @@
+"""What decoding a given text would do, in one parallel pass.
+
+Under ``propagate`` "left" is h standing still: at every layer h = where(left, h, layer(h)), and each layer's state
+update sees the frozen h. One forward over a text is then exactly what step-by-step decoding of that text does, to
+floating-point noise; calibration, log-likelihood evaluation and on-policy labels rest on it. The other policies leave
+states that no parallel pass produces: ``step_by_step`` decodes the text with forced tokens, and is the slow twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynamax_llm.backbones import Backbone
+from dynamax_llm.decoding.decoder import Decoder, ExitPlan
+from dynamax_llm.exits.confidence import Signals, observe, select
+
+
+@dataclass(frozen=True)
+class TeacherForced:
+    """Per position of a text (B, T): ``tokens`` the argmax after it, ``exit_index`` where it left (len(exits) for
+    full depth), and ``logits`` (B, T, V) float32 if they were kept."""
+
+    tokens: Tensor
+    exit_index: Tensor
+    logits: Tensor | None = None
+
+
+@torch.no_grad()
+def teacher_forced(
+    backbone: Backbone,
+    plan: ExitPlan,
+    ids: Tensor,
+    thresholds: Sequence[float | None],
+    *,
+    prompt_length: int = 1,
+    padding: Tensor | None = None,
+    keep_logits: bool = False,
+) -> TeacherForced:
+    """One pass over ids (B, T) under ``propagate``. The first ``prompt_length`` positions run at full depth, as a
+    prompt does; ``padding`` (B, T) is 0 at left pads. Right padding needs no mask: everything is causal."""
+    assert plan.policy.name == "propagate", plan.policy.name
+    return _Pass(backbone, plan, ids, prompt_length, padding).run(thresholds, keep_logits)
+
+
+class _Pass:
+    """All tokens of a text on their way through the layers at once."""
+
+    def __init__(
+        self, backbone: Backbone, plan: ExitPlan, ids: Tensor, prompt_length: int, padding: Tensor | None
+    ) -> None:
+        self.backbone, self.plan = backbone, plan
+        self.padding = None if padding is None or bool(padding.all()) else padding
+        self.h = backbone.embed(ids)  # (B, T, d)
+        self.ctx = backbone.context(self.h, padding=self.padding)
+        self.left = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+        self.may_leave = torch.arange(ids.shape[1], device=ids.device) >= prompt_length
+        self.exit_index = torch.full(ids.shape, len(plan.layers), device=ids.device)
+        self.signals: Signals | None = None
+
+    def run(self, thresholds: Sequence[float | None], keep_logits: bool) -> TeacherForced:
+        backbone, plan = self.backbone, self.plan
+        states = plan.judge.initial_state(len(self.h), self.h.device) if plan.judge else None
+        depth = 0
+        for index, stop in enumerate(plan.layers):
+            self._layers(depth, stop - 1)
+            before = self.h
+            self._layers(stop - 1, stop)
+            self._ask(index, before, None if states is None else states[index], thresholds[index])
+            depth = stop
+        resumed = backbone.n_layers - plan.readout.tail_layers
+        self._layers(depth, resumed)
+        for layer in range(resumed, backbone.n_layers):  # a tail runs for every token, left or not
+            self.h = backbone.layer(layer, self.h, None, self.ctx)
+        return self._read(keep_logits)
+
+    def _layers(self, first: int, stop: int) -> None:
+        frozen = self.left.unsqueeze(-1)
+        for layer in range(first, stop):
+            self.h = torch.where(frozen, self.h, self.backbone.layer(layer, self.h, None, self.ctx))
+
+    def _ask(self, index: int, before: Tensor, state: object, threshold: float | None) -> None:
+        judge, readout = self.plan.judge, self.plan.readout
+        if judge.needs_logits:
+            fresh = readout.signals(index, self.h, before, self.signals)
+        else:
+            fresh = observe(self.h, before, None, self.signals)
+        self.signals = fresh if self.signals is None else select(self.left, self.signals, fresh)
+        confidence, _ = judge.confidence(index, self.h, self.signals, state, self.padding)
+        if threshold is not None:
+            leaving = (confidence >= threshold) & self.may_leave & ~self.left
+            self.exit_index = torch.where(leaving, index, self.exit_index)
+            self.left = self.left | leaving
+
+    def _read(self, keep_logits: bool) -> TeacherForced:
+        tokens = torch.empty_like(self.exit_index)
+        logits = self.h.new_empty(*tokens.shape, self.backbone.vocab_size, dtype=torch.float32) if keep_logits else None
+        for index in range(len(self.plan.layers) + 1):
+            rows = self.exit_index == index
+            if not bool(rows.any()):
+                continue
+            h = self.h[rows].unsqueeze(0)  # (1, n, d)
+            full = index == len(self.plan.layers)
+            read = self.backbone.readout(h) if full else self.plan.readout.logits(index, h)
+            tokens[rows] = read[0].argmax(-1)
+            if logits is not None:
+                logits[rows] = read[0]
+        return TeacherForced(tokens, self.exit_index, logits)
+
+
+@torch.no_grad()
+def step_by_step(
+    backbone: Backbone,
+    plan: ExitPlan,
+    ids: Tensor,
+    thresholds: Sequence[float | None],
+    *,
+    prompt_length: int = 1,
+    padding: Tensor | None = None,
+) -> TeacherForced:
+    """The slow twin of ``teacher_forced``, for any policy: decode ids (B, T) one token at a time, tokens forced.
+
+    Positions before the last of the prompt are not read out: their ``tokens`` are -1 and their ``logits`` 0.
+    """
+    batch, count = ids.shape
+    decoder = Decoder(backbone, plan, None if padding is None else padding[:, :prompt_length])
+    logits = torch.zeros(batch, count, backbone.vocab_size, device=ids.device)
+    exit_index = torch.full((batch, count), len(plan.layers), device=ids.device)
+    logits[:, prompt_length - 1] = decoder.prefill(ids[:, :prompt_length])
+    for position in range(prompt_length, count):
+        step = decoder.step(ids[:, position : position + 1], thresholds)
+        logits[:, position], exit_index[:, position] = step.logits, step.exit_index
+    tokens = logits.argmax(-1)
+    tokens[:, : prompt_length - 1] = -1
+    return TeacherForced(tokens, exit_index, logits)

@@ -1,0 +1,42 @@
+"""Plain PyTorch on any device and any family: the reference that every faster engine must agree with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynamax_llm.backbones import Backbone, Context
+
+
+class EagerEngine:
+    """One batch being decoded: a backbone, its cache, and which positions are padding.
+
+    Left padding only: ``padding`` (B, T) is 1 for tokens and 0 for pads, None if no row is padded.
+    """
+
+    def __init__(self, backbone: Backbone, padding: Tensor | None = None) -> None:
+        self.backbone = backbone
+        self.cache = backbone.new_cache()
+        self.padding = padding if padding is not None and not bool(padding.all()) else None
+
+    def enter(self, ids: Tensor) -> tuple[Tensor, Context]:
+        """Embed ids (B, T) that follow what the cache holds: (h (B, T, d), context)."""
+        h = self.backbone.embed(ids)
+        ctx = self.backbone.context(h, cache=self.cache, padding=self.padding)
+        return h, ctx
+
+    def grow(self) -> None:
+        """Make room in the padding mask for one more token per row."""
+        if self.padding is not None:
+            self.padding = torch.cat((self.padding, self.padding.new_ones(len(self.padding), 1)), dim=1)
+
+    def run(self, first: int, stop: int, h: Tensor, ctx: Context) -> Tensor:
+        """Layers ``first`` to ``stop - 1``; their state advances."""
+        for index in range(first, stop):
+            h = self.backbone.layer(index, h, self.cache, ctx)
+        return h
+
+    def update_states(self, first: int, stop: int, h: Tensor, ctx: Context) -> None:
+        """State of layers ``first`` to ``stop - 1``, all reading h, without running them."""
+        if first < stop:
+            self.backbone.update_states(first, stop, h, self.cache, ctx)

@@ -1,0 +1,62 @@
+"""Every error DYNAMAX raises on purpose, in one tree.
+
+    DynamaxError
+    ├── UsageError             an argument the caller can correct (also a ValueError)
+    │   ├── UnsupportedModel       no adapter for this model type
+    │   ├── ExitPlacement          exit layers that do not exist in this backbone
+    │   └── PolicyMismatch         a state policy that this family or artifact does not allow
+    ├── DataError              text that cannot be read, decoded or used
+    ├── BackboneError          a model folder or hub id that cannot be loaded
+    └── ArtifactError          a saved set of exits that cannot be used
+        ├── ArtifactCorrupt        truncated, malformed, NaN or wrongly shaped
+        ├── ArtifactVersion        written by a newer DYNAMAX
+        └── ArtifactMismatch       made for another backbone
+
+Messages name the value, what is allowed, and the way out. The command line prints them on stderr and exits with 2.
+"""
+
+from __future__ import annotations
+
+
+class DynamaxError(Exception):
+    """Base of every error raised on purpose; anything else that escapes is a bug in DYNAMAX."""
+
+
+class UsageError(DynamaxError, ValueError):
+    """An argument the caller can correct."""
+
+
+class UnsupportedModel(UsageError):
+    """No adapter drives this model type."""
+
+
+class ExitPlacement(UsageError):
+    """Exit layers that do not exist in this backbone."""
+
+
+class PolicyMismatch(UsageError):
+    """A state policy that this family of layers, or this artifact, does not allow."""
+
+
+class DataError(DynamaxError):
+    """Text that cannot be read, decoded or used."""
+
+
+class BackboneError(DynamaxError):
+    """A model folder or hub id that cannot be loaded."""
+
+
+class ArtifactError(DynamaxError):
+    """A saved set of exits that cannot be used."""
+
+
+class ArtifactCorrupt(ArtifactError):
+    """Truncated, malformed, NaN or wrongly shaped."""
+
+
+class ArtifactVersion(ArtifactError):
+    """Written by a newer DYNAMAX."""
+
+
+class ArtifactMismatch(ArtifactError):
+    """Made for another backbone."""

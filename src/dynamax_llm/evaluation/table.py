@@ -1,0 +1,46 @@
+"""Comparisons as a Markdown table: the same rows on a terminal, in a README and in a recorded result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dynamax_llm.backbones import Costs
+from dynamax_llm.evaluation.compare import Comparison
+
+HEADER = (
+    "judge",
+    "sees",
+    "AUROC per exit",
+    "mean depth",
+    "counted reduction",
+    "parameters",
+    "check, kMAC",
+    "+ readout, kMAC",
+    "check, µs",
+    "+ readout, µs",
+)
+
+
+def comparison_table(results: Sequence[Comparison], costs: Costs) -> str:
+    """Rows sorted by mean depth at the target agreement. A layer's kMAC stands in the last line, to compare with."""
+    rows = [_row(item) for item in sorted(results, key=lambda item: item.depth)]
+    lines = [" | ".join(HEADER), " | ".join("---" for _ in HEADER), *(" | ".join(row) for row in rows)]
+    layer, readout = costs.layers[0].layer / 1e3, costs.readout / 1e3
+    note = f"One layer: {layer:,.0f} kMAC; its state update: {costs.layers[0].state / 1e3:,.0f}; LM head: {readout:,.0f}."
+    return "\n".join([*(f"| {line} |" for line in lines), "", note])
+
+
+def _row(item: Comparison) -> tuple[str, ...]:
+    ranks = " ".join("–" if value is None else f"{value:.3f}" for value in item.auroc)
+    return (
+        item.candidate.name,
+        item.candidate.inputs or "–",
+        ranks,
+        f"{item.depth:.3f}",
+        f"{100 * item.counted_reduction:.1f} %",
+        f"{item.parameters:,}",
+        f"{item.check_macs / 1e3:.1f}",
+        f"{item.readout_macs / 1e3:,.0f}",
+        f"{item.check_us:.0f}",
+        f"{item.readout_us:.0f}",
+    )

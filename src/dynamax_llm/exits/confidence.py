@@ -1,0 +1,165 @@
+"""What an exit can know before it decides: statistics of its readout, and the measures made from them.
+
+``observe`` turns an exit's logits and hidden state into ``Signals``; a ``Judge`` turns those (and, if it is a learned
+head, the hidden state) into a confidence in [0, 1]. The fixed measures live here, the learned heads in ``heads.py``;
+decoding and training know only the Judge.
+
+Shapes: B batch, T tokens, d width, V vocabulary, E exits, F statistics (``len(SIGNALS)``).
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynamax_llm.registry import Registry
+
+#: How many of the readout's log-probabilities are kept.
+TOP = 5
+#: Log-probabilities are clamped here and divided by LOG_SCALE, so that every column is of order one.
+LOG_FLOOR = -20.0
+LOG_SCALE = 4.0
+#: The columns of ``Signals.values``.
+SIGNALS = (
+    *(f"log_p{rank}" for rank in range(1, TOP + 1)),  # top log-probabilities, clamped and scaled
+    "margin",  # p1 - p2
+    "entropy",  # H / log V, in [0, 1]
+    "same_token",  # 1 if the readout's argmax is the previous exit's
+    "previous_probability",  # probability here of the previous exit's argmax
+    "similarity",  # cos(h, h before the last layer run)
+)
+_MARGIN, _ENTROPY, _SIMILARITY = (SIGNALS.index(name) for name in ("margin", "entropy", "similarity"))
+
+#: What a recurrent judge remembers of the tokens so far at one exit: tensors with the batch as first axis.
+State = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Signals:
+    """Statistics of one exit's readout: ``values`` (B, T, F) float32; ``token`` (B, T) its argmax, if it was read."""
+
+    values: Tensor
+    token: Tensor | None
+
+
+def select(mask: Tensor, a: Signals, b: Signals) -> Signals:
+    """``a`` where ``mask`` (B, T) is True, else ``b``: tokens that left keep the signals with which they left."""
+    values = torch.where(mask.unsqueeze(-1), a.values, b.values)
+    if a.token is None or b.token is None:
+        return Signals(values, None)
+    return Signals(values, torch.where(mask, a.token, b.token))
+
+
+def observe(h: Tensor, h_before: Tensor, logits: Tensor | None, previous: Signals | None) -> Signals:
+    """Signals at an exit with hidden state h (B, T, d), read out as logits (B, T, V), or unread (None).
+
+    ``h_before`` is h before the last layer run, ``previous`` the signals of the exit before this one (None at the
+    first). Columns that need logits are 0 without them; columns that need a previous exit are 0 at the first.
+    """
+    similarity = F.cosine_similarity(h.float(), h_before.float(), dim=-1).unsqueeze(-1)  # (B, T, 1)
+    if logits is None:
+        return Signals(F.pad(similarity, (len(SIGNALS) - 1, 0)), None)
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    top, ids = log_p.topk(TOP, dim=-1)  # (B, T, TOP)
+    p1, p2, *_ = top.exp().unbind(-1)
+    entropy = torch.linalg.vecdot(log_p.exp(), log_p) / -math.log(log_p.shape[-1])
+    token = ids[..., 0]
+    if previous is None or previous.token is None:
+        history = torch.zeros_like(top[..., :2])
+    else:
+        there = log_p.gather(-1, previous.token.unsqueeze(-1)).exp().squeeze(-1)
+        history = torch.stack(((token == previous.token).float(), there), dim=-1)
+    columns = torch.stack((p1 - p2, entropy), dim=-1)
+    values = torch.cat((top.clamp(min=LOG_FLOOR) / LOG_SCALE, columns, history, similarity), dim=-1)
+    return Signals(values, token)
+
+
+class Judge(abc.ABC):
+    """Decides how sure an exit is. States are never changed in place: an old list of them is a snapshot."""
+
+    #: True if ``signals`` must come from a readout at every exit that is checked.
+    needs_logits: bool = True
+    #: True if ``confidence`` remembers earlier tokens, so that every token must reach every exit's state once.
+    recurrent: bool = False
+
+    @abc.abstractmethod
+    def confidence(
+        self, exit: int, h: Tensor, signals: Signals, state: State | None, padding: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """Confidence (B, T) in [0, 1] that stopping at exit ``exit`` (from 0) gives the full model's token.
+
+        ``h`` is (B, T, d); for tokens that left earlier, h and signals are those with which they left. ``state`` is
+        this exit's, advanced over the T tokens in the one returned. ``padding`` (B, T) is 0 at left pads.
+        """
+
+    def advance(
+        self, first: int, h: Tensor, signals: Signals, states: list[State] | None, padding: Tensor | None = None
+    ) -> list[State] | None:
+        """States after exits ``first`` and later have seen T tokens that left before them; no confidence is made."""
+        return states
+
+    def initial_state(self, batch: int, device: torch.device | str = "cpu") -> list[State] | None:
+        """One state per exit for ``batch`` new sequences; None if this judge remembers nothing."""
+        return None
+
+    def reorder(self, states: list[State] | None, index: Tensor) -> list[State] | None:
+        """States of rows ``index`` (B',) of the batch, in that order."""
+        return None if states is None else [tuple(part.index_select(0, index) for part in state) for state in states]
+
+    @abc.abstractmethod
+    def macs(self, exit: int) -> int:
+        """Multiply-accumulates of one check of one token, without the readout."""
+
+    def update_macs(self, exit: int) -> int:
+        """Multiply-accumulates of advancing this exit's state by one token that left before it."""
+        return 0
+
+
+class Measure(Judge):
+    """A fixed confidence measure: a function of the signals."""
+
+    def __init__(self, name: str, formula: Callable[[Tensor], Tensor], *, needs_logits: bool = True) -> None:
+        self.name, self.needs_logits, self._formula = name, needs_logits, formula
+
+    def confidence(
+        self, exit: int, h: Tensor, signals: Signals, state: State | None, padding: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        return self._formula(signals.values).clamp(0.0, 1.0), state
+
+    def macs(self, exit: int) -> int:
+        return 0  # sums over statistics that the readout has already paid for
+
+    def __repr__(self) -> str:
+        return f"Measure({self.name!r})"
+
+
+#: The fixed measures: how sure the readout is, or how little the last layer moved h.
+MEASURES: Registry[Measure] = Registry(
+    "confidence measure",
+    {
+        "softmax_max": Measure("softmax_max", lambda values: (values[..., 0] * LOG_SCALE).exp()),
+        "softmax_margin": Measure("softmax_margin", lambda values: values[..., _MARGIN]),
+        "entropy": Measure("entropy", lambda values: 1.0 - values[..., _ENTROPY]),
+        "state_similarity": Measure(
+            "state_similarity", lambda values: (1.0 + values[..., _SIMILARITY]) / 2.0, needs_logits=False
+        ),
+    },
+)
+
+
+def measure(name: str) -> Measure:
+    """The fixed measure called ``name``. Raises UsageError naming the value, the nearest name and all of them."""
+    return MEASURES.lookup(name)
+
+
+def concatenate(parts: Sequence[Signals]) -> Signals:
+    """Signals of consecutive runs of tokens, joined along T."""
+    tokens = [part.token for part in parts if part.token is not None]
+    token = torch.cat(tokens, dim=1) if len(tokens) == len(parts) else None
+    return Signals(torch.cat([part.values for part in parts], dim=1), token)

@@ -1,0 +1,86 @@
+"""What sits at the exits of one backbone: where they are, which head judges them, which readout speaks for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from fractions import Fraction
+
+from dynamax_llm.errors import ExitPlacement, UsageError
+
+#: The paper's four exits (arXiv 2504.20922), as shares of the depth.
+DEFAULT_EXITS = ("1/2", "5/8", "3/4", "7/8")
+HEADS = ("linear", "mlp", "transformer", "mamba")
+READOUTS = ("head", "tail", "lens")
+INPUTS = ("hidden", "signals")
+LABELS = ("action", "topk")
+
+
+@dataclass(frozen=True)
+class ExitConfig:
+    """The exits of one backbone; everything but the learned weights.
+
+    ``layers`` are depths: an exit at depth e sits after the e-th layer, counted from 1. ``head`` is None for exits
+    that are judged by a confidence measure alone. ``width`` is the head's inner width (None: chosen from the
+    backbone's). ``label`` "action" is 1 iff this readout gives the full model's token; "topk" is the paper's.
+    """
+
+    layers: tuple[int, ...]
+    n_layers: int
+    head: str | None = "mamba"
+    inputs: tuple[str, ...] = ("hidden", "signals")
+    width: int | None = None
+    readout: str = "head"
+    tail_layers: int = 1
+    lens_rank: int = 16
+    label: str = "action"
+    label_k: int = 15
+
+    def __post_init__(self) -> None:
+        checks = (("head", self.head, (None, *HEADS)), ("readout", self.readout, READOUTS), ("label", self.label, LABELS))
+        for name, value, allowed in checks:
+            if value not in allowed:
+                raise UsageError(f"unknown {name} {value!r}. Available: {', '.join(map(str, allowed))}.")
+        if not self.inputs or any(kind not in INPUTS for kind in self.inputs):
+            raise UsageError(f"head inputs {self.inputs!r}: give one or both of {', '.join(INPUTS)}.")
+        if self.readout == "tail" and not 1 <= self.tail_layers <= self.n_layers - max(self.layers):
+            raise UsageError(
+                f"tail of {self.tail_layers} layers: with the last exit at depth {max(self.layers)} of {self.n_layers}, "
+                f"a tail may have 1 to {self.n_layers - max(self.layers)} layers."
+            )
+
+    def to_json(self) -> dict:
+        """Plain JSON types, the inverse of ``from_json``."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict) -> ExitConfig:
+        """Raises TypeError on unknown or missing keys; the artifact loader turns that into its own error."""
+        return cls(**{**data, "layers": tuple(data["layers"]), "inputs": tuple(data["inputs"])})
+
+
+def place_exits(spec: str | tuple[str | int | float, ...], n_layers: int) -> tuple[int, ...]:
+    """Exit depths from layers (``"8,10"``) or fractions of the depth (``"1/2,0.75"``), sorted, within 1..L-1.
+
+    A fraction is rounded to the nearest layer. Raises ExitPlacement for anything else.
+    """
+    items = [item.strip() for item in spec.split(",")] if isinstance(spec, str) else [str(item) for item in spec]
+    depths = []
+    for item in items:
+        try:
+            value = Fraction(item)
+        except (ValueError, ZeroDivisionError):
+            raise ExitPlacement(
+                f"exit {item!r} is neither a layer nor a fraction. Write layers (8,12) or shares of the depth (1/2,0.75)."
+            ) from None
+        is_share = "/" in item or "." in item
+        depth = round(value * n_layers) if is_share else int(value)
+        if not 1 <= depth < n_layers:
+            raise ExitPlacement(
+                f"exit {item!r} lies at depth {depth}; this backbone has {n_layers} layers, so exits may sit "
+                f"after layers 1 to {n_layers - 1}."
+            )
+        depths.append(depth)
+    if len(set(depths)) != len(depths):
+        raise ExitPlacement(f"exits {', '.join(items)} fall on depths {depths}: each layer may carry one exit.")
+    return tuple(sorted(depths))

@@ -1,0 +1,87 @@
+"""How an exit turns its hidden state into logits: ``head``, ``tail`` or ``lens``.
+
+- ``head``: the backbone's final norm and LM head on h_e.
+- ``tail``: the engine runs the last k layers on h_e first, then final norm and LM head. The decision is taken before
+  that, so its statistics come from the plain head on h_e (the "logit lens").
+- ``lens``: a learned low-rank translator h_e + B_e A_e h_e, then final norm and LM head (a low-rank relative of the
+  tuned lens, arXiv 2303.08112).
+
+Shapes: B batch, T tokens, d width, V vocabulary, E exits, r lens rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dynamax_llm.backbones.base import Backbone
+from dynamax_llm.exits.confidence import Signals, concatenate, observe
+from dynamax_llm.exits.config import ExitConfig
+
+#: Logits made at once when a whole sequence is read out; bounds memory at 64 MiB a float32 copy.
+LOGITS_AT_ONCE = 1 << 24
+
+
+class Lens(nn.Module):
+    """One low-rank residual translator per exit: h + B (A h), zero at the start because B is."""
+
+    def __init__(self, n_exits: int, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.ParameterList(nn.Parameter(torch.randn(rank, width) * width**-0.5) for _ in range(n_exits))
+        self.up = nn.ParameterList(nn.Parameter(torch.zeros(width, rank)) for _ in range(n_exits))
+
+    def forward(self, exit: int, h: Tensor) -> Tensor:
+        """h (B, T, d) translated, in its own dtype; the product runs in float32. B A h scales with h by itself."""
+        moved = nn.functional.linear(nn.functional.linear(h.float(), self.down[exit]), self.up[exit])
+        return (h.float() + moved).to(h.dtype)
+
+    def macs(self, exit: int) -> int:
+        """Multiply-accumulates per token."""
+        return self.down[exit].numel() + self.up[exit].numel()
+
+
+class Readout:
+    """Logits at the exits of one backbone."""
+
+    def __init__(self, backbone: Backbone, config: ExitConfig, lens: Lens | None = None) -> None:
+        """``lens`` is required by, and only used with, ``config.readout == "lens"``."""
+        assert (lens is not None) == (config.readout == "lens"), config.readout
+        self.backbone, self.config, self.lens = backbone, config, lens
+
+    @property
+    def tail_layers(self) -> int:
+        """Layers the engine runs between leaving an exit and ``logits``: 0 unless the readout is ``tail``."""
+        return self.config.tail_layers if self.config.readout == "tail" else 0
+
+    def logits(self, exit: int, h: Tensor) -> Tensor:
+        """Float32 logits (B, T, V) that speak for exit ``exit``; with ``tail``, h has been through the tail."""
+        return self.backbone.readout(h if self.lens is None else self.lens(exit, h))
+
+    def decision_logits(self, exit: int, h: Tensor) -> Tensor:
+        """Float32 logits (B, T, V) the decision at exit ``exit`` is taken from; with ``tail``, before the tail."""
+        return self.logits(exit, h)
+
+    @property
+    def decision_is_output(self) -> bool:
+        """True if the logits the decision was taken from are those of the token: no second readout is needed."""
+        return self.config.readout != "tail"
+
+    def signals(self, exit: int, h: Tensor, h_before: Tensor, previous: Signals | None) -> Signals:
+        """``observe`` over a whole sequence h (B, T, d), in slices of T so that memory stays bounded."""
+        step = max(1, LOGITS_AT_ONCE // (self.backbone.vocab_size * h.shape[0]))
+        parts = []
+        for start in range(0, h.shape[1], step):
+            run = slice(start, start + step)
+            before = None if previous is None else slice_signals(previous, run)
+            logits = self.decision_logits(exit, h[:, run])
+            parts.append(observe(h[:, run], h_before[:, run], logits, before))
+        return parts[0] if len(parts) == 1 else concatenate(parts)
+
+    def macs(self, exit: int) -> int:
+        """Multiply-accumulates of one readout of one token: LM head, and the lens if there is one."""
+        return self.backbone.costs().readout + (0 if self.lens is None else self.lens.macs(exit))
+
+
+def slice_signals(signals: Signals, run: slice) -> Signals:
+    """The tokens ``run`` of ``signals``."""
+    return Signals(signals.values[:, run], None if signals.token is None else signals.token[:, run])

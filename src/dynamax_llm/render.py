@@ -1,0 +1,116 @@
+"""Text in which every token shows how deep it went: tinted on a terminal, marked in plain text.
+
+Pure presentation: numbers and a tokenizer in, text out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.text import Text
+
+#: From blue (left early) over violet to orange (ran everything): told apart by colour-blind readers too, and of a
+#: middle luminance, so that each stays readable on a black and on a white terminal.
+GRADIENT = ((26, 129, 196), (142, 105, 196), (199, 95, 22))
+
+#: Prompt tokens that are decoded along with the first new one, so that its leading space comes out right.
+CONTEXT = 6
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of text that one token (or the tokens of one character) added, and the layers that took."""
+
+    text: str
+    depth: int
+
+
+class Pieces:
+    """Token ids to text, one at a time: holds a token back while its last character is incomplete."""
+
+    def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(context)[-CONTEXT:]
+        self._start, self._shown = 0, len(self._ids)
+        self._depth = 0
+
+    def push(self, token: int, depth: int) -> Piece | None:
+        """The text that ``token`` completes, or None. Depth 0 marks a row that has ended: nothing is shown."""
+        if depth == 0:
+            return None
+        self._ids.append(token)
+        self._depth = max(self._depth, depth)
+        return self._emit(final=False)
+
+    def flush(self) -> Piece | None:
+        """What is still held back at the end, incomplete character and all."""
+        return self._emit(final=True) if self._shown < len(self._ids) else None
+
+    def _emit(self, *, final: bool) -> Piece | None:
+        before, now = self._decode(self._ids[self._start : self._shown]), self._decode(self._ids[self._start :])
+        if now.endswith("\ufffd") and not final:
+            return None
+        piece = Piece(now[len(before) :], self._depth)
+        self._start, self._shown, self._depth = self._shown, len(self._ids), 0
+        return piece if piece.text else None
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def pieces(tokenizer: Any, ids: Sequence[int], depths: Sequence[int], context: Sequence[int] = ()) -> list[Piece]:
+    """The new tokens ``ids``, each with the layers it ran, as text; ``context`` are the prompt's ids."""
+    stream = Pieces(tokenizer, context)
+    found = [stream.push(token, depth) for token, depth in zip(ids, depths, strict=True)]
+    return [piece for piece in (*found, stream.flush()) if piece is not None]
+
+
+def colour(share: float) -> str:
+    """The tint of a share of the depth, 0..1, as ``#rrggbb``."""
+    place = min(max(share, 0.0), 1.0) * (len(GRADIENT) - 1)
+    first = min(int(place), len(GRADIENT) - 2)
+    low, high = GRADIENT[first], GRADIENT[first + 1]
+    mixed = (round(a + (b - a) * (place - first)) for a, b in zip(low, high, strict=True))
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
+
+
+def tint(depth: int, n_layers: int) -> str:
+    """The tint of a token: the gradient spans the deeper half, where exits usually lie, and clamps below it."""
+    return colour(2.0 * depth / n_layers - 1.0)
+
+
+def tinted(items: Iterable[Piece], n_layers: int) -> Text:
+    """Text coloured token by token."""
+    text = Text()
+    for item in items:
+        text.append(item.text, style=tint(item.depth, n_layers))
+    return text
+
+
+def marked(items: Iterable[Piece]) -> str:
+    """Plain text with each token's depth behind it: `` the[8] cat[16]``."""
+    return "".join(f"{item.text}[{item.depth}]" for item in items)
+
+
+def legend(depths: Iterable[int], n_layers: int) -> Text:
+    """One swatch per depth a token can have, in layers."""
+    text = Text("layers run:")
+    for depth in sorted(set(depths)):
+        text.append(f" {depth} ", style=f"bold {tint(depth, n_layers)}")
+    return text.append(f"of {n_layers}")
+
+
+def percent(share: float) -> str:
+    """A share as a whole percentage: ``-3 %``."""
+    return f"{100.0 * share:.0f} %"
+
+
+def summary(*, tokens: int, mean_depth: float, n_layers: int, counted_reduction: float, seconds: float) -> str:
+    """One line on a generation. ``mean_depth`` and ``counted_reduction`` are shares; the clock includes the prompt."""
+    rate = tokens / seconds if seconds > 0 else float("inf")
+    return (
+        f"{tokens} tokens, mean depth {mean_depth * n_layers:.1f} of {n_layers} layers ({percent(mean_depth)}), "
+        f"counted reduction {percent(counted_reduction)}, {rate:.1f} tokens/s"
+    )

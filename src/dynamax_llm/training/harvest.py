@@ -1,0 +1,117 @@
+"""What one frozen full-depth forward tells about every exit: hidden states, statistics, labels.
+
+Nothing is kept between batches, and logits exist for one slice of one exit at a time, so memory depends on the batch
+alone. The states of attention and Mamba layers are those of full depth: labels describe an exit taken by one token
+whose predecessors left intact states (``defer``); under ``propagate`` and ``copy`` they are an approximation.
+
+Shapes: B rows, T tokens, E exits, d width, V vocabulary, n real (unpadded) tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynamax_llm.backbones import Backbone, Context
+from dynamax_llm.exits.confidence import Signals
+from dynamax_llm.exits.readout import LOGITS_AT_ONCE, Readout
+from dynamax_llm.training.data import Batch
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """One batch at every exit. Values at pads mean nothing."""
+
+    mask: Tensor  # (B, T) bool, True at tokens
+    hidden: tuple[Tensor, ...]  # E of (B, T, d)
+    signals: tuple[Signals, ...]  # E of (B, T, F)
+    labels: Tensor  # (E, B, T) bool: stopping here gives the full model's token
+    target: Tensor  # (B, T) int64: the full model's argmax
+
+
+@dataclass(frozen=True)
+class Forward:
+    """h at every exit, and h before the layer that made it, E of (B, T, d) each; ``final`` after the last layer."""
+
+    hidden: tuple[Tensor, ...]
+    before: tuple[Tensor, ...]
+    final: Tensor
+    ctx: Context
+
+
+@torch.no_grad()
+def forward(backbone: Backbone, layers: tuple[int, ...], ids: Tensor) -> Forward:
+    """Run ids (B, T) through every layer, keeping h at the exits after ``layers``. Right pads need no mask."""
+    h = backbone.embed(ids.to(backbone.device))
+    ctx = backbone.context(h)
+    hidden, before = [], []
+    for index in range(backbone.n_layers):
+        earlier, h = h, backbone.layer(index, h, None, ctx)
+        if index + 1 in layers:
+            hidden.append(h)
+            before.append(earlier)
+    return Forward(tuple(hidden), tuple(before), h, ctx)
+
+
+@torch.no_grad()
+def harvest(backbone: Backbone, readout: Readout, batch: Batch) -> Harvest:
+    """Everything the exits of ``readout.config`` show on this batch.
+
+    The label "action" is 1 iff what this exit does gives the full model's argmax: for ``head`` and ``lens``, iff
+    its own argmax is that token; for ``tail``, iff the last k layers, run over h_e of the whole sequence, give it.
+    "topk" is the paper's: 1 iff that token is among the label_k likeliest of final norm and LM head on h_e.
+    """
+    config = readout.config
+    run = forward(backbone, config.layers, batch.ids)
+    mask = batch.mask.to(run.final.device)
+    target = argmax(backbone, run.final[mask])  # (n,)
+    signals: list[Signals] = []
+    labels: list[Tensor] = []
+    for exit, (h, before) in enumerate(zip(run.hidden, run.before, strict=True)):
+        packed = h[mask].unsqueeze(0)  # (1, n, d)
+        signals.append(readout.signals(exit, packed, before[mask].unsqueeze(0), signals[-1] if signals else None))
+        if config.label == "topk":
+            labels.append(among_top(backbone, packed[0], target, config.label_k))
+        elif config.readout == "tail":
+            through = h
+            for index in range(backbone.n_layers - config.tail_layers, backbone.n_layers):
+                through = backbone.layer(index, through, None, run.ctx)
+            labels.append(argmax(backbone, through[mask]) == target)
+        else:
+            labels.append(signals[-1].token[0] == target)
+    return Harvest(
+        mask=mask,
+        hidden=run.hidden,
+        signals=tuple(Signals(unpack(item.values[0], mask), unpack(item.token[0], mask)) for item in signals),
+        labels=torch.stack([unpack(label, mask) for label in labels]),
+        target=unpack(target, mask),
+    )
+
+
+def unpack(values: Tensor, mask: Tensor) -> Tensor:
+    """values (n, ...) of the real tokens back into (B, T, ...), zero at pads."""
+    full = values.new_zeros(*mask.shape, *values.shape[1:])
+    full[mask] = values
+    return full
+
+
+def slices(backbone: Backbone, count: int) -> list[slice]:
+    """Runs of ``count`` tokens whose logits may exist at once."""
+    step = max(1, LOGITS_AT_ONCE // backbone.vocab_size)
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+def argmax(backbone: Backbone, h: Tensor) -> Tensor:
+    """The token (n,) that final norm and LM head give for h (n, d)."""
+    return torch.cat([backbone.readout(h[None, run])[0].argmax(-1) for run in slices(backbone, len(h))])
+
+
+def among_top(backbone: Backbone, h: Tensor, target: Tensor, k: int) -> Tensor:
+    """Whether ``target`` (n,) is among the k likeliest tokens that final norm and LM head give for h (n, d)."""
+    found = []
+    for run in slices(backbone, len(h)):
+        logits = backbone.readout(h[None, run])[0]  # (slice, V)
+        found.append((logits > logits.gather(-1, target[run, None])).sum(-1) < k)
+    return torch.cat(found)

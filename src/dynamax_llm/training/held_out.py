@@ -1,0 +1,143 @@
+"""How good are exits on text they were not trained on: loss, AUROC, and depth at a given agreement.
+
+Shapes: E exits, N held-out tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamax_llm.exits.confidence import Judge
+from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.training.curves import auroc, oracle_depth, sweep
+from dynamax_llm.training.data import Batch
+from dynamax_llm.training.harvest import Harvest
+from dynamax_llm.training.objective import NEVER, Draw, Walk, loss, walk
+
+#: A held-out split whose hidden states fit into this is harvested once; a larger one again at every evaluation.
+KEPT_BYTES = 256 * 2**20
+#: Steps of the bisection for the threshold of a recurrent head, whose confidences depend on the threshold.
+BISECTIONS = 12
+
+
+class HeldOut:
+    """The held-out batches, harvested on demand: iterate to get every Harvest."""
+
+    def __init__(self, batches: Sequence[Batch], harvest: Callable[[Batch], Harvest]) -> None:
+        self.batches, self._harvest = batches, harvest
+        self._kept: list[Harvest] | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch.tokens for batch in self.batches)
+
+    def __iter__(self) -> Iterator[Harvest]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Harvest] = []
+        size = 0
+        for batch in self.batches:
+            made = self._harvest(batch)
+            size += sum(h.nbytes for h in made.hidden)
+            if size <= KEPT_BYTES:
+                kept.append(made)
+            yield made
+        if size <= KEPT_BYTES:
+            self._kept = kept
+
+
+@torch.no_grad()
+def evaluate(
+    judges: dict[str, ExitHeads],
+    weights: dict[str, Tensor],
+    held: HeldOut,
+    config: ExitConfig,
+    never: float,
+    agreement: float,
+) -> dict[str, dict[str, Any]]:
+    """Per judge: loss on a fixed draw, and on the trace in which no token leaves: AUROC per exit and depth.
+
+    ``weights`` are each judge's class weights. Depth at an agreement is exact for a head without memory; for a
+    recurrent one the trace is what it says of undisturbed tokens (``on_policy`` is exact, and costs more).
+    """
+    losses: dict[str, list[float]] = {name: [] for name in judges}
+    traces: dict[str, list[Tensor]] = {name: [] for name in judges}
+    labels = []
+    tokens = []
+    generator = torch.Generator().manual_seed(0)
+    for harvest in held:
+        tokens.append(int(harvest.mask.sum()))
+        labels.append(harvest.labels[:, harvest.mask])
+        draw = Draw.sample(*harvest.mask.shape, never, generator)
+        for name, judge in judges.items():
+            losses[name].append(float(loss(walk(judge, harvest, draw), harvest.labels, weights[name])))
+            traces[name].append(undisturbed(judge, harvest).confidence[:, harvest.mask])
+    truth = torch.cat(labels, dim=1)
+    return {
+        name: {
+            "loss": math.fsum(value * count for value, count in zip(losses[name], tokens, strict=True)) / sum(tokens),
+            **_trace_report(torch.cat(traces[name], dim=1), truth, config, agreement),
+        }
+        for name in judges
+    }
+
+
+def depths(config: ExitConfig) -> tuple[int, ...]:
+    """Layers a token runs that leaves at each exit: the exit's depth, and the tail if there is one."""
+    tail = config.tail_layers if config.readout == "tail" else 0
+    return tuple(layer + tail for layer in config.layers)
+
+
+def undisturbed(judge: Judge, harvest: Harvest) -> Walk:
+    """The walk in which no token leaves."""
+    return walk(judge, harvest, Draw.fixed(len(harvest.mask), NEVER))
+
+
+def _trace_report(trace: Tensor, labels: Tensor, config: ExitConfig, agreement: float) -> dict[str, Any]:
+    depth, threshold = sweep(trace, labels, depths(config), config.n_layers).depth_at(agreement)
+    return {
+        "depth": depth / config.n_layers,
+        "threshold": threshold,
+        "agreement": agreement,
+        "auroc": [auroc(scores, label) for scores, label in zip(trace, labels, strict=True)],  # None: one class only
+        "base_rate": [float(label.double().mean()) for label in labels],
+        "oracle_depth": oracle_depth(labels, depths(config), config.n_layers) / config.n_layers,
+        "tokens": labels.shape[1],
+    }
+
+
+@torch.no_grad()
+def apply_threshold(judge: Judge, held: HeldOut, config: ExitConfig, threshold: float) -> tuple[float, float]:
+    """(mean depth as a share, agreement) when every exit asks ``judge`` with this threshold."""
+    shares = torch.tensor([*depths(config), config.n_layers], dtype=torch.float64) / config.n_layers
+    depth, agree, tokens = 0.0, 0, 0
+    for harvest in held:
+        where = walk(judge, harvest, Draw.fixed(len(harvest.mask), threshold)).exit_index[harvest.mask].cpu()
+        truth = torch.cat((harvest.labels[:, harvest.mask].cpu(), torch.ones(1, len(where), dtype=torch.bool)))
+        depth += float(shares[where].sum())
+        agree += int(truth.gather(0, where[None]).sum())
+        tokens += len(where)
+    return depth / tokens, agree / tokens
+
+
+def on_policy(judge: Judge, held: HeldOut, config: ExitConfig, agreement: float) -> dict[str, float]:
+    """Lowest depth found, with its threshold, at no less than this agreement, by bisection; tokens that leave are
+    seen by later exits, and remembered by recurrent heads, as they were when they left."""
+    low, high = 0.0, 1.0
+    best = {"depth": 1.0, "agreement": 1.0, "threshold": NEVER}
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        depth, reached = apply_threshold(judge, held, config, middle)
+        if reached >= agreement:
+            high = middle
+            best = {"depth": depth, "agreement": reached, "threshold": middle}
+        else:
+            low = middle
+    return best

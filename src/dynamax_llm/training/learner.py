@@ -1,0 +1,119 @@
+"""One set of heads being trained: weights, optimiser, class counts, and the best it has been."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.training.harvest import Harvest
+from dynamax_llm.training.objective import Balance, Draw, learning_rate, loss, walk
+from dynamax_llm.training.settings import TrainSettings
+
+#: Gradients longer than this are shortened to it.
+GRADIENT_NORM = 1.0
+
+
+class Learner:
+    """Heads of one configuration; several learners can share a harvest."""
+
+    def __init__(self, config: ExitConfig, width: int, settings: TrainSettings, device: torch.device) -> None:
+        self.config, self.settings = config, settings
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.heads = ExitHeads(config, width).to(device)
+        self.optimiser = AdamW(self.heads.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        self.balance = Balance(len(config.layers))
+        self.best = _copy(self.heads)
+        self.best_loss = float("inf")
+        self.failures = 0  # evaluations since the best
+        self.history: list[dict[str, Any]] = []
+        self.train_loss: float | None = None  # of the last step
+
+    @property
+    def stopped(self) -> bool:
+        """Whether held-out loss has not improved for ``patience`` evaluations."""
+        return self.failures >= self.settings.patience
+
+    def step(self, harvest: Harvest, draw: Draw, progress: float) -> None:
+        """One optimiser step, at ``progress`` in [0, 1] of the heads' budget."""
+        if not self.optimiser.state:
+            self._fit_inputs(harvest)
+        with torch.enable_grad():
+            step = walk(self.heads, harvest, draw)
+            self.balance.add(harvest.labels, step.reached)
+            value = loss(step, harvest.labels, self.balance.weights())
+            self.optimiser.zero_grad()
+            value.backward()
+        nn.utils.clip_grad_norm_(self.heads.parameters(), GRADIENT_NORM)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(progress, self.settings.lr, self.settings.warmup)
+        self.optimiser.step()
+        self.heads.prior.copy_(self.balance.prior())
+        self.train_loss = float(value.detach())
+
+    def _fit_inputs(self, harvest: Harvest) -> None:
+        """Standardise the heads' inputs by the first batch they see."""
+        for exit, (h, signals) in enumerate(zip(harvest.hidden, harvest.signals, strict=True)):
+            self.heads.fit_inputs(exit, self.heads.raw_inputs(h, signals)[harvest.mask])
+
+    def judge_by(self, report: dict[str, Any], tokens: int) -> None:
+        """Take note of an evaluation after ``tokens`` training tokens; keep the weights if they are the best yet."""
+        self.history.append({"tokens": tokens, "train_loss": self.train_loss, **report})
+        if report["loss"] < self.best_loss:
+            self.best_loss, self.failures, self.best = report["loss"], 0, _copy(self.heads)
+        else:
+            self.failures += 1
+
+    def finished(self) -> ExitHeads:
+        """The best heads, frozen and in eval mode."""
+        self.heads.load_state_dict(self.best)
+        return self.heads.requires_grad_(False).eval()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything of it that is a tensor, for a checkpoint."""
+        named = {f"heads.{name}": value for name, value in self.heads.state_dict().items()}
+        named |= {f"best.{name}": value for name, value in self.best.items()}
+        return named | optimiser_tensors(self.optimiser) | {"balance": self.balance.counts}
+
+    def state(self) -> dict[str, Any]:
+        """Everything else, as JSON types."""
+        names = ("best_loss", "failures", "history", "train_loss")
+        return {name: getattr(self, name) for name in names}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Inverse of ``tensors`` and ``state``."""
+        self.heads.load_state_dict(part(tensors, "heads."))
+        self.best = part(tensors, "best.")
+        self.balance.counts = tensors["balance"]
+        restore_optimiser(self.optimiser, tensors)
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def _copy(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def optimiser_tensors(optimiser: Optimizer) -> dict[str, Tensor]:
+    """AdamW's moments and step counts, by parameter number."""
+    states = optimiser.state_dict()["state"]
+    return {f"optimiser.{index}.{name}": value for index, state in states.items() for name, value in state.items()}
+
+
+def restore_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Inverse of ``optimiser_tensors``."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, value in part(tensors, "optimiser.").items():
+        index, name = key.split(".")
+        states.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": states})

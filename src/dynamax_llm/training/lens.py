@@ -1,0 +1,81 @@
+"""Training the lens: each exit's translator learns to give the full model's next-token distribution.
+
+Shapes: n real tokens of a batch, d width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import AdamW
+
+from dynamax_llm.backbones import Backbone
+from dynamax_llm.exits.readout import Lens
+from dynamax_llm.training.data import Batch
+from dynamax_llm.training.harvest import forward, slices
+from dynamax_llm.training.learner import optimiser_tensors, part, restore_optimiser
+from dynamax_llm.training.objective import learning_rate
+from dynamax_llm.training.settings import TrainSettings
+
+
+class LensLearner:
+    """A lens and its optimiser; the loss is KL(full model || exit) in nats a token."""
+
+    def __init__(
+        self, backbone: Backbone, layers: tuple[int, ...], rank: int, settings: TrainSettings, device: torch.device
+    ) -> None:
+        self.backbone, self.layers, self.settings = backbone, layers, settings
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.lens = Lens(len(layers), backbone.width, rank).to(device)
+        self.optimiser = AdamW(self.lens.parameters(), lr=settings.lens_lr, weight_decay=0.0)
+        self.divergence: list[float] = []  # of the last batch, per exit
+
+    def step(self, batch: Batch, progress: float) -> None:
+        """One optimiser step, at ``progress`` in [0, 1] of the lens's budget."""
+        self.divergence = self._accumulate(batch, learn=True)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(progress, self.settings.lens_lr, self.settings.warmup)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def measure(self, batches: list[Batch]) -> list[float]:
+        """Mean divergence per exit over held-out batches."""
+        totals = torch.tensor([[value * b.tokens for value in self._accumulate(b, learn=False)] for b in batches])
+        return (totals.sum(0) / sum(batch.tokens for batch in batches)).tolist()
+
+    def _accumulate(self, batch: Batch, learn: bool) -> list[float]:
+        """Mean divergence per exit; with ``learn``, adds its gradient. One slice of logits exists at a time."""
+        run = forward(self.backbone, self.layers, batch.ids)
+        mask = batch.mask.to(run.final.device)
+        final, count = run.final[mask], batch.tokens
+        totals = [0.0] * len(self.layers)
+        for piece in slices(self.backbone, count):
+            with torch.no_grad():
+                target = torch.log_softmax(self.backbone.readout(final[None, piece])[0], dim=-1)
+            for exit, h in enumerate(run.hidden):
+                totals[exit] += self._one(exit, h[mask][None, piece], target, count, learn)
+        return totals
+
+    def _one(self, exit: int, h: Tensor, target: Tensor, count: int, learn: bool) -> float:
+        """This slice's share of one exit's mean divergence; h (1, n, d), target (n, V)."""
+        with torch.set_grad_enabled(learn):
+            found = torch.log_softmax(self.backbone.readout(self.lens(exit, h))[0], dim=-1)
+            value = F.kl_div(found, target, reduction="sum", log_target=True) / count
+            if learn:
+                # Not backward(): that would also leave gradients on the backbone's own parameters.
+                own = (self.lens.down[exit], self.lens.up[exit])
+                for parameter, gradient in zip(own, torch.autograd.grad(value, own), strict=True):
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return float(value.detach())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything of it, for a checkpoint."""
+        named = {f"lens.{name}": value for name, value in self.lens.state_dict().items()}
+        return named | optimiser_tensors(self.optimiser)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of ``tensors``."""
+        self.lens.load_state_dict(part(tensors, "lens."))
+        restore_optimiser(self.optimiser, tensors)

@@ -1,0 +1,270 @@
+"""Training exits on a frozen backbone: one streaming pass, any number of heads, resumable at any moment.
+
+Each batch is harvested and used at once; nothing but checkpoints touches the disk. Heads that share exits, readout
+and labels share the harvest, because the frozen forward is the cost. With the ``lens`` readout the translators are
+trained first, on their own share of the budget, and the heads then learn labels that come from them.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamax_llm.backbones import Backbone
+from dynamax_llm.backbones.fingerprint import fingerprint
+from dynamax_llm.errors import UsageError
+from dynamax_llm.exits.artifact import MANIFEST, TENSORS, Exits
+from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.files import prepare_folder
+from dynamax_llm.exits.readout import Readout
+from dynamax_llm.training.checkpoint import Checkpoint
+from dynamax_llm.training.data import Batch, Position, Split, first_batches
+from dynamax_llm.training.harvest import Harvest, harvest
+from dynamax_llm.training.held_out import HeldOut, evaluate, on_policy
+from dynamax_llm.training.learner import Learner, part
+from dynamax_llm.training.lens import LensLearner
+from dynamax_llm.training.objective import Draw
+from dynamax_llm.training.progress import TokenBar
+from dynamax_llm.training.settings import TrainSettings
+from dynamax_llm.training.sources import Source
+
+#: What heads must have in common to learn from one harvest.
+SHARED = ("layers", "n_layers", "readout", "tail_layers", "lens_rank", "label", "label_k")
+
+
+def train(
+    backbone: Backbone, tokenizer: Any, source: Source, config: ExitConfig, settings: TrainSettings, out: str | Path
+) -> Exits:
+    """Train the heads of one configuration and save the exits in ``out``; the same call again resumes.
+
+    Raises DataError for unusable text, UsageError for settings that cannot be used or a folder that holds another
+    run, ArtifactError for a folder that cannot be written.
+    """
+    target = prepare_folder(out, (MANIFEST, TENSORS))
+    exits = _Run(backbone, tokenizer, source, {"": config}, settings, target).finish()[""]
+    exits.save(target)
+    return exits
+
+
+def train_many(
+    backbone: Backbone,
+    tokenizer: Any,
+    source: Source,
+    configs: Mapping[str, ExitConfig],
+    settings: TrainSettings,
+    out: str | Path,
+) -> dict[str, Exits]:
+    """Train several configurations in one pass over the data; each is saved in ``out``/name. Otherwise as ``train``."""
+    folders = {name: prepare_folder(Path(out) / name, (MANIFEST, TENSORS)) for name in configs}
+    result = _Run(backbone, tokenizer, source, configs, settings, Path(out)).finish()
+    for name, exits in result.items():
+        exits.save(folders[name])
+    return result
+
+
+class _Run:
+    """The mutable state of one training run."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: Any,
+        source: Source,
+        configs: Mapping[str, ExitConfig],
+        settings: TrainSettings,
+        out: Path,
+    ) -> None:
+        self.config = _common(configs)
+        self.backbone, self.source, self.settings = backbone, source, settings
+        device = backbone.device
+        self.learners = {name: Learner(config, backbone.width, settings, device) for name, config in configs.items()}
+        self.lens: LensLearner | None = None
+        if self.config.readout == "lens":
+            self.lens = LensLearner(backbone, self.config.layers, self.config.lens_rank, settings, device)
+        self.lens_budget = int(settings.max_tokens * settings.lens_share) if self.lens else 0
+        self.readout = Readout(backbone, self.config, self.lens.lens if self.lens else None)
+        sequence = min(settings.sequence, backbone.max_positions() or settings.sequence)
+        split = (settings.held_out, sequence, settings.batch_tokens, settings.seed)
+        self.stream = Split(source, tokenizer, False, *split)
+        self.held = HeldOut(first_batches(Split(source, tokenizer, True, *split), settings.eval_tokens), self._harvest)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.position = Position()
+        self.tokens, self.steps, self.seconds = 0, 0, 0.0
+        self.next_evaluation = self.lens_budget + settings.eval_every
+        self.divergence: dict[str, list[float]] = {}
+        self.checkpoint = Checkpoint(out, _identity(backbone, source, configs, settings))
+        self._restore()
+
+    def _harvest(self, batch: Batch) -> Harvest:
+        return harvest(self.backbone, self.readout, batch)
+
+    def finish(self) -> dict[str, Exits]:
+        """Train to the end of the budget, or until every head has stopped; returns the best of each."""
+        if self.tokens == 0 and self.lens:
+            self.divergence["before"] = self.lens.measure(self.held.batches)
+        with TokenBar(self.settings.max_tokens, self.tokens, self.settings.quiet) as bar:
+            try:
+                self._loop(bar)
+            except KeyboardInterrupt:
+                self.save()
+                raise
+        self.save()
+        return {name: self._exits(name) for name in self.learners}
+
+    def _loop(self, bar: TokenBar) -> None:
+        begun = saved = time.monotonic()
+        before = self.seconds
+        for batch, position in self.stream.batches(self.position):
+            if self._done():
+                break
+            self._step(batch)
+            self.position = position
+            now = time.monotonic()
+            self.seconds = before + now - begun
+            bar.show(self.tokens, *self._note())
+            if now - saved >= self.settings.checkpoint_seconds:
+                self.save()
+                saved = time.monotonic()
+
+    def _done(self) -> bool:
+        return self.tokens >= self.settings.max_tokens or all(one.stopped for one in self.learners.values())
+
+    def _step(self, batch: Batch) -> None:
+        """One batch through lens or heads, and an evaluation where one is due."""
+        if self.lens and self.tokens < self.lens_budget:
+            self.lens.step(batch, self.tokens / self.lens_budget)
+        else:
+            if self.lens and "after" not in self.divergence:
+                self.divergence["after"] = self.lens.measure(self.held.batches)
+            made = self._harvest(batch)
+            draw = Draw.sample(*made.mask.shape, self.settings.never, self.generator)
+            progress = (self.tokens - self.lens_budget) / (self.settings.max_tokens - self.lens_budget)
+            for learner in self.learners.values():
+                if not learner.stopped:
+                    learner.step(made, draw, progress)
+        self.tokens += batch.tokens
+        self.steps += 1
+        if self.tokens >= min(self.next_evaluation, self.settings.max_tokens):
+            self._evaluate()
+            while self.next_evaluation <= self.tokens:
+                self.next_evaluation += self.settings.eval_every
+
+    def _evaluate(self) -> None:
+        active = {name: learner for name, learner in self.learners.items() if not learner.stopped}
+        judges = {name: learner.heads for name, learner in active.items()}
+        weights = {name: learner.balance.weights() for name, learner in active.items()}
+        settings = self.settings
+        reports = evaluate(judges, weights, self.held, self.config, settings.never, settings.agreement)
+        for name, learner in active.items():
+            learner.judge_by(reports[name], self.tokens)
+
+    def _note(self) -> tuple[str, str]:
+        """What the bar says: the phase, and the latest figures."""
+        if self.lens and self.tokens < self.lens_budget:
+            return "lens", f"KL {sum(self.lens.divergence) / len(self.lens.divergence):.3f}"
+        notes = []
+        for name, learner in self.learners.items():
+            latest = learner.history[-1] if learner.history else None
+            shown = f"{name or learner.config.head}: loss {learner.train_loss or 0:.3f}"
+            notes.append(shown if latest is None else f"{shown}, depth {latest['depth']:.3f}")
+        return "heads", "; ".join(notes)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
+        for name, learner in self.learners.items():
+            tensors |= {f"learner.{name}.{key}": value for key, value in learner.tensors().items()}
+        if self.lens:
+            tensors |= {f"translators.{key}": value for key, value in self.lens.tensors().items()}
+        state = {
+            "position": [self.position.epoch, self.position.document, self.position.batch],
+            "learners": {name: learner.state() for name, learner in self.learners.items()},
+            **{name: getattr(self, name) for name in _COUNTERS},
+        }
+        self.checkpoint.save(tensors, state)
+
+    def _restore(self) -> None:
+        """Go on where the checkpoint left off, if there is one."""
+        found = self.checkpoint.load()
+        if found is None:
+            return
+        tensors, state = found
+        self.generator.set_state(tensors["generator"])
+        for name, learner in self.learners.items():
+            learner.restore(part(tensors, f"learner.{name}."), state["learners"][name])
+        if self.lens:
+            self.lens.restore(part(tensors, "translators."))
+        self.position = Position(*state["position"])
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+
+    def _exits(self, name: str) -> Exits:
+        learner = self.learners[name]
+        heads = learner.finished()
+        best = next((report for report in learner.history if report["loss"] == learner.best_loss), {})
+        held_out = dict(best)
+        if heads.recurrent:
+            found = on_policy(heads, self.held, self.config, self.settings.agreement)
+            held_out |= {"depth": found["depth"], "threshold": found["threshold"]}
+        lens = self.lens.lens.requires_grad_(False).eval() if self.lens else None
+        provenance = {
+            "model": self.backbone.model.config.name_or_path,
+            "data": self.source.spec,
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "seed": self.settings.seed,
+            "settings": self.settings.deciding(),
+            "train_loss": learner.train_loss,
+            "held_out": held_out,
+            "history": learner.history,
+            "lens_divergence": self.divergence,
+            "wall_seconds": self.seconds,
+            "versions": _versions(),
+        }
+        return Exits.of(self.backbone, learner.config, heads, lens, provenance)
+
+
+#: Attributes of a run that a checkpoint keeps as they are.
+_COUNTERS = ("tokens", "steps", "seconds", "next_evaluation", "divergence")
+
+
+def _common(configs: Mapping[str, ExitConfig]) -> ExitConfig:
+    """A configuration that stands for all in what they share. Raises UsageError where they differ."""
+    first = next(iter(configs.values()), None)
+    if first is None:
+        raise UsageError("no exit configuration to train: give at least one.")
+    for name, config in configs.items():
+        if config.head is None:
+            raise UsageError(f"exits {name!r} have head None, nothing to train. Name a head: linear, mlp, transformer, mamba.")
+        for field in SHARED:
+            if getattr(config, field) != getattr(first, field):
+                raise UsageError(
+                    f"exits {name!r} have {field} {getattr(config, field)!r}, others {getattr(first, field)!r}. Heads "
+                    "that are trained together share exits, readout and labels: train these in a run of their own."
+                )
+    return first
+
+
+def _identity(
+    backbone: Backbone, source: Source, configs: Mapping[str, ExitConfig], settings: TrainSettings
+) -> dict[str, Any]:
+    """Everything that decides the result of a run, for its checkpoint."""
+    return {
+        "backbone": fingerprint(backbone.model),
+        "data": source.spec,
+        "text_field": source.text_field,
+        "data_bytes": sum(path.stat().st_size for path in source.files),
+        "exits": {name: config.to_json() for name, config in configs.items()},
+        "settings": settings.deciding(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", "transformers")}}

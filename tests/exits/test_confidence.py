@@ -1,0 +1,121 @@
+"""Statistics of a readout, the fixed measures, and what tokens that left keep."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dynamax_llm.errors import UsageError
+from dynamax_llm.exits.confidence import LOG_FLOOR, LOG_SCALE, MEASURES, SIGNALS, Signals, measure, observe, select
+
+B, T, D, V = 2, 3, 8, 11
+
+
+@pytest.fixture
+def seen() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h, h before, logits."""
+    return torch.randn(B, T, D), torch.randn(B, T, D), 3 * torch.randn(B, T, V)
+
+
+def column(signals: Signals, name: str) -> torch.Tensor:
+    return signals.values[..., SIGNALS.index(name)]
+
+
+def test_columns_are_what_their_names_say(seen) -> None:
+    h, before, logits = seen
+    signals = observe(h, before, logits, None)
+    p = torch.softmax(logits.double(), -1)
+    ranked = p.sort(-1, descending=True).values
+    assert signals.values.shape == (B, T, len(SIGNALS))
+    assert signals.values.dtype == torch.float32
+    for rank in range(1, 6):
+        expected = ranked[..., rank - 1].log().clamp(min=LOG_FLOOR) / LOG_SCALE
+        torch.testing.assert_close(column(signals, f"log_p{rank}").double(), expected, atol=1e-5, rtol=0)
+    entropy = -(p * p.log()).sum(-1) / math.log(V)
+    similarity = torch.nn.functional.cosine_similarity(h, before, dim=-1)
+    torch.testing.assert_close(column(signals, "margin").double(), ranked[..., 0] - ranked[..., 1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(column(signals, "entropy").double(), entropy, atol=1e-5, rtol=0)
+    torch.testing.assert_close(column(signals, "similarity"), similarity)
+    assert torch.equal(signals.token, logits.argmax(-1))
+    assert column(signals, "same_token").count_nonzero() == 0
+    assert column(signals, "previous_probability").count_nonzero() == 0
+
+
+def test_history_compares_with_the_previous_exit(seen) -> None:
+    h, before, logits = seen
+    earlier = logits.clone()
+    earlier[0] = torch.randn(T, V) + 20 * torch.nn.functional.one_hot((logits[0].argmax(-1) + 1) % V, V)
+    previous = observe(h, before, earlier, None)
+    signals = observe(h, before, logits, previous)
+    assert column(signals, "same_token").tolist() == [[0.0] * T, [1.0] * T]
+    there = torch.softmax(logits, -1).gather(-1, earlier.argmax(-1, keepdim=True)).squeeze(-1)
+    torch.testing.assert_close(column(signals, "previous_probability"), there)
+
+
+def test_unread_exits_know_only_similarity(seen) -> None:
+    h, before, logits = seen
+    signals = observe(h, before, None, observe(h, before, logits, None))
+    assert signals.token is None
+    assert signals.values[..., :-1].count_nonzero() == 0
+    torch.testing.assert_close(
+        column(signals, "similarity"), torch.nn.functional.cosine_similarity(h, before, dim=-1)
+    )
+    after = observe(h, before, logits, signals)
+    assert column(after, "previous_probability").count_nonzero() == 0
+
+
+def test_certain_readouts_stay_finite(seen) -> None:
+    h, before, _ = seen
+    logits = torch.zeros(B, T, V)
+    logits[..., 3] = 500.0
+    signals = observe(h, before, logits, None)
+    assert bool(torch.isfinite(signals.values).all())
+    assert column(signals, "log_p2").unique().tolist() == [LOG_FLOOR / LOG_SCALE]
+
+
+def test_tokens_that_left_keep_their_signals(seen) -> None:
+    h, before, logits = seen
+    a, b = observe(h, before, logits, None), observe(before, h, -logits, None)
+    mask = torch.tensor([[True, False, True], [False, False, True]])
+    kept = select(mask, a, b)
+    assert torch.equal(kept.values[mask], a.values[mask])
+    assert torch.equal(kept.values[~mask], b.values[~mask])
+    assert torch.equal(kept.token, torch.where(mask, a.token, b.token))
+    assert select(mask, a, Signals(b.values, None)).token is None
+
+
+def test_measures_are_their_formulas(seen) -> None:
+    h, before, logits = seen
+    signals = observe(h, before, logits, None)
+    p = torch.softmax(logits, -1)
+    top = p.topk(2, -1).values
+    expected = {
+        "softmax_max": top[..., 0],
+        "softmax_margin": top[..., 0] - top[..., 1],
+        "entropy": 1 + (p * p.log()).sum(-1) / math.log(V),
+        "state_similarity": (1 + torch.nn.functional.cosine_similarity(h, before, dim=-1)) / 2,
+    }
+    assert set(MEASURES) == set(expected)
+    for name, values in expected.items():
+        found, state = measure(name).confidence(0, h, signals, None)
+        torch.testing.assert_close(found, values, atol=1e-5, rtol=0)
+        assert state is None
+        assert float(found.min()) >= 0
+        assert float(found.max()) <= 1
+    assert [name for name in MEASURES if not measure(name).needs_logits] == ["state_similarity"]
+
+
+def test_measures_remember_nothing() -> None:
+    judge = measure("entropy")
+    assert judge.initial_state(2) is None
+    assert judge.reorder(None, torch.tensor([1, 0])) is None
+    signals = Signals(torch.zeros(1, 1, len(SIGNALS)), None)
+    assert judge.advance(1, torch.zeros(1, 1, D), signals, None) is None
+    assert (judge.macs(0), judge.update_macs(0)) == (0, 0)
+
+
+def test_unknown_measure_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match=r"'softmax_magrin'.*Did you mean 'softmax_margin'\?.*state_similarity"):
+        measure("softmax_magrin")

@@ -1,0 +1,76 @@
+"""Readouts: what an exit says, and what its decision is taken from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dynamax_llm.backbones import adapt
+from dynamax_llm.exits import readout as module
+from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.confidence import observe
+from dynamax_llm.exits.readout import Lens, Readout
+from dynamax_llm.testing import tiny_model
+
+
+@pytest.fixture(params=["mistral", "mamba2"])
+def backbone(request):
+    return adapt(tiny_model(request.param))
+
+
+def config(readout: str) -> ExitConfig:
+    return ExitConfig(layers=(2, 3), n_layers=5, head=None, readout=readout, lens_rank=4, tail_layers=2)
+
+
+@pytest.mark.parametrize("kind", ["head", "tail"])
+def test_head_and_tail_decide_on_the_plain_head(backbone, kind: str) -> None:
+    readout = Readout(backbone, config(kind))
+    h = torch.randn(2, 3, backbone.width)
+    expected = backbone.model.get_output_embeddings()(backbone.final_norm(h))
+    assert torch.equal(readout.decision_logits(0, h), expected)
+    assert torch.equal(readout.logits(1, h), expected)
+    assert readout.tail_layers == (2 if kind == "tail" else 0)
+    assert readout.decision_is_output == (kind == "head")
+    assert readout.macs(0) == backbone.vocab_size * backbone.width
+
+
+def test_a_fresh_lens_changes_nothing_and_each_exit_has_its_own(backbone) -> None:
+    lens = Lens(2, backbone.width, 4)
+    readout = Readout(backbone, config("lens"), lens)
+    h = torch.randn(2, 3, backbone.width)
+    assert torch.equal(readout.logits(0, h), backbone.readout(h))
+    with torch.no_grad():
+        lens.up[1].normal_()
+    moved = h + h @ lens.down[1].T @ lens.up[1].T
+    torch.testing.assert_close(readout.logits(1, h), backbone.readout(moved), atol=1e-5, rtol=1e-5)
+    assert torch.equal(readout.decision_logits(1, h), readout.logits(1, h))
+    assert torch.equal(readout.logits(0, h), backbone.readout(h))
+    assert readout.macs(1) == backbone.vocab_size * backbone.width + 2 * 4 * backbone.width
+
+
+def test_lens_keeps_dtype_and_scale() -> None:
+    lens = Lens(1, 8, 2)
+    with torch.no_grad():
+        lens.up[0].normal_()
+        h = torch.randn(1, 2, 8)
+        assert lens(0, h.to(torch.bfloat16)).dtype == torch.bfloat16
+        torch.testing.assert_close(lens(0, 100 * h), 100 * lens(0, h))
+
+
+def test_slices_of_a_sequence_see_what_the_whole_does(backbone, monkeypatch) -> None:
+    readout = Readout(backbone, config("head"))
+    h, before = torch.randn(2, 2, 7, backbone.width).unbind(0)
+    previous = observe(before, h, readout.decision_logits(0, before), None)
+    whole = observe(h, before, readout.decision_logits(1, h), previous)
+    calls = []
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2 * 2 * backbone.vocab_size)
+    monkeypatch.setattr(readout, "decision_logits", lambda exit, h: calls.append(h.shape) or backbone.readout(h))
+    sliced = readout.signals(1, h, before, previous)
+    assert [shape[1] for shape in calls] == [2, 2, 2, 1]
+    torch.testing.assert_close(sliced.values, whole.values, atol=1e-5, rtol=1e-5)
+    assert torch.equal(sliced.token, whole.token)
+
+
+def test_a_lens_readout_needs_its_lens(backbone) -> None:
+    with pytest.raises(AssertionError):
+        Readout(backbone, config("lens"))

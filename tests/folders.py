@@ -1,0 +1,91 @@
+"""Small folders for tests: tiny backbones with a byte-level tokenizer, exits for them, text to train on."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dynamax_llm.backbones import adapt
+from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.exits.readout import Lens
+from dynamax_llm.testing import tiny_model
+
+END = "<|endoftext|>"
+VOCABULARY = 257  # one end-of-text token and 256 bytes
+
+
+@functools.cache
+def room() -> Path:
+    """A temporary folder that lives as long as the test process."""
+    path = Path(tempfile.mkdtemp(prefix="dynamax-tests-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte a token; END is 0 and ends texts, and there is no padding token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {END: 0, **{character: index + 1 for index, character in enumerate(alphabet)}}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
+
+
+def backbone(model_type: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny model for the byte tokenizer; a Transformer has room for 128 positions."""
+    limit = {} if model_type == "mamba2" else {"max_position_embeddings": 128}
+    return tiny_model(model_type, vocab=VOCABULARY, seed=seed, **limit)
+
+
+@functools.cache
+def model_folder(model_type: str = "llama", seed: int = 0) -> Path:
+    """A saved tiny backbone of five layers with its tokenizer. Shared: copy it before damaging it."""
+    folder = room() / f"{model_type}-{seed}"
+    model = backbone(model_type, seed)
+    model.generation_config.pad_token_id = None
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def exits_folder(model_type: str = "llama", head: str | None = "mamba", readout: str = "head") -> Path:
+    """Saved exits at depths 2 and 3 for ``model_folder(model_type)``; their heads are random. Copy before damaging."""
+    folder = room() / f"{model_type}-{head}-{readout}"
+    make_exits(model_type, head, readout).save(folder)
+    return folder
+
+
+def make_exits(model_type: str = "llama", head: str | None = "mamba", readout: str = "head") -> Exits:
+    """The same exits, in memory."""
+    adapted = adapt(backbone(model_type))
+    config = ExitConfig((2, 3), 5, head=head, readout=readout)
+    torch.manual_seed(1)
+    heads = None if head is None else ExitHeads(config, adapted.width)
+    lens = Lens(2, adapted.width, config.lens_rank) if readout == "lens" else None
+    return Exits.of(adapted, config, heads, lens, {"model": "tiny"})
+
+
+def copy(source: Path, target: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(source, target))
+
+
+@functools.cache
+def corpus() -> Path:
+    """A small .jsonl file of repetitive text."""
+    path = room() / "corpus.jsonl"
+    rows = [{"text": f"Line {i}: " + "the cat sat on the mat and the dog ran. " * (3 + i % 4)} for i in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,140 @@
+"""Laws 1, 2, 3 and 6 of docs/architecture.md: decoding with exits is what it says it is."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.laws.conftest import Case, left_padding, pattern, scripted
+
+from dynamax_llm.decoding.decoder import Decoder
+from dynamax_llm.decoding.teacher_forced import step_by_step, teacher_forced
+from dynamax_llm.testing import ScriptedJudge, random_ids
+
+PROMPT, STEPS = 6, 9
+
+
+def half(plan) -> list[float]:
+    return [0.5] * len(plan.layers)
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("readout", ["head", "lens", "tail"])
+def test_step_by_step_equals_one_pass(case: Case, batch: int, readout: str) -> None:
+    """Law 2, and law 3 with it: a state that were skipped, doubled or reordered would show in later logits."""
+    ids, padding = random_ids(batch, PROMPT + STEPS), left_padding(batch, PROMPT + STEPS)
+    plan = case.plan(scripted(batch, STEPS, len(case.exits)), readout=readout)
+    slow = step_by_step(case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding)
+    fast = teacher_forced(
+        case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding, keep_logits=True
+    )
+    assert slow.exit_index[:, PROMPT:].tolist() == plan.judge.pattern.tolist()
+    assert fast.exit_index.tolist() == slow.exit_index.tolist()
+    read = slice(PROMPT - 1, None)
+    assert (fast.logits[:, read] - slow.logits[:, read]).abs().max() < 1e-4
+
+
+def test_always_exiting_equals_the_shallow_model(case: Case) -> None:
+    """Law 1: with every token leaving at e, the logits are those of the model cut after layer e."""
+    depth, ids = case.exits[1], random_ids(3, PROMPT + STEPS)
+    plan = case.plan(ScriptedJudge(torch.full((3, STEPS), 1)))
+    logits = step_by_step(case.backbone, plan, ids, half(plan), prompt_length=PROMPT).logits
+    shallow = copy.deepcopy(case.backbone.model)
+    base = shallow.model if hasattr(shallow, "model") else shallow.backbone
+    base.layers = base.layers[:depth]
+    shallow.config.num_hidden_layers = depth
+    with torch.no_grad():
+        expected = shallow(ids).logits
+    assert (logits[:, PROMPT:] - expected[:, PROMPT:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("policy", ["propagate", "cheap"])
+@pytest.mark.parametrize("readout", ["head", "tail"])
+def test_row_in_a_batch_equals_the_row_alone(case: Case, policy: str, readout: str) -> None:
+    """Law 6: rows exit at different depths, left padding differs, and no row feels another."""
+    policy = case.cheap_policy() if policy == "cheap" else policy
+    batch, ids = 4, random_ids(4, PROMPT + STEPS)
+    padding, script = left_padding(batch, PROMPT + STEPS), pattern(batch, STEPS, len(case.exits), seed=3)
+    plan = case.plan(ScriptedJudge(script), policy, readout)
+    together = step_by_step(case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding)
+    for row in range(batch):
+        alone_plan = case.plan(ScriptedJudge(script[row : row + 1]), policy, readout)
+        alone = step_by_step(
+            case.backbone, alone_plan, ids[row : row + 1, row:], half(plan), prompt_length=PROMPT - row
+        )
+        read = slice(PROMPT - 1, None)
+        assert (together.logits[row, read] - alone.logits[0, PROMPT - 1 - row :]).abs().max() < 1e-4
+        assert together.exit_index[row, PROMPT:].tolist() == script[row].tolist()
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_update_state_leaves_what_layer_leaves(case: Case, first: int) -> None:
+    """Law 3: one by one and stacked, for one row and several, the cache is the one ``layer`` would leave."""
+    backbone, ids = case.backbone, random_ids(3, 8)
+    after = []
+    for advance in ("layer", "single", "stacked"):
+        decoder = Decoder(backbone, case.plan(None))
+        with torch.no_grad():
+            decoder.prefill(ids[:, :7])
+            h, ctx = decoder.engine.enter(ids[:, 7:])
+            cache = decoder.engine.cache
+            if advance == "stacked":
+                backbone.update_states(first, backbone.n_layers, h, cache, ctx)
+            for index in range(first, backbone.n_layers) if advance != "stacked" else ():
+                step = backbone.layer if advance == "layer" else backbone.update_state
+                step(index, h, cache, ctx)
+        after.append(cache.snapshot())
+    for snapshot in after[1:]:
+        assert snapshot.lengths == after[0].lengths
+        for tensor, expected in zip(snapshot.tensors, after[0].tensors, strict=True):
+            assert torch.allclose(tensor, expected, atol=1e-5)
+
+
+def test_every_layer_advances_once_per_token(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 3: whatever the exits, each layer sees each token exactly once, as a run or as a state update."""
+    backbone, seen = case.backbone, [0] * case.backbone.n_layers
+    layer, update = backbone.layer, backbone.update_states
+
+    def counted_layer(index, h, cache, ctx):
+        seen[index] += h.shape[1]
+        return layer(index, h, cache, ctx)
+
+    def counted_update(first, stop, h, cache, ctx):
+        for index in range(first, stop):
+            seen[index] += h.shape[1]
+        update(first, stop, h, cache, ctx)
+
+    monkeypatch.setattr(backbone, "layer", counted_layer)
+    monkeypatch.setattr(backbone, "update_states", counted_update)
+    plan = case.plan(scripted(1, STEPS, len(case.exits), seed=5))
+    step_by_step(backbone, plan, random_ids(1, PROMPT + STEPS), half(plan), prompt_length=PROMPT)
+    assert seen == [PROMPT + STEPS] * backbone.n_layers
+
+
+def test_snapshot_junk_restore_is_untouched(case: Case) -> None:
+    """Law 5: state put back is state that was never changed."""
+    ids, plan = random_ids(2, PROMPT + 4), case.plan(scripted(2, 8, len(case.exits)))
+    decoder = Decoder(case.backbone, plan)
+    with torch.no_grad():
+        decoder.prefill(ids[:, :PROMPT])
+        kept = decoder.engine.cache.snapshot()
+        never = [None] * len(plan.layers)
+        expected = decoder.step(ids[:, PROMPT : PROMPT + 1], never).logits
+        for junk in range(3):
+            decoder.step(ids[:, junk : junk + 1], half(plan))
+        decoder.engine.cache.restore(kept)
+        again = decoder.step(ids[:, PROMPT : PROMPT + 1], never).logits
+    assert torch.equal(again, expected)
+
+
+def test_cheap_policies_differ_from_propagate(case: Case) -> None:
+    """``copy`` and ``stale`` are other approximations, not other names: later logits move."""
+    ids, script = random_ids(1, PROMPT + STEPS), torch.tensor([[0] * 4 + [9] * (STEPS - 4)])
+    by_policy = [
+        step_by_step(case.backbone, plan, ids, half(plan), prompt_length=PROMPT).logits
+        for plan in (case.plan(ScriptedJudge(script), name) for name in ("propagate", case.cheap_policy()))
+    ]
+    moved = (by_policy[0] - by_policy[1]).abs().amax(-1)[0]
+    assert moved[: PROMPT + 1].max() < 1e-5  # nothing was skipped before
+    assert moved[PROMPT + 4 :].min() > 1e-4

@@ -1,0 +1,140 @@
+"""Laws 1, 5 and 6 through Hugging Face's own ``generate``: the call that users make."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.laws.conftest import Case, left_padding, pattern
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from dynamax_llm.decoding import EarlyExit
+from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.testing import ScriptedJudge, random_ids
+
+PROMPT, NEW = 7, 12
+
+
+def early(case: Case, judge: ScriptedJudge | None = None, **options) -> EarlyExit:
+    exits = Exits.untrained(case.backbone, case.exits)
+    decoding = EarlyExit(exits, measure="softmax_margin", **options)
+    if judge is not None:
+        decoding.judge = judge
+    return decoding
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_never_exiting_is_generate(case: Case, batch: int) -> None:
+    """Law 1, with left padding and rows that end early."""
+    ids, model = random_ids(batch, PROMPT), case.backbone.model
+    inputs = {"input_ids": ids, "attention_mask": left_padding(batch, PROMPT), "max_new_tokens": NEW}
+    free = model.generate(**inputs, do_sample=False, eos_token_id=None)
+    ending = int(free[0, PROMPT + 4])  # a token that is really produced, so that a row really ends
+    for eos in (None, ending):
+        plain = model.generate(**inputs, do_sample=False, eos_token_id=eos)
+        out = model.generate(
+            **inputs, do_sample=False, eos_token_id=eos, custom_generate=early(case, threshold="never")
+        )
+        assert out.sequences.tolist() == plain.tolist()
+        depths = out.exit_layers
+        assert set(depths.unique().tolist()) <= {0, case.backbone.n_layers}
+        assert out.trace.mean_depth == 1.0
+        assert out.trace.counted_reduction == 0.0
+
+
+def test_processors_criteria_and_sampling_are_hugging_faces(case: Case) -> None:
+    """Sampling, penalties, minimum length and stopping criteria act as in plain ``generate``."""
+
+    class StopAt(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= PROMPT + 9)
+
+    ids, model = random_ids(2, PROMPT), case.backbone.model
+    request = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "repetition_penalty": 1.3,
+        "min_new_tokens": 5,
+        "max_new_tokens": NEW,
+        "stopping_criteria": StoppingCriteriaList([StopAt()]),
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    torch.manual_seed(3)
+    plain = model.generate(ids, **request)
+    torch.manual_seed(3)
+    ours = model.generate(ids, **request, custom_generate=early(case, threshold="never"))
+    assert ours.sequences.tolist() == plain.sequences.tolist()
+    assert ours.sequences.shape[1] <= PROMPT + 9
+    assert len(ours.scores) == len(plain.scores)
+    assert torch.allclose(torch.stack(ours.scores), torch.stack(plain.scores), atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["propagate", "cheap"])
+def test_a_generated_row_equals_the_row_alone(case: Case, policy: str) -> None:
+    """Law 6 in free generation, rows leaving at different depths."""
+    policy = case.cheap_policy() if policy == "cheap" else policy
+    batch, model = 4, case.backbone.model
+    ids, mask, script = random_ids(batch, PROMPT), left_padding(batch, PROMPT), pattern(batch, NEW, len(case.exits))
+    request = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    together = model.generate(
+        ids, attention_mask=mask, custom_generate=early(case, ScriptedJudge(script), threshold=0.5, policy=policy), **request
+    )
+    for row in range(batch):
+        judge = ScriptedJudge(script[row : row + 1])
+        alone = model.generate(
+            ids[row : row + 1, row:], custom_generate=early(case, judge, threshold=0.5, policy=policy), **request
+        )
+        assert together.sequences[row, row:].tolist() == alone.sequences[0].tolist()
+        assert together.exit_layers[row].tolist() == alone.exit_layers[0].tolist()
+
+
+def test_depth_per_token_follows_the_script(case: Case) -> None:
+    script = pattern(2, NEW, len(case.exits), seed=1)
+    depths = torch.tensor([*case.exits, case.backbone.n_layers])
+    seen: list[list[int]] = []
+    decoding = early(
+        case, ScriptedJudge(script), threshold=0.5, on_token=lambda tokens, layers: seen.append(layers.tolist())
+    )
+    out = case.backbone.model.generate(
+        random_ids(2, PROMPT), custom_generate=decoding, max_new_tokens=NEW, eos_token_id=None, do_sample=False
+    )
+    expected = torch.cat((torch.full((2, 1), case.backbone.n_layers), depths[script[:, : NEW - 1]]), dim=1)
+    assert out.exit_layers.tolist() == expected.tolist()
+    assert torch.tensor(seen).T.tolist() == expected.tolist()
+    assert out.trace.mean_depth == pytest.approx(float(expected.float().mean()) / case.backbone.n_layers)
+    assert sum(out.trace.histogram.values()) == out.trace.n_tokens == 2 * NEW
+
+
+def test_depth_never_falls_as_the_threshold_rises(case: Case) -> None:
+    """Law 8 on the first token that may leave: same state, so only the threshold decides."""
+    ids, depths = random_ids(3, PROMPT), []
+    for threshold in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, "never"):
+        out = case.backbone.model.generate(
+            ids, custom_generate=early(case, threshold=threshold), max_new_tokens=2, eos_token_id=None, do_sample=False
+        )
+        depths.append(out.exit_layers[:, 1])
+    assert (torch.stack(depths).diff(dim=0) >= 0).all()
+    assert depths[0].tolist() == [case.exits[0]] * 3
+    assert depths[-1].tolist() == [case.backbone.n_layers] * 3
+
+
+def test_an_exception_leaves_the_model_as_it_was(case: Case) -> None:
+    """Law 5: weights, config, hooks and results after a callback that raises mid-decode."""
+    model, ids = case.backbone.model, random_ids(1, PROMPT)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config, hooks = model.config.to_dict(), [len(module._forward_hooks) for module in model.modules()]
+    plain = model.generate(ids, max_new_tokens=5, do_sample=False)
+    calls = []
+
+    def explode(tokens, layers):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("callback failed")
+
+    with pytest.raises(RuntimeError, match="callback failed"):
+        model.generate(ids, custom_generate=early(case, threshold=0.0, on_token=explode), max_new_tokens=8)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.config.to_dict() == config
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert model.generate(ids, max_new_tokens=5, do_sample=False).tolist() == plain.tolist()

@@ -1,0 +1,120 @@
+"""The recipe's fast forward, objective and data split equal their plain twins."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "reference"))
+
+from layers import Stack
+from mixture import held_out_key, is_held_out
+from objective import MultiExitLoss, exits_for_step
+from optim import learning_rate, orthogonalise
+from shapes import config
+from ssd import ssd
+
+
+def tiny(kind: str) -> torch.nn.Module:
+    """A tiny stock model whose parameters are all away from their defaults, fp32."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(kind, smoke=True), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["transformer", "mamba"])
+@pytest.mark.parametrize("length", [150, 64])
+def test_fast_forward_equals_stock_in_output_and_gradient(kind: str, length: int) -> None:
+    model = tiny(kind)
+    ids = torch.randint(8192, (2, length))
+    probe = torch.randn(2, length, 8192) / length
+
+    slow = model(ids, use_cache=False).logits
+    (slow * probe).sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    stack = Stack(model)
+    fast = stack.normed(stack.states(ids)[-1]) @ stack.head.T
+    (fast * probe).sum().backward()
+
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_ssd_equals_the_recurrence() -> None:
+    torch.manual_seed(1)
+    batch, length, heads, width, size = 2, 37, 3, 4, 5
+    x, dt = torch.randn(batch, length, heads, width), torch.rand(batch, length, heads)
+    b, c = torch.randn(batch, length, size), torch.randn(batch, length, size)
+    a, d = -torch.rand(heads) * 3, torch.randn(heads)
+    state, rows = torch.zeros(batch, heads, size, width), []
+    for t in range(length):
+        fed = dt[:, t, :, None, None] * b[:, t, None, :, None] * x[:, t, :, None, :]
+        state = torch.exp(dt[:, t] * a)[..., None, None] * state + fed
+        rows.append(torch.einsum("bn,bhnp->bhp", c[:, t], state) + d[:, None] * x[:, t])
+    torch.testing.assert_close(ssd(x, dt, a, b, c, d, chunk=8), torch.stack(rows, 1), atol=1e-5, rtol=1e-4)
+
+
+def test_objective_gradient_equals_autograd() -> None:
+    torch.manual_seed(2)
+    model = tiny("transformer")
+    stack, loss = Stack(model), MultiExitLoss(distil=0.7, exit_weight=0.8)
+    ids, exits = torch.randint(8192, (2, 17)), [1, 3]
+
+    def normed() -> list[torch.Tensor]:
+        states = stack.states(ids[:, :-1])
+        return [stack.normed(states[e - 1]) for e in (*exits, 4)]
+
+    entropies = loss.backward(normed(), exits, ids[:, 1:], stack.head)
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    logs = [(h @ stack.head.T).log_softmax(-1).flatten(0, 1) for h in normed()]
+    hard = [torch.nn.functional.nll_loss(log, ids[:, 1:].flatten()) for log in logs]
+    teacher = logs[-1].detach()
+    total = hard[-1]
+    for exit, ce, log in zip(exits, hard, logs, strict=False):
+        kl = (teacher.exp() * (teacher - log)).sum(-1).mean()
+        total = total + 0.8 * exit / sum(exits) * (0.3 * ce + 0.7 * kl)
+    total.backward()
+
+    torch.testing.assert_close(entropies, torch.stack(hard).detach(), atol=1e-5, rtol=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(got[name], parameter.grad, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_exits_rotate_over_every_earlier_layer_and_depend_only_on_the_step() -> None:
+    for depth in (16, 24):
+        seen = {e for step in range(400) for e in exits_for_step(step, depth, 3)}
+        assert seen == set(range(1, depth))
+    assert exits_for_step(7, 16, 3) == exits_for_step(7, 16, 3)
+
+
+def test_orthogonalised_singular_values_are_near_one() -> None:
+    torch.manual_seed(3)
+    for shape in ((3, 48, 16), (3, 16, 48)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape), torch.float32))
+        assert values.min() > 0.5 and values.max() < 1.35
+
+
+def test_learning_rate_rises_then_falls_to_almost_nothing() -> None:
+    rates = [learning_rate(p / 100) for p in range(101)]
+    assert rates[0] < 0.05 and max(rates) == 1.0 and rates[100] < 0.01
+    assert all(a >= b for a, b in zip(rates[40:], rates[41:], strict=False))
+
+
+def test_held_out_split_is_pinned_and_shared_between_wikipedia_and_squad() -> None:
+    row = {"title": "New_York_City", "context": "x", "text": "y", "part": 3, "question": "z"}
+    assert held_out_key("squad", row) == held_out_key("wikipedia", row | {"title": "New York City"})
+    share = sum(is_held_out("wikipedia", {"title": str(i)}) for i in range(20_000)) / 20_000
+    assert 0.007 < share < 0.013
+    assert [i for i in range(300) if is_held_out("dialogues", {"text": str(i)})] == [92, 250]
