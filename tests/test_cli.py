@@ -143,7 +143,7 @@ def test_a_terminal_gets_tints_and_a_legend(prompts, dynamax, monkeypatch):
 def test_a_shipped_backbone_brings_its_exits(dynamax, monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "REFERENCE_FOLDER", tmp_path)
     copy(model_folder("mamba2"), tmp_path / "mamba-ee")
-    copy(exits_folder("mamba2", "mlp"), tmp_path / "mamba-ee" / "exits")
+    copy(exits_folder("mamba2", "mlp"), tmp_path / "mamba-ee" / "exits" / loading.DEFAULT_HEAD)
     printed = dynamax("generate", "mamba-ee", "--threshold", "0", "--prompt", "a", "--max-new-tokens", 3, "--json")
     assert json.loads(printed)["mean_depth"] == pytest.approx((5 + 2 + 2) / 15)
     assert Exits.from_pretrained("mamba-ee").config.head == "mlp"

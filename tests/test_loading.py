@@ -45,8 +45,12 @@ def test_names_of_shipped_backbones_are_folders_inside_the_package(monkeypatch, 
     copy(model_folder("mamba2"), tmp_path / "mamba-ee")
     assert load("mamba-ee")[0].config.model_type == "mamba2"
     assert shipped_exits("mamba-ee") is None
-    (tmp_path / "mamba-ee" / "exits").mkdir()
-    assert shipped_exits("mamba-ee") == tmp_path / "mamba-ee" / "exits"
+    folder = tmp_path / "mamba-ee" / "exits"
+    (folder / loading.DEFAULT_HEAD).mkdir(parents=True)
+    assert shipped_exits("mamba-ee") == folder / loading.DEFAULT_HEAD
+    assert shipped_exits("mamba-ee", "linear") is None
+    (folder / "linear").mkdir()
+    assert shipped_exits("mamba-ee", "linear") == folder / "linear"
     assert shipped_exits("some/model") is None
 
 

@@ -25,16 +25,16 @@ def test_every_tint_is_readable_on_black_and_on_white(share):
 def test_tints_tell_depths_apart_and_clamp():
     assert colour(-1.0) == colour(0.0) == "#1a81c4"
     assert colour(2.0) == colour(1.0) == "#c75f16"
-    assert tint(8, 16) == colour(0.0)
-    assert tint(16, 16) == colour(1.0)
-    assert tint(4, 16) == colour(0.0)
-    assert len({tint(depth, 16) for depth in (8, 10, 12, 14, 16)}) == 5
+    assert tint(8, 16, 8) == tint(4, 16, 8) == colour(0.0)
+    assert tint(12, 16, 8) == colour(0.5)
+    assert tint(16, 16, 8) == tint(16, 16, 16 - 1) == colour(1.0)
+    assert len({tint(depth, 16, 4) for depth in (4, 8, 12, 16)}) == 4
 
 
 def test_marks_and_tints_carry_the_same_text():
     items = [Piece(" the", 8), Piece(" cat", 16)]
     assert marked(items) == " the[8] cat[16]"
-    text = tinted(items, 16)
+    text = tinted(items, 16, 8)
     assert text.plain == " the cat"
     assert [(span.start, span.end, span.style) for span in text.spans] == [(0, 4, "#1a81c4"), (4, 8, "#c75f16")]
 

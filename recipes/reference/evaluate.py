@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
 from layers import Stack
 from measure import measure, table
 from mixture import encode, held_out_documents
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 
 def windows(model_dir: Path, data: Path, tokens: int, length: int) -> tuple[Tensor, float]:

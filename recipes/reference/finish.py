@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
-
 from mixture import END_OF_TEXT, TOKENIZER_FILE
+from safetensors.torch import load_file
 from shapes import NAMES, config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 LIMIT = 16 * 2**20  # bytes a whole folder may take
 

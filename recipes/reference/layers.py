@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from ssd import ssd
+from torch import Tensor, nn
 
 SCAN_CHUNK = 64
 
@@ -114,9 +113,7 @@ class Stack:
         for layer in self.layers:
             if self.kind == "mistral":
                 cos, sin = self._angles(ids.shape[1], h.device)
-                h = self._layer(
-                    h, cos, sin, attention_weights(layer), config.head_dim, config.rms_norm_eps, self.dtype
-                )
+                h = self._layer(h, cos, sin, attention_weights(layer), config.head_dim, config.rms_norm_eps, self.dtype)
             else:
                 inner = layer.mixer.intermediate_size
                 h = self._layer(h, mamba_weights(layer), inner, config.layer_norm_epsilon, self.dtype)

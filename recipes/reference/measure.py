@@ -6,9 +6,8 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from layers import Stack
+from torch import Tensor
 
 READOUT_SLICE = 4096  # tokens whose (n, V) logits are held at once
 

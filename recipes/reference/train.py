@@ -21,17 +21,16 @@ STARTED = time.time()  # the deadline counts imports, tokenising and compiling
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM
-
 import workers
 from layers import Stack
 from measure import measure, table
 from mixture import prepare
 from objective import MultiExitLoss, exits_for_step
 from optim import Optimizer, learning_rate
+from safetensors.torch import save_file
 from shapes import CONTEXT, NAMES, config
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 REPORT_SECONDS = 5.0
 
@@ -198,7 +197,11 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """What this ran on."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
     return {"device": name, "processes": workers.count(), "peak_GiB": peak, "versions": versions}
 
 
@@ -236,7 +239,11 @@ def main() -> None:
     result = validate(args, run.stack, valid_windows(args))
     print(table(result), flush=True)
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    metrics = {"name": NAMES[args.kind], "options": options, "config": json.loads(run.stack.model.config.to_json_string())}
+    metrics = {
+        "name": NAMES[args.kind],
+        "options": options,
+        "config": json.loads(run.stack.model.config.to_json_string()),
+    }
     metrics |= {"data": facts, "wall_seconds": round(seconds, 1), "hardware": hardware(device)}
     save(args, run.stack, metrics | {"validation": result} | trained)
 

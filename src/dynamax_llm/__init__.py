@@ -1,0 +1,59 @@
+"""DYNAMAX: early exits for stock Hugging Face language models, as many layers as each token needs.
+
+The public names, nothing else; each is imported when it is first used, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynamax_llm.backbones import adapt
+    from dynamax_llm.backbones.loading import load
+    from dynamax_llm.decoding import EarlyExit, EarlyExitOutput
+    from dynamax_llm.exits.artifact import Exits
+    from dynamax_llm.exits.config import ExitConfig, place_exits
+    from dynamax_llm.training.settings import TrainSettings
+    from dynamax_llm.training.sources import find_source
+    from dynamax_llm.training.trainer import train, train_many
+
+_HOMES = {
+    "EarlyExit": "decoding",
+    "EarlyExitOutput": "decoding",
+    "ExitConfig": "exits.config",
+    "Exits": "exits.artifact",
+    "TrainSettings": "training.settings",
+    "adapt": "backbones",
+    "find_source": "training.sources",
+    "load": "backbones.loading",
+    "place_exits": "exits.config",
+    "train": "training.trainer",
+    "train_many": "training.trainer",
+}
+
+__all__ = [
+    "EarlyExit",
+    "EarlyExitOutput",
+    "ExitConfig",
+    "Exits",
+    "TrainSettings",
+    "adapt",
+    "find_source",
+    "load",
+    "place_exits",
+    "train",
+    "train_many",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dynamax_llm' has no attribute {name!r}")
+    value = getattr(import_module(f"dynamax_llm.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -8,7 +8,6 @@ from typing import Generic, TypeVar
 
 from dynamax_llm.errors import UsageError
 
-
 T = TypeVar("T")
 
 

@@ -76,16 +76,16 @@ def colour(share: float) -> str:
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
 
-def tint(depth: int, n_layers: int) -> str:
-    """The tint of a token: the gradient spans the deeper half, where exits usually lie, and clamps below it."""
-    return colour(2.0 * depth / n_layers - 1.0)
+def tint(depth: int, n_layers: int, first_exit: int) -> str:
+    """The tint of a token that ran ``depth`` layers: the gradient spans the first exit to the last layer."""
+    return colour((depth - first_exit) / max(n_layers - first_exit, 1))
 
 
-def tinted(items: Iterable[Piece], n_layers: int) -> Text:
+def tinted(items: Iterable[Piece], n_layers: int, first_exit: int) -> Text:
     """Text coloured token by token."""
     text = Text()
     for item in items:
-        text.append(item.text, style=tint(item.depth, n_layers))
+        text.append(item.text, style=tint(item.depth, n_layers, first_exit))
     return text
 
 
@@ -96,9 +96,9 @@ def marked(items: Iterable[Piece]) -> str:
 
 def legend(depths: Iterable[int], n_layers: int) -> Text:
     """One swatch per depth a token can have, in layers."""
-    text = Text("layers run:")
-    for depth in sorted(set(depths)):
-        text.append(f" {depth} ", style=f"bold {tint(depth, n_layers)}")
+    text, known = Text("layers run:"), sorted(set(depths))
+    for depth in known:
+        text.append(f" {depth} ", style=f"bold {tint(depth, n_layers, known[0])}")
     return text.append(f"of {n_layers}")
 
 

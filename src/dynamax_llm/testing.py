@@ -1,7 +1,7 @@
 """Fakes for your tests and ours: tiny random backbones of every family, and a scripted judge.
 
-    model = tiny_model("mamba2", layers=5)          # stock class, odd sizes, seconds to run
-    judge = ScriptedJudge(torch.tensor([[0, 9, 1]]))  # one row: first exit, full depth, second exit
+model = tiny_model("mamba2", layers=5)          # stock class, odd sizes, seconds to run
+judge = ScriptedJudge(torch.tensor([[0, 9, 1]]))  # one row: first exit, full depth, second exit
 """
 
 from __future__ import annotations
@@ -84,11 +84,15 @@ class ScriptedJudge(Judge):
     def __init__(self, pattern: Tensor) -> None:
         self.pattern, self.step = pattern, 0
 
-    def confidence(self, exit: int, h: Tensor, signals: Signals, state: State | None, padding: Tensor | None = None):
+    def confidence(
+        self, exit: int, h: Tensor, signals: Signals, state: State | None, padding: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
         if h.shape[1] == 1:
             taken = self.pattern[:, [self._tick(exit)]]
         else:  # a teacher-forced text: the pattern covers its last positions
-            taken = torch.cat((self.pattern.new_full((len(h), h.shape[1] - self.pattern.shape[1]), -1), self.pattern), 1)
+            taken = torch.cat(
+                (self.pattern.new_full((len(h), h.shape[1] - self.pattern.shape[1]), -1), self.pattern), 1
+            )
         return (taken == exit).float(), state
 
     def _tick(self, exit: int) -> int:

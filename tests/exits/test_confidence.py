@@ -59,9 +59,7 @@ def test_unread_exits_know_only_similarity(seen) -> None:
     signals = observe(h, before, None, observe(h, before, logits, None))
     assert signals.token is None
     assert signals.values[..., :-1].count_nonzero() == 0
-    torch.testing.assert_close(
-        column(signals, "similarity"), torch.nn.functional.cosine_similarity(h, before, dim=-1)
-    )
+    torch.testing.assert_close(column(signals, "similarity"), torch.nn.functional.cosine_similarity(h, before, dim=-1))
     after = observe(h, before, logits, signals)
     assert column(after, "previous_probability").count_nonzero() == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_a_sequence_cut_anywhere_gives_the_same_result(kind: str, cuts: list[int
     whole, end = heads.logits(1, h, signals)
     state, states, pieces = heads.initial_state(2)[1], heads.initial_state(2), []
     edges = [0, *sorted(cuts), count]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         piece = part(h, signals, slice(start, stop))
         logit, state = heads.logits(1, *piece, state)
         states = heads.advance(0, *piece, states)
@@ -167,8 +168,12 @@ def test_scan_is_the_recurrence() -> None:
     y, end = scan(x, dt, decay, bs, cs, state)
     for i in range(t):
         keep = torch.exp(dt[:, :, i] * decay[:, :, 0])
-        state = state * keep[..., None, None] + torch.einsum("sbhp,sbh,sbn->sbhpn", x[:, :, i], dt[:, :, i], bs[:, :, i])
-        torch.testing.assert_close(y[:, :, i], torch.einsum("sbhpn,sbn->sbhp", state, cs[:, :, i]), atol=1e-4, rtol=1e-4)
+        state = state * keep[..., None, None] + torch.einsum(
+            "sbhp,sbh,sbn->sbhpn", x[:, :, i], dt[:, :, i], bs[:, :, i]
+        )
+        torch.testing.assert_close(
+            y[:, :, i], torch.einsum("sbhpn,sbn->sbhp", state, cs[:, :, i]), atol=1e-4, rtol=1e-4
+        )
     torch.testing.assert_close(end, state, atol=1e-4, rtol=1e-4)
 
 

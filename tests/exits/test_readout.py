@@ -7,8 +7,8 @@ import torch
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.exits import readout as module
-from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.confidence import observe
+from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.readout import Lens, Readout
 from dynamax_llm.testing import tiny_model
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.decoding.decoder import ExitPlan
 from dynamax_llm.decoding.state import POLICIES
-from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.confidence import Judge
+from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.readout import Lens, Readout
 from dynamax_llm.testing import ScriptedJudge, tiny_model
 

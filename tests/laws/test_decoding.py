@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from tests.laws.conftest import Case, left_padding, pattern, scripted
 
 from dynamax_llm.decoding.decoder import Decoder
 from dynamax_llm.decoding.teacher_forced import step_by_step, teacher_forced
+from dynamax_llm.exits.confidence import MEASURES
 from dynamax_llm.testing import ScriptedJudge, random_ids
+from tests.laws.conftest import Case, left_padding, pattern, scripted
 
 PROMPT, STEPS = 6, 9
 
@@ -26,9 +27,7 @@ def test_step_by_step_equals_one_pass(case: Case, batch: int, readout: str) -> N
     ids, padding = random_ids(batch, PROMPT + STEPS), left_padding(batch, PROMPT + STEPS)
     plan = case.plan(scripted(batch, STEPS, len(case.exits)), readout=readout)
     slow = step_by_step(case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding)
-    fast = teacher_forced(
-        case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding, keep_logits=True
-    )
+    fast = teacher_forced(case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding, keep_logits=True)
     assert slow.exit_index[:, PROMPT:].tolist() == plan.judge.pattern.tolist()
     assert fast.exit_index.tolist() == slow.exit_index.tolist()
     read = slice(PROMPT - 1, None)
@@ -74,7 +73,7 @@ def test_update_state_leaves_what_layer_leaves(case: Case, first: int) -> None:
     backbone, ids = case.backbone, random_ids(3, 8)
     after = []
     for advance in ("layer", "single", "stacked"):
-        decoder = Decoder(backbone, case.plan(None))
+        decoder = Decoder(backbone, case.plan(MEASURES["softmax_max"]))
         with torch.no_grad():
             decoder.prefill(ids[:, :7])
             h, ctx = decoder.engine.enter(ids[:, 7:])

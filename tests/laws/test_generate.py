@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.laws.conftest import Case, left_padding, pattern
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.testing import ScriptedJudge, random_ids
+from tests.laws.conftest import Case, left_padding, pattern
 
 PROMPT, NEW = 7, 12
 
@@ -78,7 +78,10 @@ def test_a_generated_row_equals_the_row_alone(case: Case, policy: str) -> None:
     ids, mask, script = random_ids(batch, PROMPT), left_padding(batch, PROMPT), pattern(batch, NEW, len(case.exits))
     request = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     together = model.generate(
-        ids, attention_mask=mask, custom_generate=early(case, ScriptedJudge(script), threshold=0.5, policy=policy), **request
+        ids,
+        attention_mask=mask,
+        custom_generate=early(case, ScriptedJudge(script), threshold=0.5, policy=policy),
+        **request,
     )
     for row in range(batch):
         judge = ScriptedJudge(script[row : row + 1])

@@ -47,7 +47,9 @@ def test_fast_forward_equals_stock_in_output_and_gradient(kind: str, length: int
 
     torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
     for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter.grad, expected[name], atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_ssd_equals_the_recurrence() -> None:

@@ -42,7 +42,9 @@ def test_sweep_is_what_each_threshold_would_do(seed: int, ties: bool) -> None:
     for threshold, depth, agreement in zip(curve.thresholds, curve.depth, curve.agreement, strict=True):
         expected = brute_force(confidences, labels, float(threshold))
         assert (float(depth), float(agreement)) == pytest.approx(expected, abs=1e-12)
-    assert set(confidences.cummax(0).values.flatten().double().tolist()) | {float("inf")} == set(curve.thresholds.tolist())
+    assert set(confidences.cummax(0).values.flatten().double().tolist()) | {float("inf")} == set(
+        curve.thresholds.tolist()
+    )
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -77,7 +77,9 @@ def test_the_text_field_can_be_named(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "no", "title": "yes"}) + "\n\n")
     assert list(documents(path, text_field="title")) == ["yes"]
-    with pytest.raises(DataError, match=r"a\.jsonl, line 1: no text in a field 'body'\. It has text, title\..*--text-field"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 1: no text in a field 'body'\. It has text, title\..*--text-field"
+    ):
         list(documents(path, text_field="body"))
 
 
@@ -131,7 +133,9 @@ def test_an_unreachable_hub_is_one_clear_error(monkeypatch) -> None:
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
-    with pytest.raises(DataError, match=r"'owner/name', and no dataset.*\(Name or service not known\).*without a network"):
+    with pytest.raises(
+        DataError, match=r"'owner/name', and no dataset.*\(Name or service not known\).*without a network"
+    ):
         list(documents("owner/name"))
 
 
@@ -164,7 +168,10 @@ def test_batches_hold_every_token_once_an_epoch(corpus: Path, tokenizer) -> None
     found = torch.cat([batch.ids[batch.mask] for batch in batches])
     lost = len(expected) - len(found)
     assert 0 <= lost <= len(list(train.documents(0)))  # one-token ends of documents
-    assert torch.bincount(found, minlength=61).sub(torch.bincount(torch.tensor(expected), minlength=61)).abs().sum() == lost
+    assert (
+        torch.bincount(found, minlength=61).sub(torch.bincount(torch.tensor(expected), minlength=61)).abs().sum()
+        == lost
+    )
     assert all(batch.ids.numel() <= 256 and batch.ids.shape[1] <= 64 for batch in batches)
     assert sum(batch.tokens for batch in batches) / sum(batch.ids.numel() for batch in batches) > 0.9
     assert all(int(batch.ids[~batch.mask].sum()) == 0 for batch in batches)

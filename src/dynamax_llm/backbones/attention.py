@@ -11,9 +11,10 @@ from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.stacking import StackedWeights, layer_devices, normalise
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary positions (cos, sin), each (B or 1, T, D), to x (..., B, H, T, D)."""
-    cos, sin = (part.unsqueeze(1) for part in rotary)
+def rotate(x: Tensor, ctx: Context) -> Tensor:
+    """Apply the context's rotary positions to x (..., B, H, T, D)."""
+    assert ctx.rotary is not None
+    cos, sin = (part.unsqueeze(1) for part in ctx.rotary)
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return x * cos + turned * sin
@@ -70,7 +71,7 @@ class AttentionBackbone(Backbone):
         x = self.layers[index].input_layernorm(h)
         shape = (*x.shape[:-1], -1, attention.head_dim)
         key, value = (project(x).view(shape).transpose(1, 2) for project in (attention.k_proj, attention.v_proj))
-        cache.update(rotate(key, ctx.rotary), value, index)
+        cache.update(rotate(key, ctx), value, index)
 
     @staticmethod
     def _rows(layer: nn.Module) -> tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]:
@@ -85,7 +86,7 @@ class AttentionBackbone(Backbone):
         rows = weights.project(normalise(h, weights.eps, self.dtype))  # (n, B * T, 2 * H * D)
         dim = self.layers[first].self_attn.head_dim
         kv = rows.view(stop - first, batch, count, 2, -1, dim).permute(0, 3, 1, 4, 2, 5)  # (n, 2, B, H, T, D)
-        key = rotate(kv[:, 0], ctx.rotary)
+        key = rotate(kv[:, 0], ctx)
         cache.append_kv(first, stop, torch.stack((key, kv[:, 1]), dim=1))
 
     def final_norm(self, h: Tensor) -> Tensor:

@@ -71,7 +71,9 @@ class KVLayer(CacheLayerMixin):
         self.stack.reserve(key_states, key_states.shape[-2])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Append (B, H, T, D) keys and values; returns all of this layer's, as views."""
         start, end = self.length, self.length + key_states.shape[-2]
         buffer = self.stack.reserve(key_states, end)[self.slot]
@@ -140,9 +142,9 @@ class SSMLayer(LinearAttentionLayer):
 
     def rebind(self) -> None:
         """Point the views at the stack's present tensors."""
-        if self.is_conv_states_initialized[0]:
+        if self.stack.conv is not None and self.is_conv_states_initialized[0]:
             self.conv_states[0] = self.stack.conv[self.slot]
-        if self.is_recurrent_states_initialized[0]:
+        if self.stack.ssm is not None and self.is_recurrent_states_initialized[0]:
             self.recurrent_states[0] = self.stack.ssm[self.slot]
 
 

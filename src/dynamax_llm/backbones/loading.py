@@ -24,6 +24,8 @@ from dynamax_llm.registry import Registry
 #: The trained backbones shipped inside the package, each a folder under ``reference``.
 REFERENCE_BACKBONES = ("transformer-ee", "mamba-ee")
 REFERENCE_FOLDER = Path(__file__).parent / "reference"
+#: The head of the shipped exits that are used when none is named; all four kinds are shipped.
+DEFAULT_HEAD = "mamba"
 
 #: "auto" is the stored dtype on an accelerator and float32 on a CPU, where half precision is emulated and slower.
 DTYPES: Registry[torch.dtype | None] = Registry(
@@ -81,10 +83,12 @@ def peek(name_or_path: str | Path) -> PreTrainedConfig:
     return _load_config(_resolve(name_or_path))
 
 
-def shipped_exits(name_or_path: str | Path) -> Path | None:
-    """The folder of exits shipped with a reference backbone; None for any other model."""
-    folder = REFERENCE_FOLDER / str(name_or_path) / "exits"
-    return folder if str(name_or_path) in REFERENCE_BACKBONES and folder.is_dir() else None
+def shipped_exits(name_or_path: str | Path, head: str | None = None) -> Path | None:
+    """The folder of exits shipped with a reference backbone, with this head or the default; None for other models."""
+    if str(name_or_path) not in REFERENCE_BACKBONES:
+        return None
+    folder = REFERENCE_FOLDER / str(name_or_path) / "exits" / (head or DEFAULT_HEAD)
+    return folder if folder.is_dir() else None
 
 
 def _single_device(device_map: str | torch.device | dict | None) -> torch.device | None:

@@ -87,7 +87,9 @@ class StackedWeights:
         return self._slices[first, stop]
 
     def _worthwhile(self, tensors: list[Tensor]) -> bool:
-        plain = all(not getattr(layer, "_hf_hook", None) and type(layer) is type(self.layers[0]) for layer in self.layers)
+        plain = all(
+            not getattr(layer, "_hf_hook", None) and type(layer) is type(self.layers[0]) for layer in self.layers
+        )
         one_place = len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1
         if not (plain and one_place and tensors[0].is_floating_point() and tensors[0].device.type != "meta"):
             return False  # offloaded, sharded, quantised or mixed layers keep their own products
@@ -107,7 +109,12 @@ class StackedWeights:
         if any(item is not None for item in biases):
             bias = torch.stack(
                 [
-                    torch.cat([weight.new_zeros(len(lin.weight))[rows] if lin.bias is None else lin.bias[rows] for lin, rows in parts])
+                    torch.cat(
+                        [
+                            weight.new_zeros(len(lin.weight))[rows] if lin.bias is None else lin.bias[rows]
+                            for lin, rows in parts
+                        ]
+                    )
                     for _, parts in sources
                 ]
             )

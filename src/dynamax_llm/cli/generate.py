@@ -139,8 +139,16 @@ class _Job:
         for text, context, (ids, depths) in zip(self.prompts, self.prompt_ids, self.rows(out), strict=True):
             console.print(text, style="dim", end="")
             items = pieces(self.tokenizer, ids, depths, context)
-            show(console, items, self.n_layers)
+            self.show(console, items)
             console.print("\n")
+
+    def show(self, console: Console, items: list[Piece]) -> None:
+        """Print pieces of text without a line end, their depths as tints or as marks."""
+        from dynamax_llm.render import marked, tinted
+
+        config = self.exits.config
+        first = config.layers[0] + (config.tail_layers if config.readout == "tail" else 0)
+        console.print(tinted(items, config.n_layers, first) if in_colour(console) else marked(items), end="")
 
     def print_summary(self, console: Console, out: Any, seconds: float) -> None:
         from dynamax_llm.render import legend, summary
@@ -203,19 +211,12 @@ class _Live:
 
     def _show(self, piece: Any) -> None:
         if piece is not None:
-            show(self.console, [piece], self.job.n_layers)
+            self.job.show(self.console, [piece])
 
 
 def in_colour(console: Console) -> bool:
     """Whether tints will be seen; otherwise depths are marked in the text."""
     return console.color_system is not None and not console.no_color
-
-
-def show(console: Console, items: list[Piece], n_layers: int) -> None:
-    """Print pieces of text without a line end, their depths as tints or as marks."""
-    from dynamax_llm.render import marked, tinted
-
-    console.print(tinted(items, n_layers) if in_colour(console) else marked(items), end="")
 
 
 def _prompts(prompt: list[str] | None, prompt_file: Path | None) -> list[str]:

@@ -14,15 +14,16 @@ from dynamax_llm.engines import EagerEngine
 from dynamax_llm.exits.confidence import Judge, Signals, State, observe, select
 from dynamax_llm.exits.readout import Readout
 
+
 @dataclass(frozen=True)
 class ExitPlan:
     """What decides and what happens then; fixed for a generation.
 
-    ``layers`` are the depths of the exits that are asked; ``judge`` may be None if there are none.
+    ``layers`` are the depths of the exits that are asked; there may be none.
     """
 
     layers: tuple[int, ...]
-    judge: Judge | None
+    judge: Judge
     readout: Readout
     policy: StatePolicy
 
@@ -55,9 +56,10 @@ class _Token:
         self.some_left, self.all_left = True, bool(self.left.all())
         return True
 
-    def keep(self, rows: Tensor, logits: Tensor) -> None:
-        """Remember logits (B, V) for ``rows`` (B,) bool."""
+    def keep(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """Remember logits (B, V) for ``rows`` (B,) bool; returns all rows'."""
         self.logits = logits if self.logits is None else torch.where(rows.unsqueeze(1), logits, self.logits)
+        return self.logits
 
 
 class Decoder:
@@ -67,16 +69,16 @@ class Decoder:
         self.backbone, self.plan = backbone, plan
         self.engine = EagerEngine(backbone, padding)
         self.n_exits = len(plan.layers)
-        self.states: list[State] | None = None
+        self.states: list[State] | None = None  # per exit, of a recurrent judge
 
     def prefill(self, ids: Tensor) -> Tensor:
         """The prompt (B, T) at full depth: logits (B, V) of the next token. Recurrent heads read the whole prompt."""
-        judge = self.plan.judge if self.n_exits else None
-        self.states = judge.initial_state(len(ids), self.backbone.device) if judge else None
+        judge = self.plan.judge
+        self.states = judge.initial_state(len(ids), self.backbone.device) if self.n_exits else None
         padding = self.engine.padding
         h, ctx = self.engine.enter(ids)
         depth, signals = 0, None
-        for index, stop in enumerate(self.plan.layers if judge and judge.recurrent else ()):
+        for index, stop in enumerate(self.plan.layers if self.states is not None else ()):
             before = self.engine.run(depth, stop - 1, h, ctx)
             h = self.engine.run(stop - 1, stop, before, ctx)
             depth = stop
@@ -84,7 +86,7 @@ class Decoder:
                 signals = self.plan.readout.signals(index, h, before, signals)
             else:
                 signals = observe(h, before, None, signals)
-            _, self.states[index] = judge.confidence(index, h, signals, self.states[index], padding)
+            self._confidence(index, h, signals, padding)
         h = self.engine.run(depth, self.backbone.n_layers, h, ctx)
         return self.backbone.readout(h[:, -1:])[:, 0]
 
@@ -102,10 +104,10 @@ class Decoder:
             self._ask(token, index, thresholds[index])
             if token.all_left:
                 # Recurrent heads further up read the h and the signals with which the token left.
+                assert token.signals is not None
                 self.states = self.plan.judge.advance(index + 1, token.h, token.signals, self.states)
                 break
-        self._finish(token, depth, ctx)
-        return Step(token.logits, token.exit_index)
+        return Step(self._finish(token, depth, ctx), token.exit_index)
 
     def _run(self, token: _Token, first: int, stop: int, ctx: Context) -> None:
         """Layers ``first`` to ``stop - 1`` for the rows that have not left."""
@@ -123,10 +125,7 @@ class Decoder:
         if token.some_left and token.signals is not None:
             signals = select(token.left.unsqueeze(1), token.signals, signals)
         token.signals = signals
-        state = None if self.states is None else self.states[index]
-        confidence, state = judge.confidence(index, token.h, signals, state)
-        if self.states is not None:
-            self.states = [*self.states[:index], state, *self.states[index + 1 :]]
+        confidence = self._confidence(index, token.h, signals)
         if threshold is None:
             return
         leaving = (confidence[:, 0] >= threshold) & ~token.left
@@ -134,7 +133,17 @@ class Decoder:
             speaks = readout.logits(index, token.h) if logits is None else logits
             token.keep(leaving, speaks[:, 0])
 
-    def _finish(self, token: _Token, depth: int, ctx: Context) -> None:
+    def _confidence(self, index: int, h: Tensor, signals: Signals, padding: Tensor | None = None) -> Tensor:
+        """The judge's confidence (B, T) at an exit; its state there advances."""
+        if self.states is None:
+            return self.plan.judge.confidence(index, h, signals, None, padding)[0]
+        confidence, state = self.plan.judge.confidence(index, h, signals, self.states[index], padding)
+        assert state is not None
+        self.states = [*self.states[:index], state, *self.states[index + 1 :]]
+        return confidence
+
+    def _finish(self, token: _Token, depth: int, ctx: Context) -> Tensor:
+        """From layer ``depth`` to the logits (B, V)."""
         resumed = self.backbone.n_layers - self.plan.readout.tail_layers
         if token.all_left:
             self.plan.policy.skip(self.engine, depth, resumed, token.h, ctx)
@@ -144,5 +153,6 @@ class Decoder:
             token.h = self.engine.run(depth, resumed, token.h, ctx)
         if resumed < self.backbone.n_layers:
             token.h = self.engine.run(resumed, self.backbone.n_layers, token.h, ctx)
-        if token.logits is None or not token.all_left:
-            token.keep(~token.left, self.backbone.readout(token.h)[:, 0])
+        if token.all_left and token.logits is not None:
+            return token.logits
+        return token.keep(~token.left, self.backbone.readout(token.h)[:, 0])

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.utils import ModelOutput
 
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan
@@ -30,16 +29,16 @@ from dynamax_llm.exits.artifact import Exits
 OnToken = Callable[[Tensor, Tensor], None]
 
 
-@dataclass
-class EarlyExitOutput(ModelOutput):
+@dataclass(frozen=True)
+class EarlyExitOutput:
     """``sequences`` (B, prompt + new), ``exit_layers`` (B, new) layers run per token (0 after a row's end), the
     ``trace``, and per step ``scores`` (processed) and ``logits`` (raw), each (B, V), when asked for."""
 
-    sequences: Tensor | None = None
-    exit_layers: Tensor | None = None
+    sequences: Tensor
+    exit_layers: Tensor
+    trace: Trace
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
-    trace: Trace | None = None
 
 
 class EarlyExit:
@@ -78,7 +77,7 @@ class EarlyExit:
             self._backbone = backbone
         backbone, config = self._backbone, self.exits.config
         active = self.thresholds.active
-        judge = self.judge if active else None
+        judge = self.judge
         if isinstance(judge, nn.Module):
             judge.to(backbone.device)
         readout = self.exits.readout(backbone)
@@ -131,7 +130,8 @@ class _Run:
         config: GenerationConfig,
     ) -> None:
         self.ids, self.processors, self.criteria, self.config = ids, processors, criteria, config
-        self.pad = getattr(config, "_pad_token_tensor", None)
+        pad = getattr(config, "_pad_token_tensor", None)
+        self.pad = torch.tensor(0 if pad is None else int(pad), device=ids.device)  # set whenever a row can end
         self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         self.ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         self.finished = False
@@ -153,7 +153,7 @@ class _Run:
         else:
             tokens = scores.argmax(dim=-1)
         if self.has_eos:
-            tokens = torch.where(self.ended, self.pad.to(tokens.device), tokens)
+            tokens = torch.where(self.ended, self.pad, tokens)
         self.exit_index.append(torch.where(self.ended, -1, exit_index))
         self.ids = torch.cat((self.ids, tokens.unsqueeze(1)), dim=1)
         self.ended = self.ended | self.criteria(self.ids, self.scores)

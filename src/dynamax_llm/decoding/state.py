@@ -61,11 +61,11 @@ class StatePolicy(abc.ABC):
             self.after(engine, index, left, kept)
         return h
 
-    def before(self, engine: EagerEngine, index: int) -> object:
+    def before(self, engine: EagerEngine, index: int) -> tuple[Tensor, ...]:
         """What ``after`` needs to remember of layer ``index``."""
-        return None
+        return ()
 
-    def after(self, engine: EagerEngine, index: int, left: Tensor, kept: object) -> None:
+    def after(self, engine: EagerEngine, index: int, left: Tensor, kept: tuple[Tensor, ...]) -> None:
         """Give the rows that left what this policy leaves them with."""
 
 
@@ -86,7 +86,7 @@ class Copy(StatePolicy):
     def skip(self, engine: EagerEngine, first: int, stop: int, h: Tensor, ctx: Context) -> None:
         engine.cache.repeat_last_kv(first, stop)
 
-    def after(self, engine: EagerEngine, index: int, left: Tensor, kept: object) -> None:
+    def after(self, engine: EagerEngine, index: int, left: Tensor, kept: tuple[Tensor, ...]) -> None:
         engine.cache.replace_last_kv(index, left)
 
 
@@ -98,10 +98,10 @@ class Stale(StatePolicy):
     def skip(self, engine: EagerEngine, first: int, stop: int, h: Tensor, ctx: Context) -> None:
         return None
 
-    def before(self, engine: EagerEngine, index: int) -> object:
+    def before(self, engine: EagerEngine, index: int) -> tuple[Tensor, ...]:
         return tuple(part[0].clone() for part in engine.cache.recurrent(index, index + 1))
 
-    def after(self, engine: EagerEngine, index: int, left: Tensor, kept: object) -> None:
+    def after(self, engine: EagerEngine, index: int, left: Tensor, kept: tuple[Tensor, ...]) -> None:
         for part, old in zip(engine.cache.recurrent(index, index + 1), kept, strict=True):
             part[0, left] = old[left]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan
-from dynamax_llm.exits.confidence import Signals, observe, select
+from dynamax_llm.exits.confidence import Signals, State, observe, select
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class _Pass:
 
     def run(self, thresholds: Sequence[float | None], keep_logits: bool) -> TeacherForced:
         backbone, plan = self.backbone, self.plan
-        states = plan.judge.initial_state(len(self.h), self.h.device) if plan.judge else None
+        states = plan.judge.initial_state(len(self.h), self.h.device)
         depth = 0
         for index, stop in enumerate(plan.layers):
             self._layers(depth, stop - 1)
@@ -82,7 +82,7 @@ class _Pass:
         for layer in range(first, stop):
             self.h = torch.where(frozen, self.h, self.backbone.layer(layer, self.h, None, self.ctx))
 
-    def _ask(self, index: int, before: Tensor, state: object, threshold: float | None) -> None:
+    def _ask(self, index: int, before: Tensor, state: State | None, threshold: float | None) -> None:
         judge, readout = self.plan.judge, self.plan.readout
         if judge.needs_logits:
             fresh = readout.signals(index, self.h, before, self.signals)

@@ -25,12 +25,9 @@ class Thresholds:
     temperature: float = TEMPERATURE
 
     @classmethod
-    def parse(
-        cls, threshold: Threshold | Sequence[Threshold], n_exits: int, schedule: str = "fixed"
-    ) -> Thresholds:
+    def parse(cls, threshold: Threshold | Sequence[Threshold], n_exits: int, schedule: str = "fixed") -> Thresholds:
         """From one value or one per exit, each in [0, 1] or "never". Raises UsageError naming what is allowed."""
-        single = isinstance(threshold, str | int | float)
-        items = [threshold] * n_exits if single else list(threshold)  # type: ignore[arg-type]
+        items = [threshold] * n_exits if isinstance(threshold, str | int | float) else list(threshold)
         if len(items) != n_exits:
             raise UsageError(
                 f"{len(items)} thresholds for {n_exits} exits: give one for all of them, or exactly {n_exits}."

@@ -27,7 +27,7 @@ class TokenCosts:
 
     @classmethod
     def of(
-        cls, costs: Costs, exits: Sequence[int], active: int, judge: Judge | None, policy: StatePolicy, readout: Readout
+        cls, costs: Costs, exits: Sequence[int], active: int, judge: Judge, policy: StatePolicy, readout: Readout
     ) -> TokenCosts:
         """``exits`` are depths; the first ``active`` of them are asked. Every cost is in: layers, skipped states,
         each exit's check, state of recurrent heads at exits the token never reached, every readout."""
@@ -36,11 +36,11 @@ class TokenCosts:
         for index, depth in enumerate((*exits, n_layers)):
             leaves = index < len(exits)
             asked = min(index + 1, active)
-            checks = sum(judge.macs(e) for e in range(asked)) if judge else 0
-            if judge and judge.recurrent:
+            checks = sum(judge.macs(e) for e in range(asked))
+            if judge.recurrent:
                 checks += sum(judge.update_macs(e) for e in range(asked, active))
             # An exit's own readout serves as the token's, unless a tail runs between the two.
-            looked = sum(readout.macs(e) for e in range(asked)) if judge and judge.needs_logits else 0
+            looked = sum(readout.macs(e) for e in range(asked)) if judge.needs_logits else 0
             reused = leaves and tail == 0 and looked > 0
             own = readout.macs(index) if leaves and tail == 0 else costs.readout
             layers = costs.depth(depth)
@@ -89,7 +89,5 @@ class Trace:
 
         Counted, not timed; negative when the checks cost more than the exits saved.
         """
-        spent = sum(
-            int((self.exit_index == i).sum()) * cost for i, cost in enumerate(self.costs.by_exit)
-        )
+        spent = sum(int((self.exit_index == i).sum()) * cost for i, cost in enumerate(self.costs.by_exit))
         return 1.0 - spent / (max(self.n_tokens, 1) * self.costs.full)

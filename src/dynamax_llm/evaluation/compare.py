@@ -9,10 +9,11 @@ at the target is interpolated between the two nearest measured points.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.loop import EarlyExit
@@ -22,8 +23,8 @@ from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence import Judge, observe
 from dynamax_llm.training.curves import Curve, auroc, oracle_depth, sweep
 from dynamax_llm.training.data import Batch
-from dynamax_llm.training.held_out import HeldOut, depths, undisturbed
 from dynamax_llm.training.harvest import harvest
+from dynamax_llm.training.held_out import HeldOut, depths, undisturbed
 
 #: Measured points per judge while its threshold is looked for.
 POINTS = 5
@@ -70,8 +71,6 @@ class Comparison:
     parameters: int
     check_macs: int  # of the judge alone
     readout_macs: int  # of the readout it needs at each check, 0 if none
-    check_us: float  # judge and statistics, one token, this machine
-    readout_us: float
 
 
 @torch.no_grad()
@@ -79,15 +78,15 @@ def compare(
     backbone: Backbone, candidates: Sequence[Candidate], batches: Sequence[Batch], target: float = 0.98
 ) -> tuple[list[Comparison], float]:
     """Every candidate at the target agreement on the same text, and the oracle's mean depth (undisturbed)."""
-    truth = [_full_depth_tokens(backbone, batch) for batch in batches]
+    truth = [full_depth_tokens(backbone, batch) for batch in batches]
     results, oracle = [], 1.0
     for candidate in candidates:
+        if isinstance(candidate.judge, nn.Module):
+            candidate.judge.to(backbone.device)
         curve, ranks, oracle = _undisturbed(backbone, candidate, batches)
         points = _search(backbone, candidate, curve, batches, truth, target)
         depth, saved = (_at(points, target, name) for name in ("depth", "counted_reduction"))
-        results.append(
-            Comparison(candidate, target, depth, saved, tuple(points), ranks, **_costs(backbone, candidate))
-        )
+        results.append(Comparison(candidate, target, depth, saved, tuple(points), ranks, **_costs(backbone, candidate)))
     return results, oracle
 
 
@@ -103,15 +102,18 @@ def outcome(
     _, plan, costs = early.attach(backbone.model)
     agree, left = 0, []
     for batch, tokens in zip(batches, truth, strict=True):
-        found = teacher_forced(backbone, plan, batch.ids, early.thresholds.values)
-        agree += int(((found.tokens == tokens) & batch.mask).sum())
-        left.append(found.exit_index[batch.mask])
+        mask = batch.mask.to(backbone.device)
+        found = teacher_forced(backbone, plan, batch.ids.to(backbone.device), early.thresholds.values)
+        agree += int(((found.tokens == tokens) & mask).sum())
+        left.append(found.exit_index[mask])
     trace = Trace(torch.cat(left).unsqueeze(0), costs, early.policy.name)
     return Outcome(threshold, agree / trace.n_tokens, trace.mean_depth, trace.counted_reduction)
 
 
-def _full_depth_tokens(backbone: Backbone, batch: Batch) -> torch.Tensor:
-    h = backbone.embed(batch.ids)
+@torch.no_grad()
+def full_depth_tokens(backbone: Backbone, batch: Batch) -> torch.Tensor:
+    """The full model's token (B, T) after every position of a batch."""
+    h = backbone.embed(batch.ids.to(backbone.device))
     ctx = backbone.context(h)
     for index in range(backbone.n_layers):
         h = backbone.layer(index, h, None, ctx)
@@ -176,31 +178,32 @@ def _at(points: Sequence[Outcome], target: float, name: str) -> float:
     return float(getattr(below, name) + share * (getattr(above, name) - getattr(below, name)))
 
 
-def _costs(backbone: Backbone, candidate: Candidate) -> dict[str, float]:
+def _costs(backbone: Backbone, candidate: Candidate) -> dict[str, int]:
     judge, readout = candidate.judge, candidate.exits.readout(backbone)
-    h = torch.randn(1, 1, backbone.width, device=backbone.device, dtype=backbone.dtype)
-    logits = readout.decision_logits(0, h) if judge.needs_logits else None
-    signals = observe(h, h, logits, None)
-    states = judge.initial_state(1, backbone.device)
-    state = None if states is None else states[0]
-
-    def check() -> None:
-        judge.confidence(0, h, observe(h, h, logits, None), state)
-
-    judge.confidence(0, h, signals, state)
     heads = candidate.exits.heads if candidate.measure is None else None
     return {
         "parameters": 0 if heads is None else sum(parameter.numel() for parameter in heads.parameters()),
         "check_macs": judge.macs(0),
         "readout_macs": readout.macs(0) if judge.needs_logits else 0,
-        "check_us": _microseconds(check),
-        "readout_us": _microseconds(lambda: readout.decision_logits(0, h)) if judge.needs_logits else 0.0,
     }
 
 
-def _microseconds(call, rounds: int = 20, each: int = 10) -> float:
+@torch.no_grad()
+def check_microseconds(backbone: Backbone, candidate: Candidate) -> tuple[float, float]:
+    """(judge and statistics, the readout they need) of one check of one token on this machine, in µs; CPU only."""
+    judge, readout = candidate.judge, candidate.exits.readout(backbone)
+    h = torch.randn(1, 1, backbone.width, device=backbone.device, dtype=backbone.dtype)
+    logits = readout.decision_logits(0, h) if judge.needs_logits else None
+    states = judge.initial_state(1, backbone.device)
+    state = None if states is None else states[0]
+    check = _microseconds(lambda: judge.confidence(0, h, observe(h, h, logits, None), state))
+    return check, _microseconds(lambda: readout.decision_logits(0, h)) if judge.needs_logits else 0.0
+
+
+def _microseconds(call: Callable[[], object], rounds: int = 20, each: int = 10) -> float:
     """Least mean time of ``each`` calls over ``rounds``: what the call costs when nothing else runs."""
     best = float("inf")
+    call()
     for _ in range(rounds):
         start = time.perf_counter()
         for _ in range(each):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dynamax_llm.backbones import Costs
 from dynamax_llm.evaluation.compare import Comparison
+
+#: (judge and statistics, readout) of one check in µs, by candidate name and inputs.
+Times = Mapping[tuple[str, str], tuple[float, float]]
 
 HEADER = (
     "judge",
@@ -21,17 +24,24 @@ HEADER = (
 )
 
 
-def comparison_table(results: Sequence[Comparison], costs: Costs) -> str:
-    """Rows sorted by mean depth at the target agreement. A layer's kMAC stands in the last line, to compare with."""
-    rows = [_row(item) for item in sorted(results, key=lambda item: item.depth)]
-    lines = [" | ".join(HEADER), " | ".join("---" for _ in HEADER), *(" | ".join(row) for row in rows)]
+def comparison_table(results: Sequence[Comparison], costs: Costs, times: Times | None = None) -> str:
+    """Rows sorted by mean depth at the target agreement; ``times`` adds what a check takes on one machine.
+
+    A layer's kMAC stands in the last line, to compare with.
+    """
+    header = HEADER if times else HEADER[:-2]
+    rows = [_row(item, times) for item in sorted(results, key=lambda item: item.depth)]
+    lines = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
     layer, readout = costs.layers[0].layer / 1e3, costs.readout / 1e3
-    note = f"One layer: {layer:,.0f} kMAC; its state update: {costs.layers[0].state / 1e3:,.0f}; LM head: {readout:,.0f}."
+    note = (
+        f"One layer: {layer:,.0f} kMAC; its state update: {costs.layers[0].state / 1e3:,.0f}; LM head: {readout:,.0f}."
+    )
     return "\n".join([*(f"| {line} |" for line in lines), "", note])
 
 
-def _row(item: Comparison) -> tuple[str, ...]:
+def _row(item: Comparison, times: Times | None) -> tuple[str, ...]:
     ranks = " ".join("–" if value is None else f"{value:.3f}" for value in item.auroc)
+    measured = times[item.candidate.name, item.candidate.inputs] if times else ()
     return (
         item.candidate.name,
         item.candidate.inputs or "–",
@@ -41,6 +51,5 @@ def _row(item: Comparison) -> tuple[str, ...]:
         f"{item.parameters:,}",
         f"{item.check_macs / 1e3:.1f}",
         f"{item.readout_macs / 1e3:,.0f}",
-        f"{item.check_us:.0f}",
-        f"{item.readout_us:.0f}",
+        *(f"{value:.0f}" for value in measured),
     )

@@ -36,14 +36,11 @@ def causal_convolution(rows: Tensor, weight: Tensor, bias: Tensor, window: Tenso
     return F.silu(mixed + bias), joined[:, :, count:]
 
 
-def scan_token(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor | None, state: Tensor):
-    """One token of ``scan`` (T = 1), as the recurrence is written; ``c`` None advances the state alone."""
+def advance_cell(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, state: Tensor) -> Tensor:
+    """The state after one token (T = 1), as the recurrence of ``scan`` is written."""
     keep = torch.exp(dt * decay).squeeze(2)[..., None, None]  # (S, B, H, 1, 1)
     fed = (x * dt.unsqueeze(-1)).squeeze(2).unsqueeze(-1)  # (S, B, H, P, 1)
-    state = torch.addcmul(state * keep, fed, b.unsqueeze(3))  # b (S, B, 1, 1, N)
-    if c is None:
-        return None, state
-    return (state @ c.unsqueeze(2).transpose(-1, -2)).squeeze(-1).unsqueeze(2), state  # (S, B, 1, H, P)
+    return torch.addcmul(state * keep, fed, b.unsqueeze(3))  # b (S, B, 1, 1, N)
 
 
 def scan(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +55,8 @@ def scan(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tens
     tokens, carries the state. A token with dt = 0 neither decays nor feeds it.
     """
     if x.shape[2] == 1:
-        return scan_token(x, dt, decay, b, c, state)
+        state = advance_cell(x, dt, decay, b, state)
+        return (state @ c.unsqueeze(2).transpose(-1, -2)).squeeze(-1).unsqueeze(2), state  # (S, B, 1, H, P)
     outputs = []
     for start in range(0, x.shape[2], CHUNK):
         run = slice(start, start + CHUNK)

@@ -37,10 +37,14 @@ class ExitConfig:
     label_k: int = 15
 
     def __post_init__(self) -> None:
-        checks = (("head", self.head, (None, *HEADS)), ("readout", self.readout, READOUTS), ("label", self.label, LABELS))
+        checks = (
+            ("head", self.head, (None, *HEADS)),
+            ("readout", self.readout, READOUTS),
+            ("label", self.label, LABELS),
+        )
         for name, value, allowed in checks:
             if value not in allowed:
-                raise UsageError(f"unknown {name} {value!r}. Available: {', '.join(map(str, allowed))}.")
+                raise UsageError(f"unknown {name} {value!r}. Available: {', '.join(filter(None, allowed))}.")
         if not self.inputs or any(kind not in INPUTS for kind in self.inputs):
             raise UsageError(f"head inputs {self.inputs!r}: give one or both of {', '.join(INPUTS)}.")
         if self.readout == "tail" and not 1 <= self.tail_layers <= self.n_layers - max(self.layers):
@@ -62,10 +66,11 @@ class ExitConfig:
 def place_exits(spec: str | tuple[str | int | float, ...], n_layers: int) -> tuple[int, ...]:
     """Exit depths from layers (``"8,10"``) or fractions of the depth (``"1/2,0.75"``), sorted, within 1..L-1.
 
-    A fraction is rounded to the nearest layer. Raises ExitPlacement for anything else.
+    A fraction is rounded to the nearest layer; in a shallow model fractions that meet on one layer are one exit.
+    Raises ExitPlacement for anything else, and for a layer named twice.
     """
     items = [item.strip() for item in spec.split(",")] if isinstance(spec, str) else [str(item) for item in spec]
-    depths = []
+    depths: dict[int, str] = {}
     for item in items:
         try:
             value = Fraction(item)
@@ -80,7 +85,9 @@ def place_exits(spec: str | tuple[str | int | float, ...], n_layers: int) -> tup
                 f"exit {item!r} lies at depth {depth}; this backbone has {n_layers} layers, so exits may sit "
                 f"after layers 1 to {n_layers - 1}."
             )
-        depths.append(depth)
-    if len(set(depths)) != len(depths):
-        raise ExitPlacement(f"exits {', '.join(items)} fall on depths {depths}: each layer may carry one exit.")
+        if depth in depths and not is_share:
+            raise ExitPlacement(
+                f"exits {depths[depth]!r} and {item!r} both lie after layer {depth}: name each layer once."
+            )
+        depths[depth] = item
     return tuple(sorted(depths))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynamax_llm.exits.blocks import causal_convolution, scan, scan_token, windowed_attention
+from dynamax_llm.exits.blocks import advance_cell, causal_convolution, scan, windowed_attention
 from dynamax_llm.exits.confidence import SIGNALS, Judge, Signals, State
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.registry import Registry
@@ -54,7 +54,7 @@ class Bank(nn.Module, abc.ABC):
         return nn.Parameter(torch.full((self.n_exits, *shape), value))
 
     @abc.abstractmethod
-    def forward(self, exits: slice, x: Tensor, state: State | None, padding: Tensor | None):
+    def forward(self, exits: slice, x: Tensor, state: State | None, padding: Tensor | None) -> tuple[Tensor, State]:
         """Logits (S, B, T) from inputs x (S, B, T, D), and the state, whose tensors are (S, B, ...)."""
 
     def advance(self, exits: slice, x: Tensor, state: State, padding: Tensor | None) -> State:
@@ -94,7 +94,7 @@ class LinearBank(Bank):
         super().__init__(n_exits, inputs, width)
         self.weight, self.bias = self.constant(inputs, 1), self.constant(1, 1)
 
-    def forward(self, exits: slice, x: Tensor, state: State | None, padding: Tensor | None):
+    def forward(self, exits: slice, x: Tensor, state: State | None, padding: Tensor | None) -> tuple[Tensor, State]:
         return project(x, self.weight[exits], self.bias[exits]).squeeze(-1), ()
 
     def macs(self) -> int:
@@ -110,7 +110,7 @@ class MlpBank(Bank):
         self.up, self.up_bias = self.matrix(width, 2 * width), self.constant(1, 2 * width)
         self.out, self.out_bias = self.constant(2 * width, 1), self.constant(1, 1)
 
-    def forward(self, exits: slice, x: Tensor, state: State | None, padding: Tensor | None):
+    def forward(self, exits: slice, x: Tensor, state: State | None, padding: Tensor | None) -> tuple[Tensor, State]:
         x = project(x, self.embed[exits], self.embed_bias[exits])
         x = F.gelu(project(x, self.up[exits], self.up_bias[exits]))
         return project(x, self.out[exits], self.out_bias[exits]).squeeze(-1), ()
@@ -135,7 +135,7 @@ class TransformerBank(Bank):
         self.down = self.matrix(2 * width, width)
         self.out, self.out_bias = self.constant(width, 1), self.constant(1, 1)
 
-    def forward(self, exits: slice, x: Tensor, state: State | None, padding: Tensor | None):
+    def forward(self, exits: slice, x: Tensor, state: State | None, padding: Tensor | None) -> tuple[Tensor, State]:
         x = project(x, self.embed[exits], self.embed_bias[exits])
         q, k, v = project(unit_rms(x), self.qkv[exits]).unflatten(-1, (3 * self.HEADS, -1)).chunk(3, dim=3)
         past, valid = self._past(exits, x, state), self._valid(x, padding)
@@ -198,7 +198,7 @@ class MambaBank(Bank):
         self.out, self.out_bias = self.constant(self.inner, 1), self.constant(1, 1)
         self.residual = self.constant(width, 1)
 
-    def forward(self, exits: slice, x: Tensor, state: State | None, padding: Tensor | None):
+    def forward(self, exits: slice, x: Tensor, state: State | None, padding: Tensor | None) -> tuple[Tensor, State]:
         state = self._past(exits, x, state)
         embedded = project(x, self.embed[exits], self.embed_bias[exits])
         rows = project(embedded, self.in_proj[exits])
@@ -209,7 +209,9 @@ class MambaBank(Bank):
         logit = project(unit_rms(y), self.out[exits], self.out_bias[exits])
         return (logit + project(embedded, self.residual[exits])).squeeze(-1), (window, cell)
 
-    def _convolve(self, exits: slice, rows: Tensor, state: State, padding: Tensor | None):
+    def _convolve(
+        self, exits: slice, rows: Tensor, state: State, padding: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x (S, B, T, H, P), B and C (S, B, T, N), dt (S, B, T, H) and the next window; zero dt and rows at pads."""
         dt = F.softplus(rows[..., self.convolved : self.convolved + self.heads] + self.dt_bias[exits])
         fresh = rows[..., : self.convolved]
@@ -226,7 +228,7 @@ class MambaBank(Bank):
         embedded = project(x, self.embed[exits], self.embed_bias[exits])
         rows = project(embedded, self.in_proj[exits][..., : self.convolved + self.heads])  # the state never sees z
         x, b, _, dt, window = self._convolve(exits, rows, state, padding)
-        return window, scan_token(x, dt, -self.log_decay[exits].exp(), b, None, state[1])[1]
+        return window, advance_cell(x, dt, -self.log_decay[exits].exp(), b, state[1])
 
     def _past(self, exits: slice, x: Tensor, state: State | None) -> State:
         return tuple(part[exits] for part in self.initial_state(x.shape[1], x.device)) if state is None else state

@@ -67,11 +67,16 @@ def harvest(backbone: Backbone, readout: Readout, batch: Batch) -> Harvest:
     run = forward(backbone, config.layers, batch.ids)
     mask = batch.mask.to(run.final.device)
     target = argmax(backbone, run.final[mask])  # (n,)
-    signals: list[Signals] = []
+    values: list[Tensor] = []
+    tokens: list[Tensor] = []
     labels: list[Tensor] = []
+    seen: Signals | None = None
     for exit, (h, before) in enumerate(zip(run.hidden, run.before, strict=True)):
         packed = h[mask].unsqueeze(0)  # (1, n, d)
-        signals.append(readout.signals(exit, packed, before[mask].unsqueeze(0), signals[-1] if signals else None))
+        seen = readout.signals(exit, packed, before[mask].unsqueeze(0), seen)
+        assert seen.token is not None  # this readout was read
+        values.append(seen.values[0])
+        tokens.append(seen.token[0])
         if config.label == "topk":
             labels.append(among_top(backbone, packed[0], target, config.label_k))
         elif config.readout == "tail":
@@ -80,11 +85,13 @@ def harvest(backbone: Backbone, readout: Readout, batch: Batch) -> Harvest:
                 through = backbone.layer(index, through, None, run.ctx)
             labels.append(argmax(backbone, through[mask]) == target)
         else:
-            labels.append(signals[-1].token[0] == target)
+            labels.append(tokens[-1] == target)
     return Harvest(
         mask=mask,
         hidden=run.hidden,
-        signals=tuple(Signals(unpack(item.values[0], mask), unpack(item.token[0], mask)) for item in signals),
+        signals=tuple(
+            Signals(unpack(value, mask), unpack(token, mask)) for value, token in zip(values, tokens, strict=True)
+        ),
         labels=torch.stack([unpack(label, mask) for label in labels]),
         target=unpack(target, mask),
     )

@@ -75,7 +75,7 @@ def evaluate(
     for harvest in held:
         tokens.append(int(harvest.mask.sum()))
         labels.append(harvest.labels[:, harvest.mask])
-        draw = Draw.sample(*harvest.mask.shape, never, generator)
+        draw = Draw.sample(harvest.mask, never, generator)
         for name, judge in judges.items():
             losses[name].append(float(loss(walk(judge, harvest, draw), harvest.labels, weights[name])))
             traces[name].append(undisturbed(judge, harvest).confidence[:, harvest.mask])

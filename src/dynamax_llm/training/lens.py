@@ -5,6 +5,8 @@ Shapes: n real tokens of a batch, d width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,7 +42,7 @@ class LensLearner:
         self.optimiser.step()
         self.optimiser.zero_grad()
 
-    def measure(self, batches: list[Batch]) -> list[float]:
+    def measure(self, batches: Sequence[Batch]) -> list[float]:
         """Mean divergence per exit over held-out batches."""
         totals = torch.tensor([[value * b.tokens for value in self._accumulate(b, learn=False)] for b in batches])
         return (totals.sum(0) / sum(batch.tokens for batch in batches)).tolist()

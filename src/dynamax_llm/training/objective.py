@@ -35,8 +35,9 @@ class Draw:
     start: Tensor
 
     @classmethod
-    def sample(cls, rows: int, length: int, never: float, generator: torch.Generator) -> Draw:
-        """Thresholds uniform in THRESHOLDS; half of the rows begin like a prompt, of random length."""
+    def sample(cls, mask: Tensor, never: float, generator: torch.Generator) -> Draw:
+        """For rows of mask (B, T): thresholds uniform in THRESHOLDS; half begin like a prompt, of random length."""
+        rows, length = mask.shape
         uniform = torch.rand(4, rows, 1, generator=generator)
         low, high = THRESHOLDS
         threshold = torch.where(uniform[0] < never, NEVER, low + (high - low) * uniform[1])
@@ -136,4 +137,3 @@ def learning_rate(progress: float, peak: float, warmup: float) -> float:
         return peak * max(progress, 1e-3) / warmup
     through = (progress - warmup) / max(1.0 - warmup, 1e-9)
     return peak * 0.5 * (1.0 + math.cos(math.pi * min(through, 1.0)))
-

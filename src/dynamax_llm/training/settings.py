@@ -16,7 +16,7 @@ class TrainSettings:
     max_tokens: int = 1_000_000  # the budget; data is repeated in a new order when it is larger than the data
     sequence: int = 512  # tokens of a chunk
     batch_tokens: int = 4096  # tokens of a step, padding included
-    lr: float = 3e-3  # peak learning rate of AdamW, after warm-up, then cosine down to 0
+    lr: float = 1e-2  # peak learning rate of AdamW, after warm-up, then cosine down to 0
     weight_decay: float = 0.01
     warmup: float = 0.05  # share of the budget
     never: float = 1 / 3  # share of rows in which no token leaves early, as in a prompt

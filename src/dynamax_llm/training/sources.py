@@ -14,7 +14,7 @@ import json
 import lzma
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,9 @@ def find_source(spec: str | Path, text_field: str | None = None) -> Source:
         return Source(str(spec), files, text_field)
     if path.is_file():
         if not _has_suffix(path):
-            raise DataError(f"file {str(spec)!r} is of no known kind. Allowed: {', '.join(SUFFIXES)}, or a folder of them.")
+            raise DataError(
+                f"file {str(spec)!r} is of no known kind. Allowed: {', '.join(SUFFIXES)}, or a folder of them."
+            )
         return Source(str(spec), (path,), text_field)
     looks_local = isinstance(spec, Path) or _has_suffix(path) or str(spec).startswith((".", "/", "~"))
     if looks_local or not _HUB_ID.fullmatch(str(spec)):
@@ -124,7 +126,9 @@ def _lines(path: Path) -> Iterator[str]:
     except (lzma.LZMAError, EOFError) as error:
         raise DataError(f"{path} is no intact .xz file ({error}). Copy it again.") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}). Check that it exists and is yours.") from error
+        raise DataError(
+            f"{path} cannot be read ({error.strerror or error}). Check that it exists and is yours."
+        ) from error
 
 
 def _txt_documents(path: Path) -> Iterator[str]:
@@ -193,7 +197,9 @@ def render(record: Any, text_field: str | None, place: str) -> str:
     field = text_field or next((name for name in FIELDS if isinstance(record.get(name), str)), None)
     if field is None or not isinstance(record.get(field), str):
         wanted = f"no text in a field {text_field!r}" if text_field else f"no text in any of {', '.join(FIELDS)}"
-        raise DataError(f"{place}: {wanted}. It has {', '.join(map(str, record)) or 'no fields'}. Name one: --text-field.")
+        raise DataError(
+            f"{place}: {wanted}. It has {', '.join(map(str, record)) or 'no fields'}. Name one: --text-field."
+        )
     text = record[field]
     if text_field is not None:
         return text
@@ -207,15 +213,14 @@ def render(record: Any, text_field: str | None, place: str) -> str:
 
 def _turns(record: Mapping[str, Any]) -> list[str]:
     """Question and answer pairs of a CoQA story, a SQuAD passage, or a list of ``qas``."""
+    pairs: Iterable[tuple[Any, Any]] = ()
     asked, answered = record.get("questions"), record.get("answers")
     if isinstance(asked, Mapping) and isinstance(answered, Mapping):
         pairs = zip(asked.get("input_text", ()), answered.get("input_text", ()), strict=False)
     elif isinstance(record.get("qas"), list):
         pairs = ((turn.get("question", ""), _answer(turn)) for turn in record["qas"] if isinstance(turn, Mapping))
     elif isinstance(record.get("question"), str):
-        pairs = iter([(record["question"], _answer(record))])
-    else:
-        pairs = iter(())
+        pairs = [(record["question"], _answer(record))]
     return [f"Q: {question}\nA: {answer}" for question, answer in pairs if question and answer]
 
 

@@ -144,7 +144,7 @@ class _Run:
             if self.lens and "after" not in self.divergence:
                 self.divergence["after"] = self.lens.measure(self.held.batches)
             made = self._harvest(batch)
-            draw = Draw.sample(*made.mask.shape, self.settings.never, self.generator)
+            draw = Draw.sample(made.mask, self.settings.never, self.generator)
             progress = (self.tokens - self.lens_budget) / (self.settings.max_tokens - self.lens_budget)
             for learner in self.learners.values():
                 if not learner.stopped:
@@ -242,7 +242,9 @@ def _common(configs: Mapping[str, ExitConfig]) -> ExitConfig:
         raise UsageError("no exit configuration to train: give at least one.")
     for name, config in configs.items():
         if config.head is None:
-            raise UsageError(f"exits {name!r} have head None, nothing to train. Name a head: linear, mlp, transformer, mamba.")
+            raise UsageError(
+                f"exits {name!r} have head None, nothing to train. Name a head: linear, mlp, transformer, mamba."
+            )
         for field in SHARED:
             if getattr(config, field) != getattr(first, field):
                 raise UsageError(

@@ -1,0 +1,145 @@
+"""``dynamax demo``: both shipped backbones with all their exits, on real prompts and real text, in about a minute.
+
+Everything shown is measured here and now: depth and agreement on held-out text, teacher-forced with exits on; counted
+reduction from the same pass; wall-clock speed-up of generation against the same loop at full depth, run in pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from dynamax_llm.backbones import Backbone, adapt
+from dynamax_llm.backbones.loading import DEFAULT_HEAD, REFERENCE_BACKBONES, load, shipped_exits
+from dynamax_llm.decoding import EarlyExit, EarlyExitOutput
+from dynamax_llm.evaluation import Candidate, Outcome
+from dynamax_llm.evaluation.compare import full_depth_tokens, outcome
+from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.config import HEADS
+from dynamax_llm.render import legend, marked, percent, pieces, summary, tinted
+from dynamax_llm.training.data import Batch, pad
+
+PROMPTS = (
+    "The city lies on the banks of a river, and",
+    "User: Hi, I want to find a restaurant in San Francisco.\nAssistant:",
+    '"I do not understand you," said the old man, and he',
+)
+#: What the table tries, as confidences.
+THRESHOLDS = (0.8, 0.9, 0.95)
+SHOWN_THRESHOLD = 0.9
+NEW_TOKENS, TIMED_TOKENS, TIMED_PAIRS = 40, 32, 3
+#: Held-out documents judged, and tokens of each.
+DOCUMENTS, DOCUMENT_TOKENS = 6, 192
+
+
+def held_out_texts() -> list[str]:
+    """The paragraphs that ship with the package; neither backbones nor heads were trained on them."""
+    lines = resources.files("dynamax_llm").joinpath("data/held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One backbone, ready to be shown."""
+
+    name: str
+    backbone: Backbone
+    tokenizer: Any
+    batch: Batch
+    truth: torch.Tensor  # the full model's tokens after every position of ``batch``
+
+    @classmethod
+    def open(cls, name: str) -> _Stage:
+        model, tokenizer = load(name, device_map="cpu")
+        texts = held_out_texts()
+        chosen = texts[:: max(1, len(texts) // DOCUMENTS)][:DOCUMENTS]
+        batch = pad([tokenizer(text)["input_ids"][:DOCUMENT_TOKENS] for text in chosen])
+        backbone = adapt(model)
+        return cls(name, backbone, tokenizer, batch, full_depth_tokens(backbone, batch))
+
+    def generate(self, prompt: str, early: EarlyExit, tokens: int) -> tuple[EarlyExitOutput, float]:
+        """Greedy continuation, and seconds."""
+        inputs = self.tokenizer(prompt, return_tensors="pt")
+        start = time.perf_counter()
+        out = self.backbone.model.generate(
+            **inputs, custom_generate=early, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+        )
+        return out, time.perf_counter() - start
+
+
+def main() -> None:
+    """Show both backbones."""
+    console = Console(highlight=False, markup=False)
+    started = time.perf_counter()
+    console.print(f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}\n")
+    for name in REFERENCE_BACKBONES:
+        stage = _Stage.open(name)
+        exits = {head: Exits.from_pretrained(folder) for head in HEADS if (folder := shipped_exits(name, head))}
+        _continue_prompts(console, stage, exits[DEFAULT_HEAD])
+        _table(console, stage, exits)
+    console.print(f"demo: {time.perf_counter() - started:.0f} s")
+
+
+def _continue_prompts(console: Console, stage: _Stage, exits: Exits) -> None:
+    model, n_layers = stage.backbone.model, stage.backbone.n_layers
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    console.rule(f"{stage.name}: {type(model).__name__}, {n_layers} layers, {size:.1f} M parameters")
+    console.print(f"{exits.config.head} head, threshold {SHOWN_THRESHOLD}, exits after layers {exits.config.layers}")
+    console.print(legend((*exits.config.layers, n_layers), n_layers), end="\n\n")
+    for prompt in PROMPTS:
+        out, seconds = stage.generate(prompt, EarlyExit(exits, threshold=SHOWN_THRESHOLD), NEW_TOKENS)
+        ids, depths = out.sequences[0, -out.exit_layers.shape[1] :].tolist(), out.exit_layers[0].tolist()
+        items = pieces(stage.tokenizer, ids, depths, stage.tokenizer(prompt)["input_ids"])
+        console.print(prompt, style="dim", end="")
+        console.print(
+            tinted(items, n_layers, exits.config.layers[0]) if console.color_system else marked(items), soft_wrap=True
+        )
+        trace = out.trace
+        line = summary(
+            tokens=trace.n_tokens,
+            mean_depth=trace.mean_depth,
+            n_layers=n_layers,
+            counted_reduction=trace.counted_reduction,
+            seconds=seconds,
+        )
+        console.print(line, style="italic", end="\n\n")
+
+
+def _table(console: Console, stage: _Stage, exits: dict[str, Exits]) -> None:
+    table = Table(title="held-out text, teacher-forced with exits on, and generation", title_justify="left")
+    for column in ("head", "threshold", "mean depth", "agreement", "counted reduction", "speed-up (generation)"):
+        table.add_column(column, justify="left" if column == "head" else "right")
+    for head, trained in exits.items():
+        for threshold in THRESHOLDS:
+            found = outcome(stage.backbone, Candidate(head, trained), threshold, [stage.batch], [stage.truth])
+            table.add_row(head, f"{threshold:.2f}", *_cells(found), f"{_speed_up(stage, trained, threshold):.2f}x")
+    console.print(table)
+    console.print(
+        f"Agreement with the full model over {stage.batch.tokens:,} tokens. Counted reduction: multiply-accumulates "
+        "not spent, every check, readout and state update included. Speed-up: wall clock of "
+        f"{TIMED_TOKENS} tokens against the same loop at full depth, median of {TIMED_PAIRS} pairs.\n",
+        style="dim",
+    )
+
+
+def _cells(found: Outcome) -> tuple[str, str, str]:
+    return percent(found.depth), f"{100 * found.agreement:.1f} %", percent(found.counted_reduction)
+
+
+def _speed_up(stage: _Stage, exits: Exits, threshold: float) -> float:
+    """Full-depth seconds over early-exit seconds, the median of neighbouring pairs."""
+    early, full = EarlyExit(exits, threshold=threshold), EarlyExit(exits, threshold="never")
+    ratios = []
+    for turn in range(TIMED_PAIRS):
+        prompt = PROMPTS[turn % len(PROMPTS)]
+        ratios.append(stage.generate(prompt, full, TIMED_TOKENS)[1] / stage.generate(prompt, early, TIMED_TOKENS)[1])
+    return statistics.median(ratios)
