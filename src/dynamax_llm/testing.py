@@ -63,7 +63,7 @@ def tiny_model(model_type: str, *, layers: int = 5, vocab: int = 61, seed: int =
 def _disturb(model: nn.Module) -> None:
     """Move norms and biases off their initial ones and zeros, so that a forgotten one changes the output."""
     for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias") or name.endswith(".D"):
+        if "norm" in name or name.endswith(("bias", ".D")):
             parameter.add_(0.2 * torch.randn_like(parameter))
 
 

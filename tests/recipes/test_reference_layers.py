@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,7 @@ def test_orthogonalised_singular_values_are_near_one() -> None:
 def test_learning_rate_rises_then_falls_to_almost_nothing() -> None:
     rates = [learning_rate(p / 100) for p in range(101)]
     assert rates[0] < 0.05 and max(rates) == 1.0 and rates[100] < 0.01
-    assert all(a >= b for a, b in zip(rates[40:], rates[41:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[40:]))
 
 
 def test_held_out_split_is_pinned_and_shared_between_wikipedia_and_squad() -> None:

@@ -87,9 +87,8 @@ class StackedWeights:
         return self._slices[first, stop]
 
     def _worthwhile(self, tensors: list[Tensor]) -> bool:
-        plain = all(
-            not getattr(layer, "_hf_hook", None) and type(layer) is type(self.layers[0]) for layer in self.layers
-        )
+        kind = type(self.layers[0])
+        plain = all(type(layer) is kind and not getattr(layer, "_hf_hook", None) for layer in self.layers)
         one_place = len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1
         if not (plain and one_place and tensors[0].is_floating_point() and tensors[0].device.type != "meta"):
             return False  # offloaded, sharded, quantised or mixed layers keep their own products
@@ -104,18 +103,15 @@ class StackedWeights:
         weight = torch.stack([torch.cat([linear.weight[rows] for linear, rows in parts]) for _, parts in sources])
         if weight.dtype == torch.float32:
             weight = weight * norm.unsqueeze(1)
-        biases = [linear.bias for _, parts in sources for linear, _ in parts]
-        bias = None
-        if any(item is not None for item in biases):
-            bias = torch.stack(
-                [
-                    torch.cat(
-                        [
-                            weight.new_zeros(len(lin.weight))[rows] if lin.bias is None else lin.bias[rows]
-                            for lin, rows in parts
-                        ]
-                    )
-                    for _, parts in sources
-                ]
-            )
-        return Stack(weight, norm, bias, float(sources[0][0].variance_epsilon))
+        return Stack(weight, norm, _stacked_bias(sources, weight), float(sources[0][0].variance_epsilon))
+
+
+def _stacked_bias(sources: list, weight: Tensor) -> Tensor | None:
+    """Biases (n, R) of the stacked rows, zeros where a linear has none; None if no linear has any."""
+    if all(linear.bias is None for _, parts in sources for linear, _ in parts):
+        return None
+    stacked = []
+    for _, parts in sources:
+        whole = [weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear, _ in parts]
+        stacked.append(torch.cat([bias[rows] for bias, (_, rows) in zip(whole, parts, strict=True)]))
+    return torch.stack(stacked)

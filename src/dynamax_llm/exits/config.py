@@ -49,8 +49,8 @@ class ExitConfig:
             raise UsageError(f"head inputs {self.inputs!r}: give one or both of {', '.join(INPUTS)}.")
         if self.readout == "tail" and not 1 <= self.tail_layers <= self.n_layers - max(self.layers):
             raise UsageError(
-                f"tail of {self.tail_layers} layers: with the last exit at depth {max(self.layers)} of {self.n_layers}, "
-                f"a tail may have 1 to {self.n_layers - max(self.layers)} layers."
+                f"tail of {self.tail_layers} layers: with the last exit at depth {max(self.layers)} of "
+                f"{self.n_layers}, a tail may have 1 to {self.n_layers - max(self.layers)} layers."
             )
 
     def to_json(self) -> dict:
@@ -76,7 +76,8 @@ def place_exits(spec: str | tuple[str | int | float, ...], n_layers: int) -> tup
             value = Fraction(item)
         except (ValueError, ZeroDivisionError):
             raise ExitPlacement(
-                f"exit {item!r} is neither a layer nor a fraction. Write layers (8,12) or shares of the depth (1/2,0.75)."
+                f"exit {item!r} is neither a layer nor a fraction. "
+                "Write layers (8,12) or shares of the depth (1/2,0.75)."
             ) from None
         is_share = "/" in item or "." in item
         depth = round(value * n_layers) if is_share else int(value)
