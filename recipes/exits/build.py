@@ -54,10 +54,14 @@ def candidates(backbone: Backbone, args: argparse.Namespace) -> list[Candidate]:
 
 def train(backbone: Backbone, tokenizer, args: argparse.Namespace) -> None:
     tokens = int(args.tokens)
-    settings = TrainSettings(max_tokens=tokens, seed=args.seed, patience=1000, eval_every=max(tokens // 10, 1))
+    settings = TrainSettings(
+        max_tokens=tokens, batch_tokens=args.batch, seed=args.seed, patience=1000, eval_every=max(tokens // 5, 1)
+    )
     source = find_source(str(args.text / "train.jsonl.xz"))
     start = time.time()
-    found = train_many(backbone, tokenizer, source, configurations(backbone.n_layers, args.exits), settings, args.out)
+    wanted = configurations(backbone.n_layers, args.exits)
+    wanted = {name: wanted[name] for name in args.names.split(",")} if args.names else wanted
+    found = train_many(backbone, tokenizer, source, wanted, settings, args.out)
     for name, exits in found.items():
         held = exits.provenance["held_out"]
         print(f"{name:20s} depth {held['depth']:.3f} auroc {' '.join(f'{v:.3f}' for v in held['auroc'])}", flush=True)
@@ -74,7 +78,7 @@ def run_comparison(backbone: Backbone, tokenizer, args: argparse.Namespace) -> N
         "model": args.model,
         "commands": [
             f"python recipes/exits/build.py train {args.model} --text TEXT --out OUT --tokens {args.tokens:.0f} "
-            f"--exits {args.exits} --seed {args.seed}",
+            f"--batch {args.batch} --exits {args.exits} --seed {args.seed}",
             f"python recipes/exits/build.py compare {args.model} --text TEXT --out OUT "
             f"--eval-tokens {args.eval_tokens} --agreement {args.agreement}",
         ],
@@ -134,7 +138,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, default=4e6)
+    parser.add_argument("--tokens", type=float, default=5e6)
+    parser.add_argument("--batch", type=int, default=8192)
+    parser.add_argument("--names", help="train only these heads, say mlp,mamba-hidden (default: all eight)")
     parser.add_argument("--eval-tokens", type=int, default=100_000)
     parser.add_argument("--agreement", type=float, default=0.98)
     parser.add_argument("--exits", default="1/2,5/8,3/4,7/8")

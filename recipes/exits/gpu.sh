@@ -12,9 +12,10 @@ GPUS=$(nvidia-smi -L | wc -l)
 build() { # model, GPU
     local folder=/tmp/exits/$1
     mkdir -p "$folder"
+    [ -z "${START:-}" ] || cp -r "$START/$1/." "$folder" # heads trained earlier
     for stage in train compare; do
         CUDA_VISIBLE_DEVICES=$2 $PYTHON recipes/exits/build.py $stage "$1" --text "$TEXT" --out "$folder" --device cuda \
-            --tokens "${TOKENS:-4e6}" --eval-tokens "${EVAL:-100000}" || return 1
+            --tokens "${TOKENS:-5e6}" --eval-tokens "${EVAL:-100000}" --names "${NAMES:-}" || return 1
     done
     tar -C "$folder" --exclude=.checkpoint -czf "$OUT/$1.tar.gz" .
 }

@@ -128,6 +128,15 @@ class Backbone(abc.ABC):
         """Hidden states (B, T, d) to float32 logits (B, T, V) through final norm and LM head."""
         return self.model.get_output_embeddings()(self.final_norm(h)).float()
 
+    def readout_of(self, h: Tensor, tokens: Tensor) -> Tensor:
+        """Float32 logits (B, T, K) of ``tokens`` (B, T, K) alone, from h (B, T, d)."""
+        if tokens.numel() >= self.vocab_size:
+            return self.readout(h).gather(-1, tokens)
+        head = self.model.get_output_embeddings()
+        rows = head.weight[tokens]  # (B, T, K, d)
+        logits = torch.matmul(rows, self.final_norm(h).unsqueeze(-1)).squeeze(-1)
+        return (logits if head.bias is None else logits + head.bias[tokens]).float()
+
     def new_cache(self) -> StackedCache:
         """An empty cache for this backbone."""
         return StackedCache([self.kind] * self.n_layers)

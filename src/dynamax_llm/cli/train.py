@@ -25,7 +25,7 @@ def train(
         typer.Option(help="A .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id.", metavar="PATH|ID"),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the exits; the same command again resumes a killed run.")],
-    head: Annotated[str, typer.Option(help="Exit head: linear, mlp, transformer or mamba.", metavar="NAME")] = "mamba",
+    head: Annotated[str, typer.Option(help="Exit head: linear, mlp, transformer or mamba.", metavar="NAME")] = "mlp",
     exits: Annotated[
         str, typer.Option(help="Where exits sit: layers (8,12) or shares of the depth (1/2,0.75).", metavar="LAYERS")
     ] = "1/2,5/8,3/4,7/8",
@@ -36,6 +36,9 @@ def train(
         str, typer.Option(help="How an exit speaks: head, tail (last layers first) or lens (learned).", metavar="NAME")
     ] = "head",
     tail_layers: Annotated[int, typer.Option(help="Layers of the tail readout.")] = 1,
+    candidates: Annotated[
+        int, typer.Option(help="Later exits look only at the first one's so many likeliest tokens; 0: at all.")
+    ] = 64,
     label: Annotated[
         str,
         typer.Option(help="action: the exit gives the full model's token; topk: the paper's label.", metavar="NAME"),
@@ -85,6 +88,7 @@ def train(
         inputs=tuple(item.strip() for item in inputs.split(",")),
         readout=readout,
         tail_layers=tail_layers,
+        candidates=candidates,
         label=label,
         label_k=label_k,
     )

@@ -83,7 +83,7 @@ class Decoder:
             h = self.engine.run(stop - 1, stop, before, ctx)
             depth = stop
             if judge.needs_logits:
-                signals = self.plan.readout.signals(index, h, before, signals)
+                signals, _ = self.plan.readout.signals(index, h, before, signals)
             else:
                 signals = observe(h, before, None, signals)
             self._confidence(index, h, signals, padding)
@@ -120,8 +120,11 @@ class Decoder:
 
     def _ask(self, token: _Token, index: int, threshold: float | None) -> None:
         judge, readout = self.plan.judge, self.plan.readout
-        logits = readout.decision_logits(index, token.h) if judge.needs_logits else None
-        signals = observe(token.h, token.before, logits, token.signals)
+        logits = None
+        if judge.needs_logits:
+            signals, logits = readout.look(index, token.h, token.before, token.signals)
+        else:
+            signals = observe(token.h, token.before, None, token.signals)
         if token.some_left and token.signals is not None:
             signals = select(token.left.unsqueeze(1), token.signals, signals)
         token.signals = signals

@@ -85,7 +85,7 @@ class _Pass:
     def _ask(self, index: int, before: Tensor, state: State | None, threshold: float | None) -> None:
         judge, readout = self.plan.judge, self.plan.readout
         if judge.needs_logits:
-            fresh = readout.signals(index, self.h, before, self.signals)
+            fresh, _ = readout.signals(index, self.h, before, self.signals)
         else:
             fresh = observe(self.h, before, None, self.signals)
         self.signals = fresh if self.signals is None else select(self.left, self.signals, fresh)

@@ -39,9 +39,9 @@ class TokenCosts:
             checks = sum(judge.macs(e) for e in range(asked))
             if judge.recurrent:
                 checks += sum(judge.update_macs(e) for e in range(asked, active))
-            # An exit's own readout serves as the token's, unless a tail runs between the two.
-            looked = sum(readout.macs(e) for e in range(asked)) if judge.needs_logits else 0
-            reused = leaves and tail == 0 and looked > 0
+            # An exit's own readout serves as the token's if it was complete, unless a tail runs between the two.
+            looked = sum(readout.look_macs(e) for e in range(asked)) if judge.needs_logits else 0
+            reused = leaves and tail == 0 and judge.needs_logits and readout.reads_all(index)
             own = readout.macs(index) if leaves and tail == 0 else costs.readout
             layers = costs.depth(depth)
             if leaves:

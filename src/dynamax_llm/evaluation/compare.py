@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,6 +57,7 @@ class Outcome:
     agreement: float
     depth: float
     counted_reduction: float
+    exit_counts: tuple[int, ...]  # tokens by the exit they left by, full depth last
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Comparison:
     auroc: tuple[float | None, ...]  # per exit, undisturbed
     parameters: int
     check_macs: int  # of the judge alone
-    readout_macs: int  # of the readout it needs at each check, 0 if none
+    look_macs: tuple[int, int]  # of what it reads at the first exit and at a later one, 0 if nothing
 
 
 @torch.no_grad()
@@ -85,7 +87,7 @@ def compare(
             candidate.judge.to(backbone.device)
         curve, ranks, oracle = _undisturbed(backbone, candidate, batches)
         points = _search(backbone, candidate, curve, batches, truth, target)
-        depth, saved = (_at(points, target, name) for name in ("depth", "counted_reduction"))
+        depth, saved = (at_agreement(points, target, name) for name in ("depth", "counted_reduction"))
         results.append(Comparison(candidate, target, depth, saved, tuple(points), ranks, **_costs(backbone, candidate)))
     return results, oracle
 
@@ -107,7 +109,8 @@ def outcome(
         agree += int(((found.tokens == tokens) & mask).sum())
         left.append(found.exit_index[mask])
     trace = Trace(torch.cat(left).unsqueeze(0), costs, early.policy.name)
-    return Outcome(threshold, agree / trace.n_tokens, trace.mean_depth, trace.counted_reduction)
+    counts = tuple(trace.histogram.values())
+    return Outcome(threshold, agree / trace.n_tokens, trace.mean_depth, trace.counted_reduction, counts)
 
 
 @torch.no_grad()
@@ -164,12 +167,12 @@ def _bracketed(points: Sequence[Outcome], target: float) -> bool:
     return min(p.agreement for p in points) < target <= max(p.agreement for p in points)
 
 
-def _at(points: Sequence[Outcome], target: float, name: str) -> float:
+def at_agreement(points: Sequence[Outcome], target: float, name: str) -> float:
     """The value of ``name`` at the target agreement, linear between the nearest points on either side.
 
     Full depth agrees entirely and saves nothing: it closes the curve above the highest measured point.
     """
-    end = Outcome(1.0, 1.0, 1.0, 0.0)
+    end = Outcome(1.0, 1.0, 1.0, 0.0, ())
     above = min((p for p in (*points, end) if p.agreement >= target), key=lambda p: (p.agreement, p.depth))
     below = max((p for p in points if p.agreement < target), key=lambda p: p.agreement, default=None)
     if below is None:
@@ -178,26 +181,33 @@ def _at(points: Sequence[Outcome], target: float, name: str) -> float:
     return float(getattr(below, name) + share * (getattr(above, name) - getattr(below, name)))
 
 
-def _costs(backbone: Backbone, candidate: Candidate) -> dict[str, int]:
+def _costs(backbone: Backbone, candidate: Candidate) -> dict[str, Any]:
     judge, readout = candidate.judge, candidate.exits.readout(backbone)
     heads = candidate.exits.heads if candidate.measure is None else None
     return {
         "parameters": 0 if heads is None else sum(parameter.numel() for parameter in heads.parameters()),
         "check_macs": judge.macs(0),
-        "readout_macs": readout.macs(0) if judge.needs_logits else 0,
+        "look_macs": (readout.look_macs(0), readout.look_macs(1)) if judge.needs_logits else (0, 0),
     }
 
 
 @torch.no_grad()
-def check_microseconds(backbone: Backbone, candidate: Candidate) -> tuple[float, float]:
-    """(judge and statistics, the readout they need) of one check of one token on this machine, in µs; CPU only."""
+def check_microseconds(backbone: Backbone, candidate: Candidate) -> tuple[float, float, float]:
+    """One check of one token on this machine, in µs, CPU only: the judge, its look at the first exit, at a later one.
+
+    A look makes the signals; for a judge that reads no logits it is the cosine alone.
+    """
     judge, readout = candidate.judge, candidate.exits.readout(backbone)
     h = torch.randn(1, 1, backbone.width, device=backbone.device, dtype=backbone.dtype)
-    logits = readout.decision_logits(0, h) if judge.needs_logits else None
     states = judge.initial_state(1, backbone.device)
     state = None if states is None else states[0]
-    check = _microseconds(lambda: judge.confidence(0, h, observe(h, h, logits, None), state))
-    return check, _microseconds(lambda: readout.decision_logits(0, h)) if judge.needs_logits else 0.0
+    unread = observe(h, h, None, None)
+    first = readout.look(0, h, h, None)[0] if judge.needs_logits else unread
+    looks = [lambda: observe(h, h, None, None)] * 2
+    if judge.needs_logits:
+        looks = [lambda: readout.look(0, h, h, None)[0], lambda: readout.look(1, h, h, first)[0]]
+    check = _microseconds(lambda: judge.confidence(0, h, first, state))
+    return check, _microseconds(looks[0]), _microseconds(looks[1])
 
 
 def _microseconds(call: Callable[[], object], rounds: int = 20, each: int = 10) -> float:

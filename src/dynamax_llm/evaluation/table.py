@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dynamax_llm.backbones import Costs
 from dynamax_llm.evaluation.compare import Comparison
 
-#: (judge and statistics, readout) of one check in µs, by candidate name and inputs.
-Times = Mapping[tuple[str, str], tuple[float, float]]
+#: Judge, first look and later look of one check in µs, by candidate name and inputs.
+Times = Mapping[tuple[str, str], tuple[float, float, float]]
 
 HEADER = (
     "judge",
@@ -18,9 +18,9 @@ HEADER = (
     "counted reduction",
     "parameters",
     "check, kMAC",
-    "+ readout, kMAC",
+    "look, kMAC (first, later)",
     "check, µs",
-    "+ readout, µs",
+    "look, µs (first, later)",
 )
 
 
@@ -41,7 +41,10 @@ def comparison_table(results: Sequence[Comparison], costs: Costs, times: Times |
 
 def _row(item: Comparison, times: Times | None) -> tuple[str, ...]:
     ranks = " ".join("–" if value is None else f"{value:.3f}" for value in item.auroc)
-    measured = times[item.candidate.name, item.candidate.inputs] if times else ()
+    measured: tuple[str, ...] = ()
+    if times:
+        check, first, later = times[item.candidate.name, item.candidate.inputs]
+        measured = (f"{check:.0f}", f"{first:.0f}, {later:.0f}")
     return (
         item.candidate.name,
         item.candidate.inputs or "–",
@@ -50,6 +53,6 @@ def _row(item: Comparison, times: Times | None) -> tuple[str, ...]:
         f"{100 * item.counted_reduction:.1f} %",
         f"{item.parameters:,}",
         f"{item.check_macs / 1e3:.1f}",
-        f"{item.readout_macs / 1e3:,.0f}",
-        *(f"{value:.0f}" for value in measured),
+        ", ".join(f"{macs / 1e3:,.0f}" for macs in item.look_macs),
+        *measured,
     )

@@ -77,7 +77,9 @@ class Exits:
         if readout == "lens":
             raise UsageError("readout 'lens' is learned: train exits with it. Untrained exits use 'head' or 'tail'.")
         depths = place_exits(layers, backbone.n_layers)
-        config = ExitConfig(depths, backbone.n_layers, head=None, readout=readout, tail_layers=tail_layers)
+        config = ExitConfig(
+            depths, backbone.n_layers, head=None, readout=readout, tail_layers=tail_layers, candidates=0
+        )
         return cls.of(backbone, config)
 
     @classmethod

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynamax_llm.exits.config import LEAST_CANDIDATES
 from dynamax_llm.registry import Registry
 
 #: How many of the readout's log-probabilities are kept.
-TOP = 5
+TOP = LEAST_CANDIDATES
 #: Log-probabilities are clamped here and divided by LOG_SCALE, so that every column is of order one.
 LOG_FLOOR = -20.0
 LOG_SCALE = 4.0
@@ -42,10 +43,14 @@ State = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Signals:
-    """Statistics of one exit's readout: ``values`` (B, T, F) float32; ``token`` (B, T) its argmax, if it was read."""
+    """Statistics of one exit's readout: ``values`` (B, T, F) float32; ``token`` (B, T) its argmax, if it was read.
+
+    ``candidates`` (B, T, K) are the first exit's likeliest tokens, if later exits look at those alone.
+    """
 
     values: Tensor
     token: Tensor | None
+    candidates: Tensor | None = None
 
 
 def select(mask: Tensor, a: Signals, b: Signals) -> Signals:
@@ -53,11 +58,14 @@ def select(mask: Tensor, a: Signals, b: Signals) -> Signals:
     values = torch.where(mask.unsqueeze(-1), a.values, b.values)
     if a.token is None or b.token is None:
         return Signals(values, None)
-    return Signals(values, torch.where(mask, a.token, b.token))
+    return Signals(values, torch.where(mask, a.token, b.token), b.candidates)
 
 
-def observe(h: Tensor, h_before: Tensor, logits: Tensor | None, previous: Signals | None) -> Signals:
+def observe(h: Tensor, h_before: Tensor, logits: Tensor | None, previous: Signals | None, keep: int = 0) -> Signals:
     """Signals at an exit with hidden state h (B, T, d), read out as logits (B, T, V), or unread (None).
+
+    At the first exit ``keep`` likeliest tokens become the candidates (0: none). Where ``previous`` has candidates,
+    logits are theirs alone, (B, T, K) in their order, and probabilities are shares among them.
 
     ``h_before`` is h before the last layer run, ``previous`` the signals of the exit before this one (None at the
     first). Columns that need logits are 0 without them; columns that need a previous exit are 0 at the first.
@@ -65,19 +73,25 @@ def observe(h: Tensor, h_before: Tensor, logits: Tensor | None, previous: Signal
     similarity = F.cosine_similarity(h.float(), h_before.float(), dim=-1).unsqueeze(-1)  # (B, T, 1)
     if logits is None:
         return Signals(F.pad(similarity, (len(SIGNALS) - 1, 0)), None)
+    candidates = None if previous is None else previous.candidates
     log_p = torch.log_softmax(logits.float(), dim=-1)
-    top, ids = log_p.topk(TOP, dim=-1)  # (B, T, TOP)
+    best, ids = log_p.topk(min(max(TOP, 0 if previous else keep), log_p.shape[-1]), dim=-1)
+    top = best[..., :TOP]  # (B, T, TOP)
     p1, p2, *_ = top.exp().unbind(-1)
     entropy = torch.linalg.vecdot(log_p.exp(), log_p) / -math.log(log_p.shape[-1])
-    token = ids[..., 0]
+    token = ids[..., 0] if candidates is None else candidates.gather(-1, ids[..., :1]).squeeze(-1)
     if previous is None or previous.token is None:
         history = torch.zeros_like(top[..., :2])
+        candidates = ids if keep and previous is None else None
     else:
-        there = log_p.gather(-1, previous.token.unsqueeze(-1)).exp().squeeze(-1)
+        if candidates is None:
+            there = log_p.gather(-1, previous.token.unsqueeze(-1)).exp().squeeze(-1)
+        else:
+            there = (log_p.exp() * (candidates == previous.token.unsqueeze(-1))).sum(-1)
         history = torch.stack(((token == previous.token).float(), there), dim=-1)
     columns = torch.stack((p1 - p2, entropy), dim=-1)
     values = torch.cat((top.clamp(min=LOG_FLOOR) / LOG_SCALE, columns, history, similarity), dim=-1)
-    return Signals(values, token)
+    return Signals(values, token, candidates)
 
 
 class Judge(abc.ABC):
@@ -162,4 +176,6 @@ def concatenate(parts: Sequence[Signals]) -> Signals:
     """Signals of consecutive runs of tokens, joined along T."""
     tokens = [part.token for part in parts if part.token is not None]
     token = torch.cat(tokens, dim=1) if len(tokens) == len(parts) else None
-    return Signals(torch.cat([part.values for part in parts], dim=1), token)
+    kept = [part.candidates for part in parts if part.candidates is not None]
+    candidates = torch.cat(kept, dim=1) if len(kept) == len(parts) else None
+    return Signals(torch.cat([part.values for part in parts], dim=1), token, candidates)

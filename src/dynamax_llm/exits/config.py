@@ -14,6 +14,8 @@ HEADS = ("linear", "mlp", "transformer", "mamba")
 READOUTS = ("head", "tail", "lens")
 INPUTS = ("hidden", "signals")
 LABELS = ("action", "topk")
+#: Signals hold this many top probabilities, so that no fewer candidates make sense.
+LEAST_CANDIDATES = 5
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,19 @@ class ExitConfig:
 
     ``layers`` are depths: an exit at depth e sits after the e-th layer, counted from 1. ``head`` is None for exits
     that are judged by a confidence measure alone. ``width`` is the head's inner width (None: chosen from the
-    backbone's). ``label`` "action" is 1 iff this readout gives the full model's token; "topk" is the paper's.
+    backbone's). ``candidates``: the first exit reads the whole vocabulary, later ones look only at its so many
+    likeliest tokens (0: every exit reads everything). ``label`` "action" is 1 iff this readout gives the full
+    model's token; "topk" is the paper's. Raises UsageError for values that are not allowed.
     """
 
     layers: tuple[int, ...]
     n_layers: int
-    head: str | None = "mamba"
+    head: str | None = "mlp"
     inputs: tuple[str, ...] = ("hidden", "signals")
     width: int | None = None
     readout: str = "head"
     tail_layers: int = 1
+    candidates: int = 64
     lens_rank: int = 16
     label: str = "action"
     label_k: int = 15
@@ -47,6 +52,11 @@ class ExitConfig:
                 raise UsageError(f"unknown {name} {value!r}. Available: {', '.join(filter(None, allowed))}.")
         if not self.inputs or any(kind not in INPUTS for kind in self.inputs):
             raise UsageError(f"head inputs {self.inputs!r}: give one or both of {', '.join(INPUTS)}.")
+        if self.candidates != 0 and self.candidates < LEAST_CANDIDATES:
+            raise UsageError(
+                f"candidates {self.candidates!r}: give at least {LEAST_CANDIDATES}, or 0 to read the whole "
+                "vocabulary at every exit."
+            )
         if self.readout == "tail" and not 1 <= self.tail_layers <= self.n_layers - max(self.layers):
             raise UsageError(
                 f"tail of {self.tail_layers} layers: with the last exit at depth {max(self.layers)} of "

@@ -66,22 +66,53 @@ class Readout:
         """True if the logits the decision was taken from are those of the token: no second readout is needed."""
         return self.config.readout != "tail"
 
-    def signals(self, exit: int, h: Tensor, h_before: Tensor, previous: Signals | None) -> Signals:
-        """``observe`` over a whole sequence h (B, T, d), in slices of T so that memory stays bounded."""
+    def look(self, exit: int, h: Tensor, h_before: Tensor, previous: Signals | None) -> tuple[Signals, Tensor | None]:
+        """What exit ``exit`` sees of h (B, 1, d), and its logits (B, 1, V) if it read all and they may be output.
+
+        With ``config.candidates`` the first exit reads the whole vocabulary and the later ones only its likeliest
+        tokens, so that a check there costs next to nothing (the idea of SpecEE, arXiv 2504.08850).
+        """
+        if previous is not None and previous.candidates is not None:
+            moved = h if self.lens is None else self.lens(exit, h)
+            return observe(h, h_before, self.backbone.readout_of(moved, previous.candidates), previous), None
+        logits = self.decision_logits(exit, h)
+        seen = observe(h, h_before, logits, previous, self.config.candidates)
+        return seen, logits if self.decision_is_output else None
+
+    def signals(self, exit: int, h: Tensor, h_before: Tensor, previous: Signals | None) -> tuple[Signals, Tensor]:
+        """What ``look`` sees, over a whole sequence h (B, T, d), and the argmax (B, T) of all the logits.
+
+        In slices of T, so that memory stays bounded; every slice reads the whole vocabulary, for the argmax.
+        """
         step = max(1, LOGITS_AT_ONCE // (self.backbone.vocab_size * h.shape[0]))
-        parts = []
+        parts, tokens = [], []
         for start in range(0, h.shape[1], step):
             run = slice(start, start + step)
             before = None if previous is None else slice_signals(previous, run)
             logits = self.decision_logits(exit, h[:, run])
-            parts.append(observe(h[:, run], h_before[:, run], logits, before))
-        return parts[0] if len(parts) == 1 else concatenate(parts)
+            tokens.append(logits.argmax(-1))
+            if before is not None and before.candidates is not None:
+                logits = logits.gather(-1, before.candidates)
+            parts.append(observe(h[:, run], h_before[:, run], logits, before, self.config.candidates))
+        return parts[0] if len(parts) == 1 else concatenate(parts), torch.cat(tokens, dim=1)
 
     def macs(self, exit: int) -> int:
         """Multiply-accumulates of one readout of one token: LM head, and the lens if there is one."""
         return self.backbone.costs().readout + (0 if self.lens is None else self.lens.macs(exit))
 
+    def reads_all(self, exit: int) -> bool:
+        """Whether a look at exit ``exit`` reads the whole vocabulary."""
+        return exit == 0 or not self.config.candidates
+
+    def look_macs(self, exit: int) -> int:
+        """Multiply-accumulates of one look at one token."""
+        if self.reads_all(exit):
+            return self.macs(exit)
+        few = min(self.config.candidates, self.backbone.vocab_size) * self.backbone.width
+        return few + (0 if self.lens is None else self.lens.macs(exit))
+
 
 def slice_signals(signals: Signals, run: slice) -> Signals:
     """The tokens ``run`` of ``signals``."""
-    return Signals(signals.values[:, run], None if signals.token is None else signals.token[:, run])
+    token, candidates = (None if part is None else part[:, run] for part in (signals.token, signals.candidates))
+    return Signals(signals.values[:, run], token, candidates)

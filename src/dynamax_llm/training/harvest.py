@@ -73,7 +73,7 @@ def harvest(backbone: Backbone, readout: Readout, batch: Batch) -> Harvest:
     seen: Signals | None = None
     for exit, (h, before) in enumerate(zip(run.hidden, run.before, strict=True)):
         packed = h[mask].unsqueeze(0)  # (1, n, d)
-        seen = readout.signals(exit, packed, before[mask].unsqueeze(0), seen)
+        seen, spoken = readout.signals(exit, packed, before[mask].unsqueeze(0), seen)
         assert seen.token is not None  # this readout was read
         values.append(seen.values[0])
         tokens.append(seen.token[0])
@@ -85,7 +85,7 @@ def harvest(backbone: Backbone, readout: Readout, batch: Batch) -> Harvest:
                 through = backbone.layer(index, through, None, run.ctx)
             labels.append(argmax(backbone, through[mask]) == target)
         else:
-            labels.append(tokens[-1] == target)
+            labels.append(spoken[0] == target)
     return Harvest(
         mask=mask,
         hidden=run.hidden,
