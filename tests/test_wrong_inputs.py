@@ -192,7 +192,7 @@ DECISIONS: dict[str, tuple[Command, str, str]] = {
     ),
     "exit past the depth": (lambda t: generate("--measure", "entropy", "--exits", "9/8"), "'9/8'", "1 to 4"),
     "no such fraction": (lambda t: generate("--measure", "entropy", "--exits", "1/0"), "'1/0'", "shares of the depth"),
-    "two exits on one layer": (lambda t: generate("--measure", "entropy", "--exits", "2,2/5"), "2, 2/5", "one exit"),
+    "two exits on one layer": (lambda t: generate("--measure", "entropy", "--exits", "2,2/5"), "'2/5'", "once"),
 }
 
 PROMPTS: dict[str, tuple[Command, str, str]] = {

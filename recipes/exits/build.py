@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.loading import REFERENCE_FOLDER, load
-from dynamax_llm.evaluation import Candidate, Comparison, check_microseconds, compare, comparison_table
+from dynamax_llm.evaluation import Candidate, Comparison, Outcome, check_microseconds, compare, comparison_table
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence import MEASURES
 from dynamax_llm.exits.config import HEADS, ExitConfig, place_exits
@@ -34,6 +34,8 @@ from dynamax_llm.training.data import Split, find_source, first_batches
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.trainer import train_many
 
+#: The large shape each reference backbone stands for.
+SCALE = {"transformer-ee": "mistral-7b", "mamba-ee": "codestral-mamba-7b"}
 EVERYTHING = 1.0  # held-out share of a file that was held out as a whole
 
 
@@ -109,14 +111,16 @@ def table(backbone: Backbone, args: argparse.Namespace) -> None:
     results = []
     for entry in shown["results"]:
         entry["candidate"] = known[entry.pop("name"), entry.pop("inputs")]
+        entry["points"] = [Outcome(**point) for point in entry["points"]]
         results.append(Comparison(**entry))
     commands = "\n".join(f"    {command}" for command in shown["commands"])
     text = (
         f"# {args.model}: judges at {100 * shown['agreement']:.0f} % agreement\n\n{commands}\n\n{shown['versions']}, "
         f"float32, {shown['device']}; {shown['tokens']:,} tokens of text that neither backbone nor heads had seen; "
         f"exits at {shown['exits']}; teacher-forced with exits on, `propagate`. µs: one token on a CPU, one thread, "
-        f"least of 20 rounds. Oracle mean depth {shown['oracle_depth']:.3f}.\n\n"
-        f"{comparison_table(results, backbone.costs(), times)}\n"
+        f"least of 20 rounds. Oracle mean depth {shown['oracle_depth']:.3f}. Last column: counted reduction if tokens "
+        f"left at the same shares of the depth of a {SCALE[args.model]} shape; a projection, not a measurement.\n\n"
+        f"{comparison_table(results, backbone.costs(), times, SCALE[args.model])}\n"
     )
     (args.out / "comparison.md").write_text(text)
     print(text)

@@ -25,7 +25,7 @@ from dynamax_llm.registry import Registry
 REFERENCE_BACKBONES = ("transformer-ee", "mamba-ee")
 REFERENCE_FOLDER = Path(__file__).parent / "reference"
 #: The head of the shipped exits that are used when none is named; all four kinds are shipped.
-DEFAULT_HEAD = "mlp"
+DEFAULT_HEAD = "mamba"
 
 #: "auto" is the stored dtype on an accelerator and float32 on a CPU, where half precision is emulated and slower.
 DTYPES: Registry[torch.dtype | None] = Registry(

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dynamax_llm.cli.options import Device, Dtype, Model, load_backbone, peek_backbone
 from dynamax_llm.errors import UsageError
-
-if TYPE_CHECKING:
-    from dynamax_llm.exits.artifact import Exits
 
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
@@ -25,7 +21,7 @@ def train(
         typer.Option(help="A .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id.", metavar="PATH|ID"),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the exits; the same command again resumes a killed run.")],
-    head: Annotated[str, typer.Option(help="Exit head: linear, mlp, transformer or mamba.", metavar="NAME")] = "mlp",
+    head: Annotated[str, typer.Option(help="Exit head: linear, mlp, transformer or mamba.", metavar="NAME")] = "mamba",
     exits: Annotated[
         str, typer.Option(help="Where exits sit: layers (8,12) or shares of the depth (1/2,0.75).", metavar="LAYERS")
     ] = "1/2,5/8,3/4,7/8",
@@ -61,6 +57,7 @@ def train(
 ) -> None:
     """Train exits on a frozen backbone and save them as an artifact."""
     from dynamax_llm.backbones import adapt
+    from dynamax_llm.cli.trained import on_policy, report
     from dynamax_llm.exits.artifact import MANIFEST, TENSORS
     from dynamax_llm.exits.config import ExitConfig, place_exits
     from dynamax_llm.exits.files import prepare_folder
@@ -81,17 +78,10 @@ def train(
     )
     BANKS.lookup(head)
     n_layers = peek_backbone(model).num_hidden_layers
-    config = ExitConfig(
-        place_exits(exits, n_layers),
-        n_layers,
-        head=head,
-        inputs=tuple(item.strip() for item in inputs.split(",")),
-        readout=readout,
-        tail_layers=tail_layers,
-        candidates=candidates,
-        label=label,
-        label_k=label_k,
-    )
+    places = place_exits(exits, n_layers)
+    seen = tuple(item.strip() for item in inputs.split(","))
+    shape: dict[str, Any] = {"readout": readout, "tail_layers": tail_layers, "candidates": candidates}
+    config = ExitConfig(places, n_layers, head=head, inputs=seen, label=label, label_k=label_k, **shape)
     source = find_source(data, text_field)
     prepare_folder(out, (MANIFEST, TENSORS))
     lm, tokenizer = load_backbone(model, dtype, device)
@@ -100,7 +90,7 @@ def train(
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command continues where it stopped", err=True)
         raise typer.Exit(130) from None
-    report(trained, model, out)
+    report(trained, model, out, on_policy(adapt(lm), tokenizer, source, settings, trained))
 
 
 def count(text: str) -> int:
@@ -110,33 +100,3 @@ def count(text: str) -> int:
     if number < 1:
         raise UsageError(f"tokens {text!r}: give a positive number such as 300k, 1M or 2500000.")
     return number
-
-
-def report(exits: Exits, model: str, out: Path) -> None:
-    """Print what the held-out text says of the trained exits, and the command that uses them."""
-    from rich.console import Console
-    from rich.table import Table
-
-    config, held = exits.config, exits.provenance["held_out"]
-    console = Console(highlight=False, markup=False)
-    table = Table(title=f"{config.head} head on {held['tokens']:,} held-out tokens", title_justify="left")
-    for column in ("exit", "depth", "agreement if all leave", "AUROC of the head"):
-        table.add_column(column, justify="right")
-    rows = zip(config.layers, held["base_rate"], held["auroc"], strict=True)
-    for index, (depth, rate, quality) in enumerate(rows, start=1):
-        table.add_row(
-            str(index), f"{depth} of {config.n_layers}", f"{rate:.3f}", "–" if quality is None else f"{quality:.3f}"
-        )
-    console.print(table)
-    share, threshold = held["depth"], held["threshold"]
-    reached = threshold <= 1.0
-    console.print(
-        f"At {held['agreement']:.0%} agreement: mean depth {share:.3f} of the layers with threshold {threshold:.3f} "
-        f"(oracle {held['oracle_depth']:.3f})."
-        if reached
-        else f"No threshold reaches {held['agreement']:.0%} agreement on this text; the oracle's mean depth is "
-        f"{held['oracle_depth']:.3f}."
-    )
-    console.print(f"Saved in {out}. Next:", soft_wrap=True)
-    chosen = f"{math.ceil(1000 * threshold) / 1000:.3f}" if reached else "0.9"  # rounded towards caution
-    console.print(f'  dynamax generate {model} --exits {out} --prompt "…" --threshold {chosen}', soft_wrap=True)

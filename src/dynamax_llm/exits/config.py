@@ -31,7 +31,7 @@ class ExitConfig:
 
     layers: tuple[int, ...]
     n_layers: int
-    head: str | None = "mlp"
+    head: str | None = "mamba"
     inputs: tuple[str, ...] = ("hidden", "signals")
     width: int | None = None
     readout: str = "head"
@@ -89,16 +89,21 @@ def place_exits(spec: str | tuple[str | int | float, ...], n_layers: int) -> tup
                 f"exit {item!r} is neither a layer nor a fraction. "
                 "Write layers (8,12) or shares of the depth (1/2,0.75)."
             ) from None
-        is_share = "/" in item or "." in item
+        is_share = _is_share(item)
         depth = round(value * n_layers) if is_share else int(value)
         if not 1 <= depth < n_layers:
             raise ExitPlacement(
                 f"exit {item!r} lies at depth {depth}; this backbone has {n_layers} layers, so exits may sit "
                 f"after layers 1 to {n_layers - 1}."
             )
-        if depth in depths and not is_share:
+        if depth in depths and not (is_share and _is_share(depths[depth])):
             raise ExitPlacement(
                 f"exits {depths[depth]!r} and {item!r} both lie after layer {depth}: name each layer once."
             )
         depths[depth] = item
     return tuple(sorted(depths))
+
+
+def _is_share(item: str) -> bool:
+    """Whether an exit is written as a share of the depth rather than as a layer."""
+    return "/" in item or "." in item
