@@ -8,6 +8,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+from jaxtyping import install_import_hook
+
+#: Rooms whose shapes are checked on every call. Must come before anything imports them.
+CHECKED = (
+    "dynamax_llm.backbones.base",
+    "dynamax_llm.exits.confidence",
+    "dynamax_llm.exits.readout",
+    "dynamax_llm.decoding.decoder",
+    "dynamax_llm.decoding.teacher_forced",
+)
+install_import_hook(CHECKED, "beartype.beartype")
+
 import pytest
 import torch
 

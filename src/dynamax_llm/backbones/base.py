@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamax_llm.backbones.cache import StackedCache
+from dynamax_llm.shapes import Choices, Hidden, Ids, Logits
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Backbone(abc.ABC):
     def _find_layers(self) -> nn.ModuleList:
         """The stock model's list of decoder layers."""
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Ids) -> Hidden:
         """Token ids (B, T) to hidden states (B, T, d)."""
         return self.model.get_input_embeddings()(ids)
 
@@ -124,11 +125,11 @@ class Backbone(abc.ABC):
     def final_norm(self, h: Tensor) -> Tensor:
         """The norm between the last layer and the LM head, cast to the head's dtype."""
 
-    def readout(self, h: Tensor) -> Tensor:
+    def readout(self, h: Hidden) -> Logits:
         """Hidden states (B, T, d) to float32 logits (B, T, V) through final norm and LM head."""
         return self.model.get_output_embeddings()(self.final_norm(h)).float()
 
-    def readout_of(self, h: Tensor, tokens: Tensor) -> Tensor:
+    def readout_of(self, h: Hidden, tokens: Choices) -> Logits:
         """Float32 logits (B, T, K) of ``tokens`` (B, T, K) alone, from h (B, T, d)."""
         if tokens.numel() >= self.vocab_size:
             return self.readout(h).gather(-1, tokens)

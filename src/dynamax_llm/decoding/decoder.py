@@ -13,6 +13,7 @@ from dynamax_llm.decoding.state import StatePolicy
 from dynamax_llm.engines import EagerEngine
 from dynamax_llm.exits.confidence import Judge, Signals, State, observe, select
 from dynamax_llm.exits.readout import Readout
+from dynamax_llm.shapes import Ids, NextLogits, RowFlags, RowIds
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class ExitPlan:
 class Step:
     """One step's logits (B, V) and exit indices (B,), len(exits) for full depth."""
 
-    logits: Tensor
-    exit_index: Tensor
+    logits: NextLogits
+    exit_index: RowIds
 
 
 class _Token:
@@ -71,7 +72,7 @@ class Decoder:
         self.n_exits = len(plan.layers)
         self.states: list[State] | None = None  # per exit, of a recurrent judge
 
-    def prefill(self, ids: Tensor) -> Tensor:
+    def prefill(self, ids: Ids) -> NextLogits:
         """The prompt (B, T) at full depth: logits (B, V) of the next token. Recurrent heads read the whole prompt."""
         judge = self.plan.judge
         self.states = judge.initial_state(len(ids), self.backbone.device) if self.n_exits else None
@@ -90,7 +91,7 @@ class Decoder:
         h = self.engine.run(depth, self.backbone.n_layers, h, ctx)
         return self.backbone.readout(h[:, -1:])[:, 0]
 
-    def step(self, ids: Tensor, thresholds: Sequence[float | None], idle: Tensor | None = None) -> Step:
+    def step(self, ids: Ids, thresholds: Sequence[float | None], idle: RowFlags | None = None) -> Step:
         """One token (B, 1) per row. ``thresholds`` has one entry per exit; ``idle`` (B,) rows need no logits."""
         self.engine.grow()
         h, ctx = self.engine.enter(ids)

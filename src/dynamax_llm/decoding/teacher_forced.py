@@ -17,6 +17,7 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan
 from dynamax_llm.exits.confidence import Signals, State, observe, select
+from dynamax_llm.shapes import Ids, Logits
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,16 @@ class TeacherForced:
     """Per position of a text (B, T): ``tokens`` the argmax after it, ``exit_index`` where it left (len(exits) for
     full depth), and ``logits`` (B, T, V) float32 if they were kept."""
 
-    tokens: Tensor
-    exit_index: Tensor
-    logits: Tensor | None = None
+    tokens: Ids
+    exit_index: Ids
+    logits: Logits | None = None
 
 
 @torch.no_grad()
 def teacher_forced(
     backbone: Backbone,
     plan: ExitPlan,
-    ids: Tensor,
+    ids: Ids,
     thresholds: Sequence[float | None],
     *,
     prompt_length: int = 1,
@@ -115,7 +116,7 @@ class _Pass:
 def step_by_step(
     backbone: Backbone,
     plan: ExitPlan,
-    ids: Tensor,
+    ids: Ids,
     thresholds: Sequence[float | None],
     *,
     prompt_length: int = 1,

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from dynamax_llm.exits.config import LEAST_CANDIDATES
 from dynamax_llm.registry import Registry
+from dynamax_llm.shapes import Choices, Flags, Hidden, Ids, Logits, Statistics
 
 #: How many of the readout's log-probabilities are kept.
 TOP = LEAST_CANDIDATES
@@ -48,12 +49,12 @@ class Signals:
     ``candidates`` (B, T, K) are the first exit's likeliest tokens, if later exits look at those alone.
     """
 
-    values: Tensor
-    token: Tensor | None
-    candidates: Tensor | None = None
+    values: Statistics
+    token: Ids | None
+    candidates: Choices | None = None
 
 
-def select(mask: Tensor, a: Signals, b: Signals) -> Signals:
+def select(mask: Flags, a: Signals, b: Signals) -> Signals:
     """``a`` where ``mask`` (B, T) is True, else ``b``: tokens that left keep the signals with which they left."""
     values = torch.where(mask.unsqueeze(-1), a.values, b.values)
     if a.token is None or b.token is None:
@@ -61,7 +62,7 @@ def select(mask: Tensor, a: Signals, b: Signals) -> Signals:
     return Signals(values, torch.where(mask, a.token, b.token), b.candidates)
 
 
-def observe(h: Tensor, h_before: Tensor, logits: Tensor | None, previous: Signals | None, keep: int = 0) -> Signals:
+def observe(h: Hidden, h_before: Hidden, logits: Logits | None, previous: Signals | None, keep: int = 0) -> Signals:
     """Signals at an exit with hidden state h (B, T, d), read out as logits (B, T, V), or unread (None).
 
     At the first exit ``keep`` likeliest tokens become the candidates (0: none). Where ``previous`` has candidates,

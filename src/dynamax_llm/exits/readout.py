@@ -12,11 +12,12 @@ Shapes: B batch, T tokens, d width, V vocabulary, E exits, r lens rank.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynamax_llm.backbones.base import Backbone
 from dynamax_llm.exits.confidence import Signals, concatenate, observe
 from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.shapes import Hidden, Ids, Logits
 
 #: Logits made at once when a whole sequence is read out; bounds memory at 64 MiB a float32 copy.
 LOGITS_AT_ONCE = 1 << 24
@@ -30,7 +31,7 @@ class Lens(nn.Module):
         self.down = nn.ParameterList(nn.Parameter(torch.randn(rank, width) * width**-0.5) for _ in range(n_exits))
         self.up = nn.ParameterList(nn.Parameter(torch.zeros(width, rank)) for _ in range(n_exits))
 
-    def forward(self, exit: int, h: Tensor) -> Tensor:
+    def forward(self, exit: int, h: Hidden) -> Hidden:
         """h (B, T, d) translated, in its own dtype; the product runs in float32. B A h scales with h by itself."""
         moved = nn.functional.linear(nn.functional.linear(h.float(), self.down[exit]), self.up[exit])
         return (h.float() + moved).to(h.dtype)
@@ -53,11 +54,11 @@ class Readout:
         """Layers the engine runs between leaving an exit and ``logits``: 0 unless the readout is ``tail``."""
         return self.config.tail_layers if self.config.readout == "tail" else 0
 
-    def logits(self, exit: int, h: Tensor) -> Tensor:
+    def logits(self, exit: int, h: Hidden) -> Logits:
         """Float32 logits (B, T, V) that speak for exit ``exit``; with ``tail``, h has been through the tail."""
         return self.backbone.readout(h if self.lens is None else self.lens(exit, h))
 
-    def decision_logits(self, exit: int, h: Tensor) -> Tensor:
+    def decision_logits(self, exit: int, h: Hidden) -> Logits:
         """Float32 logits (B, T, V) the decision at exit ``exit`` is taken from; with ``tail``, before the tail."""
         return self.logits(exit, h)
 
@@ -66,7 +67,7 @@ class Readout:
         """True if the logits the decision was taken from are those of the token: no second readout is needed."""
         return self.config.readout != "tail"
 
-    def look(self, exit: int, h: Tensor, h_before: Tensor, previous: Signals | None) -> tuple[Signals, Tensor | None]:
+    def look(self, exit: int, h: Hidden, h_before: Hidden, previous: Signals | None) -> tuple[Signals, Logits | None]:
         """What exit ``exit`` sees of h (B, 1, d), and its logits (B, 1, V) if it read all and they may be output.
 
         With ``config.candidates`` the first exit reads the whole vocabulary and the later ones only its likeliest
@@ -79,7 +80,7 @@ class Readout:
         seen = observe(h, h_before, logits, previous, self.config.candidates)
         return seen, logits if self.decision_is_output else None
 
-    def signals(self, exit: int, h: Tensor, h_before: Tensor, previous: Signals | None) -> tuple[Signals, Tensor]:
+    def signals(self, exit: int, h: Hidden, h_before: Hidden, previous: Signals | None) -> tuple[Signals, Ids]:
         """What ``look`` sees, over a whole sequence h (B, T, d), and the argmax (B, T) of all the logits.
 
         In slices of T, so that memory stays bounded; every slice reads the whole vocabulary, for the argmax.
