@@ -159,6 +159,27 @@ def test_snapshot_junk_restore_is_untouched(case: Case) -> None:
     assert torch.equal(again, expected)
 
 
+@pytest.mark.parametrize("kind", ["transformer", "mamba"])
+def test_reordered_rows_go_on_as_if_they_had_always_been_there(case: Case, kind: str) -> None:
+    """Caches, padding and the recurrent heads' own states move together."""
+    judge = random_heads(case, kind, 0)
+    config = ExitConfig(case.exits, case.backbone.n_layers, head=kind, candidates=0)
+    plan = ExitPlan(case.exits, judge, Readout(case.backbone, config), POLICIES["propagate"])
+    ids, padding, rows = random_ids(3, PROMPT + 6), left_padding(3, PROMPT), torch.tensor([2, 0, 2])
+    moved, straight = (Decoder(case.backbone, plan, part) for part in (padding, padding[rows]))
+    with torch.no_grad():
+        moved.prefill(ids[:, :PROMPT])
+        straight.prefill(ids[rows, :PROMPT])
+        for place in range(PROMPT, PROMPT + 6):
+            if place == PROMPT + 3:
+                moved.reorder(rows)
+            there = moved.step(ids[:, [place]] if place < PROMPT + 3 else ids[rows][:, [place]], half(plan))
+            expected = straight.step(ids[rows][:, [place]], half(plan))
+            if place >= PROMPT + 3:
+                assert there.exit_index.tolist() == expected.exit_index.tolist()
+                assert (there.logits - expected.logits).abs().max() < 1e-4
+
+
 def test_cheap_policies_differ_from_propagate(case: Case) -> None:
     """``copy`` and ``stale`` are other approximations, not other names: later logits move."""
     ids, script = random_ids(1, PROMPT + STEPS), torch.tensor([[0] * 4 + [9] * (STEPS - 4)])

@@ -110,6 +110,11 @@ class Decoder:
                 break
         return Step(self._finish(token, depth, ctx), token.exit_index)
 
+    def reorder(self, rows: Tensor) -> None:
+        """Keep rows ``rows`` (B',) of the batch, in that order: caches, padding, and the states of recurrent heads."""
+        self.engine.reorder(rows)
+        self.states = self.plan.judge.reorder(self.states, rows)
+
     def _run(self, token: _Token, first: int, stop: int, ctx: Context) -> None:
         """Layers ``first`` to ``stop - 1`` for the rows that have not left."""
         for begin, end in ((first, stop - 1), (stop - 1, stop)):

@@ -30,6 +30,12 @@ class EagerEngine:
         if self.padding is not None:
             self.padding = torch.cat((self.padding, self.padding.new_ones(len(self.padding), 1)), dim=1)
 
+    def reorder(self, rows: Tensor) -> None:
+        """Keep rows ``rows`` (B',) of the batch, in that order."""
+        self.cache.reorder_cache(rows)
+        if self.padding is not None:
+            self.padding = self.padding[rows]
+
     def run(self, first: int, stop: int, h: Tensor, ctx: Context) -> Tensor:
         """Layers ``first`` to ``stop - 1``; their state advances."""
         for index in range(first, stop):
