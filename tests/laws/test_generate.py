@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.testing import ScriptedJudge, random_ids
@@ -141,3 +144,29 @@ def test_an_exception_leaves_the_model_as_it_was(case: Case) -> None:
     assert model.config.to_dict() == config
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert model.generate(ids, max_new_tokens=5, do_sample=False).tolist() == plain.tolist()
+
+
+def test_changed_weights_are_noticed(case: Case) -> None:
+    """The stacked copy of skipped layers' weights follows the model's own, changed in place between generations."""
+    script = torch.tensor([[0] * 3 + [9] * NEW])
+
+    def run(exits: Exits, model: torch.nn.Module) -> torch.Tensor:
+        decoding = EarlyExit(exits, measure="softmax_margin", threshold=0.5)
+        decoding.judge = ScriptedJudge(script)
+        request = {"max_new_tokens": NEW, "eos_token_id": None, "do_sample": False}
+        wanted = {"return_dict_in_generate": True, "output_logits": True}
+        out = model.generate(random_ids(1, PROMPT), custom_generate=decoding, **request, **wanted)
+        return torch.stack(out.logits)
+
+    model = case.backbone.model
+    exits = Exits.untrained(case.backbone, case.exits)
+    before = run(exits, model)
+    with torch.no_grad():
+        for name, parameter in case.backbone.layers[-1].named_parameters():
+            if any(part in name for part in ("k_proj", "in_proj", "conv1d", "A_log", "norm")):
+                parameter.mul_(1.5)
+    after = run(exits, model)
+    copied = copy.deepcopy(model)
+    expected = run(Exits.untrained(adapt(copied), case.exits), copied)
+    assert (after - before).abs().max() > 1e-3
+    assert torch.allclose(after, expected, atol=1e-5)

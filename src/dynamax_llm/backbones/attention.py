@@ -89,6 +89,9 @@ class AttentionBackbone(Backbone):
         key = rotate(kv[:, 0], ctx)
         cache.append_kv(first, stop, torch.stack((key, kv[:, 1]), dim=1))
 
+    def refresh(self) -> None:
+        self._stacked.refresh()
+
     def final_norm(self, h: Tensor) -> Tensor:
         return self.model.model.norm(h)
 

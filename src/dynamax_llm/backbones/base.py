@@ -121,6 +121,9 @@ class Backbone(abc.ABC):
         for index in range(first, stop):
             self.update_state(index, h, cache, ctx)
 
+    def refresh(self) -> None:
+        """Notice weights that were replaced or changed since the last generation; called once before each."""
+
     @abc.abstractmethod
     def final_norm(self, h: Tensor) -> Tensor:
         """The norm between the last layer and the LM head, cast to the head's dtype."""

@@ -20,8 +20,7 @@ class Mamba2Backbone(Backbone):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._stacked = StackedWeights(self.layers, self._rows)
-        self._small: tuple[Tensor, ...] | None = None
-        self._small_key: tuple | None = None
+        self._small: dict[tuple[int, int], tuple[Tensor, ...]] = {}  # by run of layers, since the last refresh
 
     def _find_layers(self) -> nn.ModuleList:
         return self.model.backbone.layers
@@ -63,18 +62,16 @@ class Mamba2Backbone(Backbone):
 
     def _small_weights(self, first: int, stop: int) -> tuple[Tensor, ...]:
         """conv weight (n, 1, C, K), conv bias (n, 1, C), dt bias (n, 1, H), A (n, 1, H) of a run of layers."""
-        mixers = [layer.mixer for layer in self.layers[first:stop]]
-        key = (first, stop, self._stacked._signature, mixers[0].A_log._version, mixers[0].A_log.data_ptr())
-        if self._small is None or self._small_key != key:
+        if (first, stop) not in self._small:
+            mixers = [layer.mixer for layer in self.layers[first:stop]]
             with torch.no_grad():
                 conv = torch.stack([mixer.conv1d.weight.squeeze(1) for mixer in mixers]).unsqueeze(1)
                 zero = conv.new_zeros(conv.shape[2])
                 bias = torch.stack([zero if mixer.conv1d.bias is None else mixer.conv1d.bias for mixer in mixers])
                 dt_bias = torch.stack([mixer.dt_bias for mixer in mixers])
                 decay = -torch.exp(torch.stack([mixer.A_log.float() for mixer in mixers]))
-            self._small = (conv, bias.unsqueeze(1), dt_bias.unsqueeze(1), decay.unsqueeze(1))
-            self._small_key = key
-        return self._small
+            self._small[first, stop] = (conv, bias.unsqueeze(1), dt_bias.unsqueeze(1), decay.unsqueeze(1))
+        return self._small[first, stop]
 
     def _advance(self, rows: Tensor, small: tuple[Tensor, ...], conv_state: Tensor, ssm_state: Tensor) -> None:
         """One token through conv window and SSM of n layers, in place, in the order stock single steps round.
@@ -95,6 +92,10 @@ class Mamba2Backbone(Backbone):
         per_group = (n, batch, mixer.n_groups, -1, 1, 1)
         step = (dt.view(per_group) * b).flatten(2, 3)  # (n, B, H, 1, N)
         ssm_state.mul_(torch.exp(dt.float() * decay)[..., None, None]).add_(step * x)
+
+    def refresh(self) -> None:
+        self._stacked.refresh()
+        self._small.clear()
 
     def final_norm(self, h: Tensor) -> Tensor:
         return self.model.backbone.norm_f(h).to(self.model.get_output_embeddings().weight.dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from dynamax_llm.backbones import Backbone, adapt
+from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan
 from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.decoding.thresholds import Threshold, Thresholds
@@ -66,16 +66,12 @@ class EarlyExit:
         self.policy = POLICIES.lookup(policy)
         self.judge = exits.judge(measure)
         self.on_token = on_token
-        self._backbone: Backbone | None = None
 
     def attach(self, model: nn.Module) -> tuple[Backbone, ExitPlan, TokenCosts]:
-        """What decoding ``model`` takes; the backbone is checked once and remembered."""
-        if self._backbone is None or self._backbone.model is not model:
-            backbone = adapt(model)
-            self.exits.check_backbone(backbone)
-            self.policy.check(backbone)
-            self._backbone = backbone
-        backbone, config = self._backbone, self.exits.config
+        """What decoding ``model`` takes. Raises ArtifactMismatch, PolicyMismatch, UnsupportedModel."""
+        backbone, config = self.exits.drive(model), self.exits.config
+        self.policy.check(backbone)
+        backbone.refresh()
         active = self.thresholds.active
         judge = self.judge
         if isinstance(judge, nn.Module):

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dynamax_llm.backbones import Backbone
+from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.fingerprint import explain_mismatch, fingerprint
 from dynamax_llm.backbones.loading import shipped_exits
 from dynamax_llm.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactVersion, UsageError
@@ -63,6 +63,7 @@ class Exits:
     vocab_size: int
     provenance: dict[str, Any] = field(default_factory=dict)
     _known: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
+    _backbone: Backbone | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def untrained(
@@ -106,6 +107,17 @@ class Exits:
     def readout(self, backbone: Backbone) -> Readout:
         """How these exits speak on ``backbone``; a lens moves to its device."""
         return Readout(backbone, self.config, None if self.lens is None else self.lens.to(backbone.device))
+
+    def drive(self, model: nn.Module) -> Backbone:
+        """The Backbone that drives ``model``, checked once and remembered, with its stacked weights.
+
+        Raises UnsupportedModel, ArtifactMismatch.
+        """
+        if self._backbone is None or self._backbone.model is not model:
+            backbone = adapt(model)
+            self.check_backbone(backbone)
+            self._backbone = backbone
+        return self._backbone
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Raise ArtifactMismatch unless these exits were made for this backbone, whatever dtype it is loaded in.
