@@ -124,7 +124,7 @@ def _continue_prompts(console: Console, stage: _Stage, exits: Exits) -> None:
             counted_reduction=trace.counted_reduction,
             seconds=seconds,
         )
-        console.print(line, style="italic", end="\n\n")
+        console.print(line, style="italic", end="\n\n", soft_wrap=True)
 
 
 def _table(console: Console, stage: _Stage, exits: dict[str, Exits]) -> None:

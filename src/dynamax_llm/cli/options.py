@@ -42,8 +42,11 @@ def load_backbone(model: str, dtype: str, device: str | None) -> tuple[PreTraine
 
 
 def _quiet() -> None:
-    """Transformers' own bars and warnings off: what matters is said by DYNAMAX's errors."""
+    """Bars, warnings and retries of the libraries below off: what matters is said by DYNAMAX's errors."""
+    import logging as standard
+
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    standard.getLogger("huggingface_hub").setLevel(standard.CRITICAL)
