@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan
 from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.decoding.teacher_forced import step_by_step, teacher_forced
@@ -190,3 +191,29 @@ def test_cheap_policies_differ_from_propagate(case: Case) -> None:
     moved = (by_policy[0] - by_policy[1]).abs().amax(-1)[0]
     assert moved[: PROMPT + 1].max() < 1e-5  # nothing was skipped before
     assert moved[PROMPT + 4 :].min() > 1e-4
+
+
+def test_half_precision_updates_round_like_the_layer(case: Case) -> None:
+    """bfloat16: stacked and one-by-one updates leave the layer's own cache to a rounding; generation runs."""
+    backbone = adapt(copy.deepcopy(case.backbone.model).bfloat16())
+    half_case, ids = Case(backbone, case.exits), random_ids(2, 8)
+    after = []
+    for advance in ("layer", "stacked"):
+        decoder = Decoder(backbone, half_case.plan(MEASURES["softmax_max"]))
+        with torch.no_grad():
+            decoder.prefill(ids[:, :7])
+            h, ctx = decoder.engine.enter(ids[:, 7:])
+            if advance == "stacked":
+                backbone.update_states(1, backbone.n_layers, h, decoder.engine.cache, ctx)
+            for index in range(1, backbone.n_layers) if advance == "layer" else ():
+                backbone.layer(index, h, decoder.engine.cache, ctx)
+        after.append(decoder.engine.cache.snapshot())
+    for tensor, expected in zip(after[1].tensors, after[0].tensors, strict=True):
+        scale = expected.float().abs().max()
+        assert (tensor.float() - expected.float()).abs().max() < 0.02 * scale
+    judge = random_heads(half_case, "mamba", 6)
+    config = ExitConfig(case.exits, backbone.n_layers, head="mamba", candidates=6)
+    plan = ExitPlan(case.exits, judge, Readout(backbone, config), POLICIES["propagate"])
+    found = step_by_step(backbone, plan, random_ids(2, PROMPT + STEPS), half(plan), prompt_length=PROMPT)
+    assert found.logits.dtype == torch.float32 and bool(found.logits.isfinite().all())
+    assert len(found.exit_index[:, PROMPT:].unique()) >= 2

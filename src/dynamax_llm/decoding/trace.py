@@ -60,7 +60,6 @@ class Trace:
     exit_index: Tensor
     costs: TokenCosts
     policy: str
-    prefill_tokens: int = 1  # new tokens per row that came from the prompt's own full-depth pass
 
     @property
     def exit_layers(self) -> Tensor:
