@@ -10,6 +10,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
+from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.testing import ScriptedJudge, random_ids
 from tests.laws.conftest import Case, left_padding, pattern
@@ -170,3 +171,12 @@ def test_changed_weights_are_noticed(case: Case) -> None:
     expected = run(Exits.untrained(adapt(copied), case.exits), copied)
     assert (after - before).abs().max() > 1e-3
     assert torch.allclose(after, expected, atol=1e-5)
+
+
+def test_right_padding_is_refused(case: Case) -> None:
+    mask = torch.ones(2, PROMPT, dtype=torch.long)
+    mask[1, -2:] = 0
+    with pytest.raises(UsageError, match=r"prompts \[1\] are padded on the right.*padding_side = \"left\""):
+        case.backbone.model.generate(
+            random_ids(2, PROMPT), attention_mask=mask, custom_generate=early(case, threshold=0.5), max_new_tokens=3
+        )

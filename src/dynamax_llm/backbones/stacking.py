@@ -29,7 +29,10 @@ def layer_devices(layers: nn.ModuleList) -> list[torch.device]:
 
 @dataclass(frozen=True)
 class Stack:
-    """State rows of n consecutive layers: ``weight`` (n, R, d), ``norm`` (n, d), ``bias`` (n, R) or None."""
+    """State rows of n consecutive layers: ``weight`` (n, R, d), ``norm`` (n, d), ``bias`` (n, R) or None.
+
+    In float32 the norm's weight is already folded into ``weight``.
+    """
 
     weight: Tensor
     norm: Tensor
@@ -48,7 +51,7 @@ class Stack:
 
     @property
     def _folded(self) -> Tensor:
-        """Norm weight folded into float32 rows at build time: (n * R, d)."""
+        """All rows as one matrix (n * R, d)."""
         return self.weight.reshape(-1, self.weight.shape[-1])
 
     def narrow(self, first: int, stop: int) -> Stack:

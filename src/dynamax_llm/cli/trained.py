@@ -58,8 +58,9 @@ def report(exits: Exits, model: str, out: Path, measured: Comparison) -> None:
         best = min(reached, key=lambda point: point.depth)
         threshold = math.ceil(1000 * best.threshold) / 1000  # rounded towards caution
         console.print(
-            f"Decoding with exits on, policy propagate, threshold {threshold:.3f}: agreement {best.agreement:.1%}, "
-            f"mean depth {best.depth:.3f} of the layers, counted reduction {best.counted_reduction:.1%}."
+            f"Decoding with exits on, policy propagate, threshold {best.threshold:.5f}: agreement "
+            f"{best.agreement:.1%}, mean depth {best.depth:.3f} of the layers, counted reduction "
+            f"{best.counted_reduction:.1%}."
         )
     else:
         threshold = 0.9

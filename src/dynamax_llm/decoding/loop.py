@@ -93,8 +93,9 @@ class EarlyExit:
         """Hugging Face's ``custom_generate`` protocol; called by ``model.generate``, not by you."""
         _check_request(generation_config, model_kwargs)
         backbone, plan, costs = self.attach(model)
-        _check_context(backbone, input_ids)
-        decoder = Decoder(backbone, plan, model_kwargs.get("attention_mask"))
+        padding = model_kwargs.get("attention_mask")
+        _check_prompt(backbone, input_ids, padding)
+        decoder = Decoder(backbone, plan, padding)
         run = _Run(input_ids, logits_processor, stopping_criteria, generation_config)
         horizon = (stopping_criteria.max_length or 0) - input_ids.shape[1]
         full = len(self.exits.config.layers)
@@ -171,10 +172,16 @@ def _check_request(config: GenerationConfig, model_kwargs: dict[str, Any]) -> No
             raise UsageError(f"{name} already holds tokens: early exit keeps its own cache. Pass the whole prompt.")
 
 
-def _check_context(backbone: Backbone, input_ids: Tensor) -> None:
+def _check_prompt(backbone: Backbone, input_ids: Tensor, padding: Tensor | None) -> None:
     limit, length = backbone.max_positions(), input_ids.shape[1]
     if length == 0:
         raise UsageError("the prompt has no tokens: give at least one.")
+    if padding is not None and not bool(padding[:, -1].all()):
+        rows = (padding[:, -1] == 0).nonzero().flatten().tolist()
+        raise UsageError(
+            f"prompts {rows} are padded on the right: new tokens would follow padding. Pad on the left: "
+            'tokenizer.padding_side = "left".'
+        )
     if limit is not None and length >= limit:
         raise UsageError(
             f"the prompt has {length} tokens; {backbone.model_type} was built for a context of {limit}. "

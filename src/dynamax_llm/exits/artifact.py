@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -62,7 +61,6 @@ class Exits:
     width: int
     vocab_size: int
     provenance: dict[str, Any] = field(default_factory=dict)
-    _known: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
     _backbone: Backbone | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -116,7 +114,7 @@ class Exits:
         if self._backbone is None or self._backbone.model is not model:
             backbone = adapt(model)
             self.check_backbone(backbone)
-            self._backbone = backbone
+            return backbone
         return self._backbone
 
     def check_backbone(self, backbone: Backbone) -> None:
@@ -124,7 +122,7 @@ class Exits:
 
         A model that passed is remembered and not hashed again.
         """
-        if self._known is not None and self._known() is backbone.model:
+        if self._backbone is not None and self._backbone.model is backbone.model:
             return
         difference = explain_mismatch(self.fingerprint, fingerprint(backbone.model))
         if difference is not None:
@@ -132,7 +130,7 @@ class Exits:
                 f"these exits were made for another backbone: {difference}. Load the backbone they were trained on"
                 f"{_origin(self.provenance)}, or train exits for this one: dynamax train MODEL --data … --out DIR."
             )
-        self._known = weakref.ref(backbone.model)
+        self._backbone = backbone
 
     def save(self, folder: str | Path) -> None:
         """Write the folder. Raises ArtifactError if it holds something else or cannot be written."""
