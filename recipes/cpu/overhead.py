@@ -60,7 +60,7 @@ def measure(name: str, repeats: int, tokens: int) -> None:
         return run(custom) - run(custom, 1)
 
     rows = [("never exit / Hugging Face generate", ratio(lambda: run(never), lambda: run(None), repeats))]
-    for policy in ("propagate", "copy" if adapt(model).kind == "attention" else "stale"):
+    for policy in ("propagate", "copy" if "attention" in adapt(model).kinds else "stale"):
         always = EarlyExit(half, measure="state_similarity", threshold=0.0, policy=policy)
         label = f"all tokens leave at 1/2, {policy} / full depth"
         rows.append((label, ratio(lambda c=always: steps(c), lambda: steps(never), repeats)))

@@ -150,12 +150,12 @@ def test_snapshot_junk_restore_is_untouched(case: Case) -> None:
     decoder = Decoder(case.backbone, plan)
     with torch.no_grad():
         decoder.prefill(ids[:, :PROMPT])
-        kept = decoder.engine.cache.snapshot()
+        kept = decoder.engine.snapshot()
         never = [None] * len(plan.layers)
         expected = decoder.step(ids[:, PROMPT : PROMPT + 1], never).logits
         for junk in range(3):
             decoder.step(ids[:, junk : junk + 1], half(plan))
-        decoder.engine.cache.restore(kept)
+        decoder.engine.restore(kept)
         again = decoder.step(ids[:, PROMPT : PROMPT + 1], never).logits
     assert torch.equal(again, expected)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from dynamax_llm.backbones.base import Backbone, Context, Costs, LayerCost, linear_macs
+from dynamax_llm.backbones.base import Backbone, Context, Costs, Held, LayerCost, linear_macs
 from dynamax_llm.backbones.cache import StackedCache
-from dynamax_llm.backbones.stacking import StackedWeights, layer_devices, normalise
+from dynamax_llm.backbones.stacking import StackedWeights, normalise
 
 
 def rotate(x: Tensor, ctx: Context) -> Tensor:
@@ -23,7 +25,6 @@ def rotate(x: Tensor, ctx: Context) -> Tensor:
 class AttentionBackbone(Backbone):
     """Llama and Mistral, and whatever else shares their layer signature."""
 
-    kind = "attention"
     needs_positions = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -34,27 +35,43 @@ class AttentionBackbone(Backbone):
     def _find_layers(self) -> nn.ModuleList:
         return self.model.model.layers
 
-    def context(
-        self, h: Tensor, *, cache: StackedCache | None = None, padding: Tensor | None = None, layer: int = 0
-    ) -> Context:
-        past, count = (0 if cache is None else cache.length(layer)), h.shape[1]
+    def _find_kinds(self) -> tuple[str, ...]:
+        return ("attention",) * self.n_layers
+
+    def context(self, h: Tensor, *, past: int = 0, padding: Tensor | None = None) -> Context:
+        count = h.shape[1]
         if padding is None:
-            positions = torch.arange(past, past + count, device=h.device).unsqueeze(0)
+            places = torch.arange(past + count, device=h.device).unsqueeze(0)
         else:
-            positions = (padding.long().cumsum(-1) - 1).clamp_(min=0)[:, -count:]
+            places = (padding.long().cumsum(-1) - 1).clamp_(min=0)
+        positions = places[:, past:]
         rotary = self.model.model.rotary_emb(h, position_ids=positions)
-        mask = None
+        return Context(positions=positions, mask=self._mask(h, past, padding, places), rotary=rotary)
+
+    def _mask(self, h: Tensor, past: int, padding: Tensor | None, places: Tensor) -> Tensor | None:
+        """The mask as the model's attention implementation wants it; ``places`` (B or 1, past + T) are positions."""
+        within = self.window is None or past + h.shape[1] <= self.window
         # One new token without padding sees everything: no mask, as the stock model decides more slowly.
-        if count > 1 or padding is not None or (self.window is not None and past + 1 > self.window):
-            make = create_causal_mask if self.window is None else create_sliding_window_causal_mask
-            mask = make(
-                config=self.config,
-                inputs_embeds=h,
-                attention_mask=padding,
-                past_key_values=cache,
-                layer_idx=None if cache is None else layer,
-            )
-        return Context(positions=positions, mask=mask, rotary=rotary)
+        if h.shape[1] == 1 and padding is None and within:
+            return None
+        arguments: dict[str, Any] = {
+            "config": self.config,
+            "inputs_embeds": h,
+            "attention_mask": padding,
+            "past_key_values": Held(past),
+            "layer_idx": 0,
+        }
+        if within:
+            return create_causal_mask(**arguments)
+        if padding is None:
+            return create_sliding_window_causal_mask(**arguments)
+        # Where a token was taken back, slots are further apart than positions are; the window is one of positions.
+        window = self.window
+
+        def near(row: int, head: int, query: int, key: int) -> Any:
+            return places[row, key] > places[row, query] - window
+
+        return create_causal_mask(**arguments, and_mask_function=near)
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         return self.layers[index](
@@ -94,9 +111,6 @@ class AttentionBackbone(Backbone):
 
     def final_norm(self, h: Tensor) -> Tensor:
         return self.model.model.norm(h)
-
-    def new_cache(self) -> StackedCache:
-        return StackedCache([self.kind] * self.n_layers, layer_devices(self.layers))
 
     def costs(self) -> Costs:
         layers = []

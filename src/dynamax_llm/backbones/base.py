@@ -65,8 +65,6 @@ class Backbone(abc.ABC):
     can_continue_multi_token: bool = True
     #: True if layers read token positions (rotary embeddings).
     needs_positions: bool = False
-    #: What a layer remembers: "attention" (K/V per token) or "mamba" (conv window + SSM state).
-    kind: str
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -75,6 +73,8 @@ class Backbone(abc.ABC):
         self.n_layers = len(self.layers)
         self.width = int(self.config.hidden_size)
         self.vocab_size = int(self.config.vocab_size)
+        #: What each layer remembers: "attention", "mamba", "hybrid" (both) or "none".
+        self.kinds: tuple[str, ...] = self._find_kinds()
 
     @property
     def device(self) -> torch.device:
@@ -95,17 +95,20 @@ class Backbone(abc.ABC):
     def _find_layers(self) -> nn.ModuleList:
         """The stock model's list of decoder layers."""
 
+    @abc.abstractmethod
+    def _find_kinds(self) -> tuple[str, ...]:
+        """What each layer remembers, one of ``cache.KINDS`` per layer."""
+
     def embed(self, ids: Ids) -> Hidden:
         """Token ids (B, T) to hidden states (B, T, d)."""
         return self.model.get_input_embeddings()(ids)
 
     @abc.abstractmethod
-    def context(
-        self, h: Tensor, *, cache: StackedCache | None = None, padding: Tensor | None = None, layer: int = 0
-    ) -> Context:
-        """What the layers share for the T tokens of ``h`` that follow what ``cache`` holds at ``layer``.
+    def context(self, h: Tensor, *, past: int = 0, padding: Tensor | None = None) -> Context:
+        """What layers share for the T tokens of ``h`` that follow ``past`` slots.
 
-        ``padding`` is (B, past + T), 1 = token and 0 = left padding, or None if no row is padded.
+        ``padding`` is (B, past + T), 1 = token and 0 = a slot that holds none (left padding, or a token that was
+        taken back), or None if every slot of every row counts. The engine, not the cache, says what is past.
         """
 
     @abc.abstractmethod
@@ -143,7 +146,7 @@ class Backbone(abc.ABC):
 
     def new_cache(self) -> StackedCache:
         """An empty cache for this backbone."""
-        return StackedCache([self.kind] * self.n_layers)
+        return StackedCache(self.kinds, [next(layer.parameters()).device for layer in self.layers])
 
     @abc.abstractmethod
     def costs(self) -> Costs:
@@ -153,6 +156,21 @@ class Backbone(abc.ABC):
         """The longest context the model was built for, or None if it has no limit."""
         limit: Any = getattr(self.config, "max_position_embeddings", None) if self.needs_positions else None
         return None if limit is None else int(limit)
+
+
+class Held:
+    """Tells Hugging Face's mask functions how many slots precede the queries, in place of a cache."""
+
+    is_compileable = False
+
+    def __init__(self, past: int) -> None:
+        self.past = past
+
+    def get_query_offset(self, layer_idx: int) -> int:
+        return self.past
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.past + query_length, 0
 
 
 def linear_macs(*modules: nn.Module) -> int:

@@ -2,7 +2,8 @@
 
 Stock layers call ``cache.update`` (attention) or ``update_conv_state`` and friends (Mamba) and never notice. Because
 all layers of one kind on one device share a buffer with a leading layer axis, a skipped run of layers is updated by
-one write instead of one per layer, and a snapshot is one clone.
+one write instead of one per layer, and a snapshot is one clone. Attention layers count their own entries, so layers
+may hold different numbers of them; the engine says which slots of which rows count.
 
     cache = StackedCache(["attention"] * 4)
     after a 3-token prompt every layer holds 3 entries:  buffer (4, 2, B, H, capacity >= 3, D), lengths [3, 3, 3, 3]
@@ -13,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, LinearAttentionLayer
 
+#: What a layer remembers: K/V per token; conv window and SSM state; both; nothing (a layer of experts or an MLP).
+KINDS = ("attention", "mamba", "hybrid", "none")
 #: Entries a K/V buffer starts with, and the factor by which it grows when it is full.
 FIRST_CAPACITY = 256
 GROWTH = 2
@@ -63,12 +67,12 @@ class KVLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, stack: KVStack, slot: int) -> None:
-        super().__init__()
-        self.stack, self.slot, self.length = stack, slot, 0
+    def __init__(self, kv: KVStack, slot: int) -> None:
+        CacheLayerMixin.__init__(self)
+        self.kv, self.kv_slot, self.length = kv, slot, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.stack.reserve(key_states, key_states.shape[-2])
+        self.kv.reserve(key_states, key_states.shape[-2])
         self.is_initialized = True
 
     def update(
@@ -76,7 +80,7 @@ class KVLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Append (B, H, T, D) keys and values; returns all of this layer's, as views."""
         start, end = self.length, self.length + key_states.shape[-2]
-        buffer = self.stack.reserve(key_states, end)[self.slot]
+        buffer = self.kv.reserve(key_states, end)[self.kv_slot]
         buffer[0, :, :, start:end] = key_states
         buffer[1, :, :, start:end] = value_states
         self.length, self.is_initialized = end, True
@@ -115,9 +119,9 @@ class SSMStack:
 class SSMLayer(LinearAttentionLayer):
     """One Mamba layer's window onto an SSMStack; stock mixers update the views in place."""
 
-    def __init__(self, stack: SSMStack, slot: int) -> None:
-        super().__init__()
-        self.stack, self.slot = stack, slot
+    def __init__(self, ssm: SSMStack, slot: int) -> None:
+        LinearAttentionLayer.__init__(self)
+        self.ssm, self.ssm_slot = ssm, slot
 
     def lazy_initialization(
         self,
@@ -126,62 +130,88 @@ class SSMLayer(LinearAttentionLayer):
         state_idx: int = 0,
         conv_kernel_size: int | None = None,
     ) -> None:
-        n = self.stack.n_layers
+        n = self.ssm.n_layers
         if conv_states is not None:
             size = conv_kernel_size or conv_states.shape[-1]
             self.dtype, self.device = conv_states.dtype, conv_states.device
             self.conv_kernel_size[state_idx] = size
-            if self.stack.conv is None:
-                self.stack.conv = conv_states.new_zeros(n, *conv_states.shape[:-1], size)
+            if self.ssm.conv is None:
+                self.ssm.conv = conv_states.new_zeros(n, *conv_states.shape[:-1], size)
             self.is_conv_states_initialized[state_idx] = True
         if recurrent_states is not None:
-            if self.stack.ssm is None:
-                self.stack.ssm = recurrent_states.new_zeros(n, *recurrent_states.shape)
+            if self.ssm.ssm is None:
+                self.ssm.ssm = recurrent_states.new_zeros(n, *recurrent_states.shape)
             self.is_recurrent_states_initialized[state_idx] = True
         self.rebind()
 
     def rebind(self) -> None:
         """Point the views at the stack's present tensors."""
-        if self.stack.conv is not None and self.is_conv_states_initialized[0]:
-            self.conv_states[0] = self.stack.conv[self.slot]
-        if self.stack.ssm is not None and self.is_recurrent_states_initialized[0]:
-            self.recurrent_states[0] = self.stack.ssm[self.slot]
+        if self.ssm.conv is not None and self.is_conv_states_initialized[0]:
+            self.conv_states[0] = self.ssm.conv[self.ssm_slot]
+        if self.ssm.ssm is not None and self.is_recurrent_states_initialized[0]:
+            self.recurrent_states[0] = self.ssm.ssm[self.ssm_slot]
+
+
+class HybridLayer(SSMLayer, KVLayer):
+    """A layer that remembers both: attention and a Mamba mixer side by side, or one after the other."""
+
+    def __init__(self, ssm: SSMStack, ssm_slot: int, kv: KVStack, kv_slot: int) -> None:
+        KVLayer.__init__(self, kv, kv_slot)
+        SSMLayer.__init__(self, ssm, ssm_slot)
+
+    def reset(self) -> None:
+        KVLayer.reset(self)
+        SSMLayer.reset(self)
 
 
 class StackedCache(Cache):
-    """All layers' state. ``kinds`` names each layer's ("attention" or "mamba"), ``devices`` where it lives."""
+    """All layers' state. ``kinds`` names each layer's (one of KINDS), ``devices`` where it lives."""
 
     def __init__(self, kinds: Sequence[str], devices: Sequence[torch.device] | None = None) -> None:
-        groups = list(zip(kinds, devices or [None] * len(kinds), strict=True))
-        stacks: dict[tuple, KVStack | SSMStack] = {
-            group: (KVStack if group[0] == "attention" else SSMStack)(groups.count(group)) for group in set(groups)
-        }
-        used = dict.fromkeys(stacks, 0)
-        layers: list[KVLayer | SSMLayer] = []
-        for group in groups:
-            slot, stack = used[group], stacks[group]
-            used[group] += 1
-            layers.append(KVLayer(stack, slot) if isinstance(stack, KVStack) else SSMLayer(stack, slot))
+        places = list(devices) if devices is not None else [None] * len(kinds)
+        kv_places = [place for kind, place in zip(kinds, places, strict=True) if kind in ("attention", "hybrid")]
+        ssm_places = [place for kind, place in zip(kinds, places, strict=True) if kind in ("mamba", "hybrid")]
+        self._kv = {place: KVStack(kv_places.count(place)) for place in dict.fromkeys(kv_places)}
+        self._ssm = {place: SSMStack(ssm_places.count(place)) for place in dict.fromkeys(ssm_places)}
+        used: dict[int, int] = {}
+        layers: list[Any] = []
+        for kind, place in zip(kinds, places, strict=True):
+            assert kind in KINDS, kind
+            # Each stack hands out its slots in the order of layers, so a run of layers is a run of slots.
+            stacks: list[KVStack | SSMStack] = [self._ssm[place]] if kind in ("mamba", "hybrid") else []
+            stacks += [self._kv[place]] if kind in ("attention", "hybrid") else []
+            arguments: list[Any] = []
+            for stack in stacks:
+                arguments += [stack, used.setdefault(id(stack), 0)]
+                used[id(stack)] += 1
+            layers.append(_LAYER_OF_KIND[kind](*arguments))
         super().__init__(layers=layers)
-        self.stacks = list(stacks.values())
+
+    @property
+    def stacks(self) -> list[KVStack | SSMStack]:
+        """Every stack, those of K/V first."""
+        return [*self._kv.values(), *self._ssm.values()]
 
     def length(self, layer: int) -> int:
-        """Entries layer ``layer`` holds; 0 for a recurrent layer, which keeps no entries."""
+        """Entries layer ``layer`` holds; 0 for a layer that keeps none."""
         item = self.layers[layer]
         return item.length if isinstance(item, KVLayer) else 0
 
     def stackable(self, first: int, stop: int) -> bool:
-        """Whether layers ``first`` to ``stop - 1`` sit side by side in one stack, equally long."""
+        """Whether layers ``first`` to ``stop - 1`` are of one kind, side by side in one stack, equally long."""
         run = self.layers[first:stop]
-        same = all(item.stack is run[0].stack for item in run)
-        return same and all(getattr(item, "length", 0) == getattr(run[0], "length", 0) for item in run)
+        if any(type(item) is not type(run[0]) for item in run) or type(run[0]) not in (KVLayer, SSMLayer):
+            return False
+        if isinstance(run[0], KVLayer):
+            return all(item.kv is run[0].kv and item.length == run[0].length for item in run)
+        return all(item.ssm is run[0].ssm for item in run)
 
     def append_kv(self, first: int, stop: int, kv: Tensor) -> None:
         """Append kv (n, 2, B, H, T, D) to attention layers ``first`` to ``stop - 1`` of one stack in one write."""
         head = self.layers[first]
         start, end = head.length, head.length + kv.shape[4]
-        buffer = head.stack.reserve(kv[0, 0], end)
-        buffer[head.slot : head.slot + stop - first, :, :, :, start:end] = kv
+        buffer = head.kv.reserve(kv[0, 0], end)
+        buffer[head.kv_slot : head.kv_slot + stop - first, :, :, :, start:end] = kv
         for item in self.layers[first:stop]:
             item.length, item.is_initialized = end, True
 
@@ -189,40 +219,54 @@ class StackedCache(Cache):
         """Append each attention layer's newest entry once more (the ``copy`` policy)."""
         for item in self.layers[first:stop]:
             end = item.length + 1
-            buffer = item.stack.reserve(item.stack.buffer[0, 0], end)[item.slot]
+            buffer = item.kv.reserve(item.kv.buffer[0, 0], end)[item.kv_slot]
             buffer[:, :, :, end - 1] = buffer[:, :, :, end - 2]
             item.length = end
 
     def replace_last_kv(self, layer: int, rows: Tensor) -> None:
         """In ``rows`` (B,) bool, overwrite the newest entry of ``layer`` with the one before it."""
         item = self.layers[layer]
-        buffer = item.stack.buffer[item.slot]
+        buffer = item.kv.buffer[item.kv_slot]
         buffer[:, rows, :, item.length - 1] = buffer[:, rows, :, item.length - 2]
 
+    def crop_kv(self, first: int, stop: int, length: int) -> None:
+        """Forget all but the first ``length`` entries of the attention layers among ``first`` to ``stop - 1``."""
+        for item in self.layers[first:stop]:
+            if isinstance(item, KVLayer):
+                item.length = min(item.length, length)
+
     def recurrent(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Views of conv (n, B, C, K) and SSM (n, B, H, P, N) state of Mamba layers ``first`` to ``stop - 1``."""
+        """Views of conv (n, B, C, K) and SSM (n, B, ...) state of Mamba layers ``first`` to ``stop - 1``."""
         head = self.layers[first]
-        run = slice(head.slot, head.slot + stop - first)
-        return head.stack.conv[run], head.stack.ssm[run]
+        run = slice(head.ssm_slot, head.ssm_slot + stop - first)
+        return head.ssm.conv[run], head.ssm.ssm[run]
+
+    def recurrent_parts(self, first: int, stop: int) -> list[Tensor]:
+        """Views (n, B, ...) of all recurrent state of whatever layers among ``first`` to ``stop - 1`` have any."""
+        parts: list[Tensor] = []
+        for stack in self._ssm.values():
+            slots = [i.ssm_slot for i in self.layers[first:stop] if isinstance(i, SSMLayer) and i.ssm is stack]
+            if slots:
+                run = slice(slots[0], slots[-1] + 1)
+                parts += [part[run] for part in (stack.conv, stack.ssm) if part is not None]
+        return parts
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep rows ``beam_idx`` (B',) of the batch, in that order."""
-        for stack in self.stacks:
-            if isinstance(stack, KVStack):
-                stack.reorder(beam_idx)
-            else:
-                stack.reorder([item for item in self.layers if item.stack is stack], beam_idx)
+        for stack in self._kv.values():
+            stack.reorder(beam_idx)
+        for ssm in self._ssm.values():
+            ssm.reorder([i for i in self.layers if isinstance(i, SSMLayer) and i.ssm is ssm], beam_idx)
 
     def snapshot(self) -> Snapshot:
         """A copy of all state; ``restore`` puts it back. Recurrent state cannot be cropped, only restored."""
-        lengths = tuple(getattr(item, "length", None) for item in self.layers)
+        lengths = tuple(item.length if isinstance(item, KVLayer) else None for item in self.layers)
         tensors: list[Tensor | None] = []
-        for stack in self.stacks:
-            if isinstance(stack, KVStack):
-                longest = max(item.length for item in self.layers if item.stack is stack)
-                tensors.append(None if stack.buffer is None else stack.buffer[:, :, :, :, :longest].clone())
-            else:
-                tensors += [None if part is None else part.clone() for part in (stack.conv, stack.ssm)]
+        for kv in self._kv.values():
+            longest = max(item.length for item in self.layers if isinstance(item, KVLayer) and item.kv is kv)
+            tensors.append(None if kv.buffer is None else kv.buffer[:, :, :, :, :longest].clone())
+        for ssm in self._ssm.values():
+            tensors += [None if part is None else part.clone() for part in (ssm.conv, ssm.ssm)]
         return Snapshot(lengths, tuple(tensors))
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -236,3 +280,11 @@ class StackedCache(Cache):
                 saved, present = next(parts), getattr(stack, name)
                 if saved is not None:
                     (present[:, :, :, :, : saved.shape[4]] if name == "buffer" else present).copy_(saved)
+
+
+_LAYER_OF_KIND: dict[str, Any] = {
+    "attention": KVLayer,
+    "mamba": SSMLayer,
+    "hybrid": HybridLayer,
+    "none": DummyLayer,
+}

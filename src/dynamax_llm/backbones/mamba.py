@@ -9,13 +9,11 @@ from transformers.masking_utils import create_recurrent_attention_mask
 
 from dynamax_llm.backbones.base import Backbone, Context, Costs, LayerCost, linear_macs
 from dynamax_llm.backbones.cache import StackedCache
-from dynamax_llm.backbones.stacking import StackedWeights, layer_devices, normalise
+from dynamax_llm.backbones.stacking import StackedWeights, normalise
 
 
 class Mamba2Backbone(Backbone):
     """Stock Mamba-2, Codestral Mamba among them."""
-
-    kind = "mamba"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -25,13 +23,15 @@ class Mamba2Backbone(Backbone):
     def _find_layers(self) -> nn.ModuleList:
         return self.model.backbone.layers
 
-    def context(
-        self, h: Tensor, *, cache: StackedCache | None = None, padding: Tensor | None = None, layer: int = 0
-    ) -> Context:
+    def _find_kinds(self) -> tuple[str, ...]:
+        return ("mamba",) * self.n_layers
+
+    def context(self, h: Tensor, *, past: int = 0, padding: Tensor | None = None) -> Context:
         if h.shape[1] == 1 or padding is None:
             return Context()
-        mask = create_recurrent_attention_mask(config=self.config, inputs_embeds=h, attention_mask=padding)
-        return Context(padding=mask)
+        return Context(
+            padding=create_recurrent_attention_mask(config=self.config, inputs_embeds=h, attention_mask=padding)
+        )
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         return self.layers[index](h, cache_params=cache, attention_mask=ctx.padding)
@@ -99,9 +99,6 @@ class Mamba2Backbone(Backbone):
 
     def final_norm(self, h: Tensor) -> Tensor:
         return self.model.backbone.norm_f(h).to(self.model.get_output_embeddings().weight.dtype)
-
-    def new_cache(self) -> StackedCache:
-        return StackedCache([self.kind] * self.n_layers, layer_devices(self.layers))
 
     def costs(self) -> Costs:
         layers = []

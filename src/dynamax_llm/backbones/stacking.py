@@ -22,11 +22,6 @@ def normalise(h: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)).to(dtype)
 
 
-def layer_devices(layers: nn.ModuleList) -> list[torch.device]:
-    """The device of each layer's weights."""
-    return [next(layer.parameters()).device for layer in layers]
-
-
 @dataclass(frozen=True)
 class Stack:
     """State rows of n consecutive layers: ``weight`` (n, R, d), ``norm`` (n, d), ``bias`` (n, R) or None.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone, Context
+from dynamax_llm.backbones.cache import KINDS
 from dynamax_llm.engines import EagerEngine
 from dynamax_llm.errors import PolicyMismatch
 from dynamax_llm.registry import Registry
@@ -30,17 +31,18 @@ class StatePolicy(abc.ABC):
     name: str
     exact = False
     #: Kinds of layers this policy is defined for.
-    kinds: tuple[str, ...] = ("attention", "mamba")
+    kinds: tuple[str, ...] = KINDS
     #: Whether a skipped layer costs its state update.
     updates_state = False
 
     def check(self, backbone: Backbone) -> None:
         """Raise PolicyMismatch if the policy is not defined for this backbone's layers."""
-        if backbone.kind not in self.kinds:
-            allowed = [name for name, policy in POLICIES.items() if backbone.kind in policy.kinds]
+        wrong = sorted(set(backbone.kinds) - set(self.kinds))
+        if wrong:
+            allowed = [name for name, policy in POLICIES.items() if set(backbone.kinds) <= set(policy.kinds)]
             raise PolicyMismatch(
-                f"state policy {self.name!r} is not defined for the {backbone.kind} layers of {backbone.model_type!r}. "
-                f"Use {' or '.join(map(repr, allowed))}."
+                f"state policy {self.name!r} is not defined for the {' and '.join(wrong)} layers of "
+                f"{backbone.model_type!r}. Use {' or '.join(map(repr, allowed))}."
             )
 
     @abc.abstractmethod
@@ -81,7 +83,7 @@ class Propagate(StatePolicy):
 class Copy(StatePolicy):
     """Skipped attention layers repeat their newest K/V entry."""
 
-    name, kinds = "copy", ("attention",)
+    name, kinds = "copy", ("attention", "none")
 
     def skip(self, engine: EagerEngine, first: int, stop: int, h: Tensor, ctx: Context) -> None:
         engine.cache.repeat_last_kv(first, stop)
@@ -93,7 +95,7 @@ class Copy(StatePolicy):
 class Stale(StatePolicy):
     """Skipped Mamba layers keep the state they had."""
 
-    name, kinds = "stale", ("mamba",)
+    name, kinds = "stale", ("mamba", "none")
 
     def skip(self, engine: EagerEngine, first: int, stop: int, h: Tensor, ctx: Context) -> None:
         return None

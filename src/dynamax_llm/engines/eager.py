@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone, Context
+from dynamax_llm.backbones.cache import Snapshot
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A copy of all that an engine knows of its batch."""
+
+    state: Snapshot
+    length: int
+    padding: Tensor | None
 
 
 class EagerEngine:
@@ -18,12 +30,23 @@ class EagerEngine:
         self.backbone = backbone
         self.cache = backbone.new_cache()
         self.padding = padding if padding is not None and not bool(padding.all()) else None
+        self.length = 0  # slots that have been entered, pads included
 
     def enter(self, ids: Tensor) -> tuple[Tensor, Context]:
-        """Embed ids (B, T) that follow what the cache holds: (h (B, T, d), context)."""
+        """Embed ids (B, T) that follow what was entered before: (h (B, T, d), context)."""
         h = self.backbone.embed(ids)
-        ctx = self.backbone.context(h, cache=self.cache, padding=self.padding)
+        ctx = self.backbone.context(h, past=self.length, padding=self.padding)
+        self.length += ids.shape[1]
         return h, ctx
+
+    def snapshot(self) -> Moment:
+        """Everything this batch has come to; ``restore`` goes back to it."""
+        return Moment(self.cache.snapshot(), self.length, self.padding)
+
+    def restore(self, moment: Moment) -> None:
+        """Forget what happened since ``moment``."""
+        self.cache.restore(moment.state)
+        self.length, self.padding = moment.length, moment.padding
 
     def grow(self) -> None:
         """Make room in the padding mask for one more token per row."""
