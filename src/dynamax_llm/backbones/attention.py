@@ -38,7 +38,9 @@ class AttentionBackbone(Backbone):
     def _find_kinds(self) -> tuple[str, ...]:
         return ("attention",) * self.n_layers
 
-    def context(self, h: Tensor, *, past: int = 0, padding: Tensor | None = None) -> Context:
+    def context(
+        self, h: Tensor, *, past: int = 0, padding: Tensor | None = None, embedded: Tensor | None = None
+    ) -> Context:
         count = h.shape[1]
         if padding is None:
             places = torch.arange(past + count, device=h.device).unsqueeze(0)

@@ -65,6 +65,8 @@ class Backbone(abc.ABC):
     can_continue_multi_token: bool = True
     #: True if layers read token positions (rotary embeddings).
     needs_positions: bool = False
+    #: True if layers read the tokens' embeddings besides h (Zamba2).
+    needs_embedding: bool = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -104,11 +106,14 @@ class Backbone(abc.ABC):
         return self.model.get_input_embeddings()(ids)
 
     @abc.abstractmethod
-    def context(self, h: Tensor, *, past: int = 0, padding: Tensor | None = None) -> Context:
+    def context(
+        self, h: Tensor, *, past: int = 0, padding: Tensor | None = None, embedded: Tensor | None = None
+    ) -> Context:
         """What layers share for the T tokens of ``h`` that follow ``past`` slots.
 
         ``padding`` is (B, past + T), 1 = token and 0 = a slot that holds none (left padding, or a token that was
         taken back), or None if every slot of every row counts. The engine, not the cache, says what is past.
+        ``embedded`` (B, T, d) are the embeddings of these tokens, None if h is just that; read by few families.
         """
 
     @abc.abstractmethod

@@ -26,7 +26,9 @@ class Mamba2Backbone(Backbone):
     def _find_kinds(self) -> tuple[str, ...]:
         return ("mamba",) * self.n_layers
 
-    def context(self, h: Tensor, *, past: int = 0, padding: Tensor | None = None) -> Context:
+    def context(
+        self, h: Tensor, *, past: int = 0, padding: Tensor | None = None, embedded: Tensor | None = None
+    ) -> Context:
         if h.shape[1] == 1 or padding is None:
             return Context()
         return Context(

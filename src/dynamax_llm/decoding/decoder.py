@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone, Context
-from dynamax_llm.decoding.state import StatePolicy
+from dynamax_llm.decoding.spent import Spent
+from dynamax_llm.decoding.state import DEFAULT_WINDOW, InPlace, StatePolicy
 from dynamax_llm.engines import EagerEngine
 from dynamax_llm.exits.confidence import Judge, Signals, State, observe, select
 from dynamax_llm.exits.readout import Readout
@@ -27,6 +28,7 @@ class ExitPlan:
     judge: Judge
     readout: Readout
     policy: StatePolicy
+    window: int = DEFAULT_WINDOW  # tokens that may wait, under the policies that let tokens wait
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Step:
     exit_index: RowIds
 
 
-class _Token:
+class Token:
     """A token on its way through the layers: its h, its signals, and which rows have left."""
 
     def __init__(self, h: Tensor, idle: Tensor, n_exits: int) -> None:
@@ -68,9 +70,12 @@ class Decoder:
 
     def __init__(self, backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None) -> None:
         self.backbone, self.plan = backbone, plan
-        self.engine = EagerEngine(backbone, padding)
+        self.engine = self._new_engine(padding)
         self.n_exits = len(plan.layers)
         self.states: list[State] | None = None  # per exit, of a recurrent judge
+
+    def _new_engine(self, padding: Tensor | None) -> EagerEngine:
+        return EagerEngine(self.backbone, padding)
 
     def prefill(self, ids: Ids) -> NextLogits:
         """The prompt (B, T) at full depth: logits (B, V) of the next token. Recurrent heads read the whole prompt."""
@@ -89,6 +94,7 @@ class Decoder:
                 signals = observe(h, before, None, signals)
             self._confidence(index, h, signals, padding)
         h = self.engine.run(depth, self.backbone.n_layers, h, ctx)
+        self.engine.passes = 0  # the prompt's are not counted
         return self.backbone.readout(h[:, -1:])[:, 0]
 
     def step(self, ids: Ids, thresholds: Sequence[float | None], idle: RowFlags | None = None) -> Step:
@@ -97,34 +103,46 @@ class Decoder:
         h, ctx = self.engine.enter(ids)
         if idle is None or not self.n_exits:  # without exits nothing is saved by leaving a finished row out
             idle = torch.zeros(len(h), dtype=torch.bool, device=h.device)
-        token = _Token(h, idle, self.n_exits)
+        token = Token(h, idle, self.n_exits)
         depth = 0
         for index, stop in enumerate(self.plan.layers):
             self._run(token, depth, stop, ctx)
             depth = stop
             self._ask(token, index, thresholds[index])
             if token.all_left:
-                # Recurrent heads further up read the h and the signals with which the token left.
-                assert token.signals is not None
-                self.states = self.plan.judge.advance(index + 1, token.h, token.signals, self.states)
+                self._advance_judge(token, index + 1)
                 break
         return Step(self._finish(token, depth, ctx), token.exit_index)
+
+    def spent(self) -> Spent:
+        """What was done since the prompt."""
+        return Spent(self.engine.passes)
 
     def reorder(self, rows: Tensor) -> None:
         """Keep rows ``rows`` (B',) of the batch, in that order: caches, padding, and the states of recurrent heads."""
         self.engine.reorder(rows)
         self.states = self.plan.judge.reorder(self.states, rows)
 
-    def _run(self, token: _Token, first: int, stop: int, ctx: Context) -> None:
+    @property
+    def _policy(self) -> InPlace:
+        assert isinstance(self.plan.policy, InPlace), self.plan.policy.name
+        return self.plan.policy
+
+    def _run(self, token: Token, first: int, stop: int, ctx: Context) -> None:
         """Layers ``first`` to ``stop - 1`` for the rows that have not left."""
         for begin, end in ((first, stop - 1), (stop - 1, stop)):
             token.before = token.h
             if token.some_left:
-                token.h = self.plan.policy.run(self.engine, begin, end, token.h, token.left, ctx)
+                token.h = self._policy.run(self.engine, begin, end, token.h, token.left, ctx)
             else:
                 token.h = self.engine.run(begin, end, token.h, ctx)
 
-    def _ask(self, token: _Token, index: int, threshold: float | None) -> None:
+    def _advance_judge(self, token: Token, first: int) -> None:
+        """Recurrent heads further up read the h and the signals with which the token left."""
+        assert token.signals is not None
+        self.states = self.plan.judge.advance(first, token.h, token.signals, self.states)
+
+    def _ask(self, token: Token, index: int, threshold: float | None) -> None:
         judge, readout = self.plan.judge, self.plan.readout
         logits = None
         if judge.needs_logits:
@@ -151,13 +169,13 @@ class Decoder:
         self.states = [*self.states[:index], state, *self.states[index + 1 :]]
         return confidence
 
-    def _finish(self, token: _Token, depth: int, ctx: Context) -> Tensor:
+    def _finish(self, token: Token, depth: int, ctx: Context) -> Tensor:
         """From layer ``depth`` to the logits (B, V)."""
         resumed = self.backbone.n_layers - self.plan.readout.tail_layers
         if token.all_left:
-            self.plan.policy.skip(self.engine, depth, resumed, token.h, ctx)
+            self._policy.skip(self.engine, depth, resumed, token.h, ctx)
         elif token.some_left:
-            token.h = self.plan.policy.run(self.engine, depth, resumed, token.h, token.left, ctx)
+            token.h = self._policy.run(self.engine, depth, resumed, token.h, token.left, ctx)
         else:
             token.h = self.engine.run(depth, resumed, token.h, ctx)
         if resumed < self.backbone.n_layers:

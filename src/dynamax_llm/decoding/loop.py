@@ -2,6 +2,7 @@
 
     out = model.generate(**inputs, custom_generate=EarlyExit(exits, threshold=0.9), max_new_tokens=64)
     out.sequences, out.exit_layers, out.trace.counted_reduction
+    model.generate(**inputs, custom_generate=EarlyExit(exits, policy="verify"))  # the full model's own text
 
 ``generate`` prepares inputs, logits processors and stopping criteria; this loop calls them exactly as Hugging Face's
 sampling loop does, so that never exiting gives ``generate``'s own tokens.
@@ -10,7 +11,7 @@ sampling loop does, so that never exiting gives ``generate``'s own tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +20,12 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan
-from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.decoding.deferred import VerifyingDecoder, new_decoder
+from dynamax_llm.decoding.request import Request
+from dynamax_llm.decoding.state import DEFAULT_WINDOW, POLICIES
 from dynamax_llm.decoding.thresholds import Threshold, Thresholds
 from dynamax_llm.decoding.trace import TokenCosts, Trace
+from dynamax_llm.decoding.verify import Verification, VerifiedRun
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
 
@@ -31,12 +35,14 @@ OnToken = Callable[[Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class EarlyExitOutput:
-    """``sequences`` (B, prompt + new), ``exit_layers`` (B, new) layers run per token (0 after a row's end), the
-    ``trace``, and per step ``scores`` (processed) and ``logits`` (raw), each (B, V), when asked for."""
+    """``sequences`` (B, prompt + new), ``exit_layers`` (B, new) layers run until a token was decided (0 after a row's
+    end), the ``trace``, under ``verify`` what became of the proposals, and per step ``scores`` (processed) and
+    ``logits`` (raw), each (B, V), when asked for; under ``verify`` they are 0 after a row's end."""
 
     sequences: Tensor
     exit_layers: Tensor
     trace: Trace
+    verification: Verification | None = None
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
 
@@ -45,7 +51,9 @@ class EarlyExit:
     """Generate with as many layers as each token needs.
 
     ``threshold``: the least confidence that lets a token leave, one or one per exit, in [0, 1] or "never".
-    ``policy``: what happens to skipped layers' state ("propagate", "copy", "stale"); all three are approximate.
+    ``policy``: what happens to skipped layers' state: "propagate", "copy", "stale" (approximate state), "defer" (exact
+    state) or "verify" (exact state and the full model's own output).
+    ``window``: tokens per row that may wait under ``defer``, or be drafted under ``verify``, at least 1.
     ``measure``: judge by this confidence measure instead of the trained head.
     ``schedule``: "fixed", or CALM's "decaying". ``on_token`` is called after every step (streaming).
     Raises UsageError for values that are not allowed, ArtifactMismatch when used on another backbone.
@@ -57,6 +65,7 @@ class EarlyExit:
         *,
         threshold: Threshold | Sequence[Threshold] = 0.9,
         policy: str = "propagate",
+        window: int = DEFAULT_WINDOW,
         measure: str | None = None,
         schedule: str = "fixed",
         on_token: OnToken | None = None,
@@ -64,20 +73,23 @@ class EarlyExit:
         self.exits = exits
         self.thresholds = Thresholds.parse(threshold, len(exits.config.layers), schedule)
         self.policy = POLICIES.lookup(policy)
+        if not isinstance(window, int) or window < 1:
+            raise UsageError(f"window {window!r}: give the number of tokens that may wait, a whole number from 1.")
+        self.window = window
         self.judge = exits.judge(measure)
         self.on_token = on_token
 
     def attach(self, model: nn.Module) -> tuple[Backbone, ExitPlan, TokenCosts]:
         """What decoding ``model`` takes. Raises ArtifactMismatch, PolicyMismatch, UnsupportedModel."""
         backbone, config = self.exits.drive(model), self.exits.config
-        self.policy.check(backbone)
+        readout = self.exits.readout(backbone)
+        self.policy.check(backbone, readout)
         backbone.refresh()
         active = self.thresholds.active
         judge = self.judge
         if isinstance(judge, nn.Module):
             judge.to(backbone.device)
-        readout = self.exits.readout(backbone)
-        plan = ExitPlan(config.layers[:active], judge, readout, self.policy)
+        plan = ExitPlan(config.layers[:active], judge, readout, self.policy, self.window)
         costs = TokenCosts.of(backbone.costs(), config.layers, active, judge, self.policy, readout)
         return backbone, plan, costs
 
@@ -95,65 +107,100 @@ class EarlyExit:
         backbone, plan, costs = self.attach(model)
         padding = model_kwargs.get("attention_mask")
         _check_prompt(backbone, input_ids, padding)
-        decoder = Decoder(backbone, plan, padding)
-        run = _Run(input_ids, logits_processor, stopping_criteria, generation_config)
-        horizon = (stopping_criteria.max_length or 0) - input_ids.shape[1]
-        full = len(self.exits.config.layers)
-        logits = decoder.prefill(input_ids)
-        exit_index = torch.full((len(input_ids),), full, device=input_ids.device)
+        request = Request(input_ids, logits_processor, stopping_criteria, generation_config)
+        decoder = new_decoder(backbone, plan, padding)
+        if isinstance(decoder, VerifyingDecoder):
+            return self._verified(decoder, request, costs)
+        return self._decoded(decoder, request, costs)
+
+    def _decoded(self, decoder: Decoder, request: Request, costs: TokenCosts) -> EarlyExitOutput:
+        """Every token is what its exit, or the last layer, says."""
+        run = _Run(request)
+        horizon, full = request.max_length - request.ids.shape[1], len(self.exits.config.layers)
+        logits = decoder.prefill(request.ids)
+        exit_index = torch.full((len(request.ids),), full, device=request.ids.device)
         while True:
             tokens = run.append(logits, exit_index)
             if self.on_token is not None:
-                self.on_token(tokens, Trace(run.exit_index[-1].unsqueeze(1), costs, self.policy.name).exit_layers[:, 0])
+                self.on_token(tokens, costs.layers(run.exit_index[-1]))
             if run.finished:
                 break
             thresholds = self.thresholds.at(len(run.exit_index), horizon)
             step = decoder.step(tokens.unsqueeze(1), thresholds, run.ended)
             logits, exit_index = step.logits, torch.where(step.exit_index == decoder.n_exits, full, step.exit_index)
-        trace = Trace(torch.stack(run.exit_index, dim=1), costs, self.policy.name)
+        trace = self._trace(torch.stack(run.exit_index, dim=1), costs, decoder)
         return EarlyExitOutput(
             sequences=run.ids, exit_layers=trace.exit_layers, scores=run.scores, logits=run.logits, trace=trace
         )
+
+    def _verified(self, decoder: VerifyingDecoder, request: Request, costs: TokenCosts) -> EarlyExitOutput:
+        """Every token is the full model's."""
+        full = len(self.exits.config.layers)
+
+        def to_exits(found: Tensor) -> Tensor:
+            return torch.where(found == decoder.n_exits, full, found)
+
+        def on_column(tokens: Tensor, found: Tensor) -> None:
+            if self.on_token is not None:
+                self.on_token(tokens, costs.layers(to_exits(found)))
+
+        run = VerifiedRun(decoder, request, self.thresholds, on_column)
+        run.run()
+        columns = range(max(map(len, run.exit_index)))
+        trace = self._trace(torch.stack([to_exits(run.column_of_exits(c)) for c in columns], dim=1), costs, decoder)
+        new = torch.stack([run.column_of_tokens(c) for c in columns], dim=1)
+        return EarlyExitOutput(
+            sequences=torch.cat((request.ids, new), dim=1),
+            exit_layers=trace.exit_layers,
+            trace=trace,
+            verification=run.stats,
+            scores=_by_step(run.scores) if request.wants_scores else None,
+            logits=_by_step(run.logits) if request.wants_logits else None,
+        )
+
+    def _trace(self, exit_index: Tensor, costs: TokenCosts, decoder: Decoder) -> Trace:
+        spent, full = decoder.spent(), len(self.exits.config.layers)
+        if spent.taken is not None:
+            spent = replace(spent, taken=torch.where(spent.taken == decoder.n_exits, full, spent.taken))
+        return Trace(exit_index, costs, self.policy.name, spent)
+
+
+def _by_step(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
+    """Per step (B, V), from per row and step (V,); zeros after a row's end."""
+    empty = torch.zeros_like(rows[0][0])
+    steps = range(max(map(len, rows)))
+    return tuple(torch.stack([row[step] if step < len(row) else empty for row in rows]) for step in steps)
 
 
 class _Run:
     """The token side of a generation: what Hugging Face's sampling loop keeps between forwards."""
 
-    def __init__(
-        self,
-        ids: Tensor,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
-    ) -> None:
-        self.ids, self.processors, self.criteria, self.config = ids, processors, criteria, config
-        pad = getattr(config, "_pad_token_tensor", None)
-        self.pad = torch.tensor(0 if pad is None else int(pad), device=ids.device)  # set whenever a row can end
-        self.has_eos = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self.ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    def __init__(self, request: Request) -> None:
+        self.request, self.ids = request, request.ids
+        self.ended = torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
         self.finished = False
         self.exit_index: list[Tensor] = []
-        wanted = config.return_dict_in_generate
-        self.scores: tuple[Tensor, ...] | None = () if wanted and config.output_scores else None
-        self.logits: tuple[Tensor, ...] | None = () if wanted and config.output_logits else None
+        self.scores: tuple[Tensor, ...] | None = () if request.wants_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if request.wants_logits else None
 
     def append(self, logits: Tensor, exit_index: Tensor) -> Tensor:
         """Choose the next tokens (B,) from logits (B, V) and note where they came from."""
+        request = self.request
         logits = logits.to(device=self.ids.device, dtype=torch.float32)
-        scores = self.processors(self.ids, logits.clone() if len(self.processors) else logits)
+        scores = request.processors(self.ids, logits.clone() if len(request.processors) else logits)
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
             self.logits += (logits,)
-        if self.config.do_sample:
+        if request.sample:
             tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         else:
             tokens = scores.argmax(dim=-1)
-        if self.has_eos:
-            tokens = torch.where(self.ended, self.pad, tokens)
+        if request.has_eos:
+            tokens = torch.where(self.ended, request.pad, tokens)
         self.exit_index.append(torch.where(self.ended, -1, exit_index))
         self.ids = torch.cat((self.ids, tokens.unsqueeze(1)), dim=1)
-        self.ended = self.ended | self.criteria(self.ids, self.scores)
+        self.ended = self.ended | request.criteria(self.ids, self.scores)
         self.finished = bool(self.ended.all())
         return tokens
 

@@ -6,9 +6,12 @@
                 attend to a repeated neighbour (keys keep the neighbour's position).
     stale       Mamba only: conv window and SSM state are left alone. Approximate, and free: the skipped layers never
                 hear of the token.
+    defer       exact state: h_e waits, and the skipped layers run over it when a token next goes deeper. What a token
+                that left says is still its exit's.
+    verify      exact output: ``defer``, and the catch-up pass also yields the full model's token after every waiting
+                token; the first that differs is put right and what followed it is taken back.
 
-A token that stays reads exact arithmetic on whatever state the policy left. Nothing here is exact state; the policies
-that are (``defer``, ``verify``) are not built yet.
+A token that stays reads exact arithmetic on whatever state the policy left.
 """
 
 from __future__ import annotations
@@ -22,21 +25,28 @@ from dynamax_llm.backbones import Backbone, Context
 from dynamax_llm.backbones.cache import KINDS
 from dynamax_llm.engines import EagerEngine
 from dynamax_llm.errors import PolicyMismatch
+from dynamax_llm.exits.readout import Readout
 from dynamax_llm.registry import Registry
 
+#: Tokens per row that may wait, under the policies that let tokens wait.
+DEFAULT_WINDOW = 16
 
-class StatePolicy(abc.ABC):
+
+class StatePolicy:
     """What happens to the state of the layers a token skips."""
 
     name: str
-    exact = False
+    #: Later tokens read the state that never leaving would have made.
+    exact_state = False
+    #: The tokens are the full model's.
+    exact_output = False
     #: Kinds of layers this policy is defined for.
     kinds: tuple[str, ...] = KINDS
     #: Whether a skipped layer costs its state update.
     updates_state = False
 
-    def check(self, backbone: Backbone) -> None:
-        """Raise PolicyMismatch if the policy is not defined for this backbone's layers."""
+    def check(self, backbone: Backbone, readout: Readout) -> None:
+        """Raise PolicyMismatch if the policy is not defined for this backbone's layers, or with this readout."""
         wrong = sorted(set(backbone.kinds) - set(self.kinds))
         if wrong:
             allowed = [name for name, policy in POLICIES.items() if set(backbone.kinds) <= set(policy.kinds)]
@@ -44,6 +54,16 @@ class StatePolicy(abc.ABC):
                 f"state policy {self.name!r} is not defined for the {' and '.join(wrong)} layers of "
                 f"{backbone.model_type!r}. Use {' or '.join(map(repr, allowed))}."
             )
+        if self.exact_state and readout.tail_layers:
+            raise PolicyMismatch(
+                f"state policy {self.name!r} cannot be used with the readout 'tail': a token that leaves would run "
+                f"the last layers at once, on h that never passed those between, and their state would not be exact. "
+                "Use exits with the readout 'head' or 'lens', or the policy 'propagate'."
+            )
+
+
+class InPlace(StatePolicy, abc.ABC):
+    """A policy that gives skipped layers a state at once; all are approximate."""
 
     @abc.abstractmethod
     def skip(self, engine: EagerEngine, first: int, stop: int, h: Tensor, ctx: Context) -> None:
@@ -57,6 +77,7 @@ class StatePolicy(abc.ABC):
         the other policies then put right what that row should have kept.
         """
         frozen = left.view(-1, 1, 1)
+        engine.passes += stop - first
         for index in range(first, stop):
             kept = self.before(engine, index)
             h = torch.where(frozen, h, engine.backbone.layer(index, h, engine.cache, ctx))
@@ -71,7 +92,7 @@ class StatePolicy(abc.ABC):
         """Give the rows that left what this policy leaves them with."""
 
 
-class Propagate(StatePolicy):
+class Propagate(InPlace):
     """Skipped layers update their state from h_e."""
 
     name, updates_state = "propagate", True
@@ -80,7 +101,7 @@ class Propagate(StatePolicy):
         engine.update_states(first, stop, h, ctx)
 
 
-class Copy(StatePolicy):
+class Copy(InPlace):
     """Skipped attention layers repeat their newest K/V entry."""
 
     name, kinds = "copy", ("attention", "none")
@@ -92,7 +113,7 @@ class Copy(StatePolicy):
         engine.cache.replace_last_kv(index, left)
 
 
-class Stale(StatePolicy):
+class Stale(InPlace):
     """Skipped Mamba layers keep the state they had."""
 
     name, kinds = "stale", ("mamba", "none")
@@ -108,6 +129,18 @@ class Stale(StatePolicy):
             part[0, left] = old[left]
 
 
+class Defer(StatePolicy):
+    """Tokens that left wait until a deeper one takes them along; carried out by ``DeferredDecoder``."""
+
+    name, exact_state = "defer", True
+
+
+class Verify(StatePolicy):
+    """``defer``, and every token is checked by the full model; carried out by ``VerifyingDecoder``."""
+
+    name, exact_state, exact_output = "verify", True, True
+
+
 POLICIES: Registry[StatePolicy] = Registry(
-    "state policy", {policy.name: policy for policy in (Propagate(), Copy(), Stale())}
+    "state policy", {policy.name: policy for policy in (Propagate(), Copy(), Stale(), Defer(), Verify())}
 )

@@ -1,9 +1,11 @@
 """What decoding a given text would do, in one parallel pass.
 
 Under ``propagate`` "left" is h standing still: at every layer h = where(left, h, layer(h)), and each layer's state
-update sees the frozen h. One forward over a text is then exactly what step-by-step decoding of that text does, to
-floating-point noise; calibration, log-likelihood evaluation and on-policy labels rest on it. The other policies leave
-states that no parallel pass produces: ``step_by_step`` decodes the text with forced tokens, and is the slow twin.
+update sees the frozen h. Under ``defer`` h moves on and only what the token says stands still: its readout and what
+later exits' heads see of it. Either way one forward over a text is exactly what step-by-step decoding of that text
+does, to floating-point noise; calibration, log-likelihood evaluation and on-policy labels rest on it. ``copy`` and
+``stale`` leave states that no parallel pass produces: ``step_by_step`` decodes the text with forced tokens, and is the
+slow twin. Under ``verify`` every token is the full model's, and there is nothing to measure.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.decoding.decoder import Decoder, ExitPlan
+from dynamax_llm.decoding.decoder import ExitPlan
+from dynamax_llm.decoding.deferred import new_decoder
 from dynamax_llm.exits.confidence import Signals, State, observe, select
 from dynamax_llm.shapes import Ids, Logits
 
@@ -41,9 +44,9 @@ def teacher_forced(
     padding: Tensor | None = None,
     keep_logits: bool = False,
 ) -> TeacherForced:
-    """One pass over ids (B, T) under ``propagate``. The first ``prompt_length`` positions run at full depth, as a
-    prompt does; ``padding`` (B, T) is 0 at left pads. Right padding needs no mask: everything is causal."""
-    assert plan.policy.name == "propagate", plan.policy.name
+    """One pass over ids (B, T) under ``propagate`` or ``defer``. The first ``prompt_length`` positions run at full
+    depth, as a prompt does; ``padding`` (B, T) is 0 at left pads. Right padding needs no mask: everything is causal."""
+    assert plan.policy.name in ("propagate", "defer"), plan.policy.name
     return _Pass(backbone, plan, ids, prompt_length, padding).run(thresholds, keep_logits)
 
 
@@ -55,7 +58,9 @@ class _Pass:
     ) -> None:
         self.backbone, self.plan = backbone, plan
         self.padding = None if padding is None or bool(padding.all()) else padding
-        self.h = backbone.embed(ids)  # (B, T, d)
+        self.h = backbone.embed(ids)  # (B, T, d), what the layers read
+        self.seen = self.h  # (B, T, d), frozen where a token has left
+        self.exact = plan.policy.exact_state
         self.ctx = backbone.context(self.h, padding=self.padding)
         self.left = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
         self.may_leave = torch.arange(ids.shape[1], device=ids.device) >= prompt_length
@@ -68,29 +73,31 @@ class _Pass:
         depth = 0
         for index, stop in enumerate(plan.layers):
             self._layers(depth, stop - 1)
-            before = self.h
+            before = self.seen
             self._layers(stop - 1, stop)
             self._ask(index, before, None if states is None else states[index], thresholds[index])
             depth = stop
         resumed = backbone.n_layers - plan.readout.tail_layers
         self._layers(depth, resumed)
         for layer in range(resumed, backbone.n_layers):  # a tail runs for every token, left or not
-            self.h = backbone.layer(layer, self.h, None, self.ctx)
+            self.seen = self.h = backbone.layer(layer, self.h, None, self.ctx)
         return self._read(keep_logits)
 
     def _layers(self, first: int, stop: int) -> None:
         frozen = self.left.unsqueeze(-1)
         for layer in range(first, stop):
-            self.h = torch.where(frozen, self.h, self.backbone.layer(layer, self.h, None, self.ctx))
+            moved = self.backbone.layer(layer, self.h, None, self.ctx)
+            self.seen = torch.where(frozen, self.seen, moved)
+            self.h = moved if self.exact else self.seen
 
     def _ask(self, index: int, before: Tensor, state: State | None, threshold: float | None) -> None:
         judge, readout = self.plan.judge, self.plan.readout
         if judge.needs_logits:
-            fresh, _ = readout.signals(index, self.h, before, self.signals)
+            fresh, _ = readout.signals(index, self.seen, before, self.signals)
         else:
-            fresh = observe(self.h, before, None, self.signals)
+            fresh = observe(self.seen, before, None, self.signals)
         self.signals = fresh if self.signals is None else select(self.left, self.signals, fresh)
-        confidence, _ = judge.confidence(index, self.h, self.signals, state, self.padding)
+        confidence, _ = judge.confidence(index, self.seen, self.signals, state, self.padding)
         if threshold is not None:
             leaving = (confidence >= threshold) & self.may_leave & ~self.left
             self.exit_index = torch.where(leaving, index, self.exit_index)
@@ -103,7 +110,7 @@ class _Pass:
             rows = self.exit_index == index
             if not bool(rows.any()):
                 continue
-            h = self.h[rows].unsqueeze(0)  # (1, n, d)
+            h = self.seen[rows].unsqueeze(0)  # (1, n, d)
             full = index == len(self.plan.layers)
             read = self.backbone.readout(h) if full else self.plan.readout.logits(index, h)
             tokens[rows] = read[0].argmax(-1)
@@ -122,12 +129,13 @@ def step_by_step(
     prompt_length: int = 1,
     padding: Tensor | None = None,
 ) -> TeacherForced:
-    """The slow twin of ``teacher_forced``, for any policy: decode ids (B, T) one token at a time, tokens forced.
+    """The slow twin of ``teacher_forced``, for any policy but ``verify``: ids (B, T) one token at a time, forced.
 
     Positions before the last of the prompt are not read out: their ``tokens`` are -1 and their ``logits`` 0.
     """
     batch, count = ids.shape
-    decoder = Decoder(backbone, plan, None if padding is None else padding[:, :prompt_length])
+    assert not plan.policy.exact_output, "a forced text cannot be verified"
+    decoder = new_decoder(backbone, plan, None if padding is None else padding[:, :prompt_length])
     logits = torch.zeros(batch, count, backbone.vocab_size, device=ids.device)
     exit_index = torch.full((batch, count), len(plan.layers), device=ids.device)
     logits[:, prompt_length - 1] = decoder.prefill(ids[:, :prompt_length])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Costs
+from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.decoding.state import StatePolicy
 from dynamax_llm.exits.confidence import Judge
 from dynamax_llm.exits.readout import Readout
@@ -22,8 +23,10 @@ class TokenCosts:
     """Multiply-accumulates of one token by where it leaves: entry e for exit e, the last entry for full depth."""
 
     by_exit: tuple[int, ...]
+    checks: tuple[int, ...]  # the part of ``by_exit`` that is not in layers: checks and readouts
     depths: tuple[int, ...]
     full: int
+    readout: int  # one complete readout
 
     @classmethod
     def of(
@@ -32,7 +35,7 @@ class TokenCosts:
         """``exits`` are depths; the first ``active`` of them are asked. Every cost is in: layers, skipped states,
         each exit's check, state of recurrent heads at exits the token never reached, every readout."""
         n_layers, tail = len(costs.layers), readout.tail_layers
-        by_exit = []
+        by_exit, overhead = [], []
         for index, depth in enumerate((*exits, n_layers)):
             leaves = index < len(exits)
             asked = min(index + 1, active)
@@ -48,9 +51,14 @@ class TokenCosts:
                 resumed = n_layers - tail
                 layers += costs.skipped(depth, resumed) if policy.updates_state else 0
                 layers += costs.depth(n_layers) - costs.depth(resumed)
-            by_exit.append(layers + checks + looked + (0 if reused else own))
+            overhead.append(checks + looked + (0 if reused else own))
+            by_exit.append(layers + overhead[-1])
         depths = (*(depth + tail for depth in exits), n_layers)
-        return cls(tuple(by_exit), depths, costs.total)
+        return cls(tuple(by_exit), tuple(overhead), depths, costs.total, costs.readout)
+
+    def layers(self, exit_index: Tensor) -> Tensor:
+        """Layers run by tokens that left where ``exit_index`` says: 1..L, 0 where it is -1."""
+        return torch.tensor((*self.depths, 0), device=exit_index.device)[exit_index]
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,12 @@ class Trace:
     exit_index: Tensor
     costs: TokenCosts
     policy: str
+    spent: Spent
 
     @property
     def exit_layers(self) -> Tensor:
-        """Layers run per token (B, T): 1..L, and 0 after a row's end."""
-        table = torch.tensor((*self.costs.depths, 0), device=self.exit_index.device)
-        return table[self.exit_index]
+        """Layers run per token until it was decided (B, T): 1..L, and 0 after a row's end."""
+        return self.costs.layers(self.exit_index)
 
     @property
     def n_tokens(self) -> int:
@@ -86,7 +94,27 @@ class Trace:
     def counted_reduction(self) -> float:
         """Share of the full model's multiply-accumulates not spent, every check, readout and state update included.
 
-        Counted, not timed; negative when the checks cost more than the exits saved.
+        Counted, not timed; negative when the checks cost more than the exits saved. Under ``defer`` and ``verify``
+        nearly every layer runs for every token sooner or later: what they save is passes, not multiplications.
         """
-        spent = sum(int((self.exit_index == i).sum()) * cost for i, cost in enumerate(self.costs.by_exit))
+        if self.spent.layer_macs is None or self.spent.taken is None:
+            spent = _total(self.exit_index, self.costs.by_exit)
+        else:
+            spent = len(self.exit_index) * self.costs.by_exit[-1]  # the first tokens, from the prompt's own pass
+            spent += self.spent.layer_macs + _total(self.spent.taken, self.costs.checks)
+            spent += self.spent.readouts * self.costs.readout
         return 1.0 - spent / (max(self.n_tokens, 1) * self.costs.full)
+
+    @property
+    def pass_reduction(self) -> float:
+        """Share of the layer passes of full-depth decoding that were not made; the prompt is apart.
+
+        A pass reads one layer's weights once, for all rows and all tokens that go through. Counted, not timed; state
+        updates of skipped layers are not passes, though for Mamba layers they read a good third of the weights.
+        """
+        steps = self.exit_index.shape[1] - 1
+        return 1.0 - self.spent.passes / (steps * self.costs.depths[-1]) if steps else 0.0
+
+
+def _total(exit_index: Tensor, costs: Sequence[int]) -> int:
+    return sum(int((exit_index == index).sum()) * cost for index, cost in enumerate(costs))

@@ -30,6 +30,7 @@ class EagerEngine:
         self.backbone = backbone
         self.cache = backbone.new_cache()
         self.padding = padding if padding is not None and not bool(padding.all()) else None
+        self.passes = 0  # readings of a layer's weights for the batch since the prompt
         self.length = 0  # slots that have been entered, pads included
 
     def enter(self, ids: Tensor) -> tuple[Tensor, Context]:
@@ -61,6 +62,7 @@ class EagerEngine:
 
     def run(self, first: int, stop: int, h: Tensor, ctx: Context) -> Tensor:
         """Layers ``first`` to ``stop - 1``; their state advances."""
+        self.passes += stop - first
         for index in range(first, stop):
             h = self.backbone.layer(index, h, self.cache, ctx)
         return h

@@ -18,6 +18,7 @@ from torch import nn
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.loop import EarlyExit
+from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.decoding.teacher_forced import teacher_forced
 from dynamax_llm.decoding.trace import Trace
 from dynamax_llm.exits.artifact import Exits
@@ -108,7 +109,8 @@ def outcome(
         found = teacher_forced(backbone, plan, batch.ids.to(backbone.device), early.thresholds.values)
         agree += int(((found.tokens == tokens) & mask).sum())
         left.append(found.exit_index[mask])
-    trace = Trace(torch.cat(left).unsqueeze(0), costs, early.policy.name)
+    exit_index = torch.cat(left).unsqueeze(0)
+    trace = Trace(exit_index, costs, early.policy.name, Spent(passes=int(costs.layers(exit_index).sum())))
     counts = tuple(trace.histogram.values())
     return Outcome(threshold, agree / trace.n_tokens, trace.mean_depth, trace.counted_reduction, counts)
 
