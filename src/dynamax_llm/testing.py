@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, Mamba2Config, MistralConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from dynamax_llm.backbones import adapt
 from dynamax_llm.exits.confidence import Judge, Signals, State
 from dynamax_llm.registry import Registry
 
@@ -102,3 +103,14 @@ class ScriptedJudge(Judge):
 
     def macs(self, exit: int) -> int:
         return 0
+
+
+@torch.no_grad()
+def zero_tail(model: nn.Module, depth: int) -> nn.Module:
+    """Make the layers after ``depth`` add nothing: stopping there then gives exactly the full model's output, at the
+    full model's cost. Zeroes every projection that writes into the residual stream; changes ``model`` in place."""
+    for layer in adapt(model).layers[depth:]:
+        for name, parameter in layer.named_parameters():
+            if any(part in name for part in ("o_proj", "down_proj", "out_proj")):
+                parameter.zero_()
+    return model

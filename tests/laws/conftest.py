@@ -13,6 +13,7 @@ from dynamax_llm.decoding.decoder import ExitPlan
 from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.exits.confidence import Judge
 from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Lens, Readout
 from dynamax_llm.testing import ScriptedJudge, tiny_model
 
@@ -60,3 +61,15 @@ def scripted(batch: int, steps: int, n_exits: int, seed: int = 0) -> ScriptedJud
 def left_padding(batch: int, length: int) -> Tensor:
     """Row r starts with r pads."""
     return (torch.arange(length) >= torch.arange(batch).unsqueeze(1)).long()
+
+
+def random_heads(case: Case, kind: str, candidates: int) -> ExitHeads:
+    """Heads with strong random opinions, of either sign."""
+    heads = ExitHeads(
+        ExitConfig(case.exits, case.backbone.n_layers, head=kind, candidates=candidates), case.backbone.width
+    )
+    with torch.no_grad():
+        for name, parameter in heads.named_parameters():
+            if name.endswith(("out", "weight")):
+                parameter.normal_(std=2.0)
+    return heads.eval()

@@ -13,10 +13,9 @@ from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.decoding.teacher_forced import step_by_step, teacher_forced
 from dynamax_llm.exits.confidence import MEASURES
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.testing import ScriptedJudge, random_ids
-from tests.laws.conftest import Case, left_padding, pattern, scripted
+from tests.laws.conftest import Case, left_padding, pattern, random_heads, scripted
 
 PROMPT, STEPS = 6, 9
 
@@ -53,18 +52,6 @@ def test_learned_heads_decide_alike_in_one_pass_and_step_by_step(case: Case, kin
     assert len(slow.exit_index[:, PROMPT:].unique()) >= 3  # several exits are really taken
     read = slice(PROMPT - 1, None)
     assert (fast.logits[:, read] - slow.logits[:, read]).abs().max() < 1e-4
-
-
-def random_heads(case: Case, kind: str, candidates: int) -> ExitHeads:
-    """Heads with strong random opinions, of either sign."""
-    heads = ExitHeads(
-        ExitConfig(case.exits, case.backbone.n_layers, head=kind, candidates=candidates), case.backbone.width
-    )
-    with torch.no_grad():
-        for name, parameter in heads.named_parameters():
-            if name.endswith(("out", "weight")):
-                parameter.normal_(std=2.0)
-    return heads.eval()
 
 
 def test_always_exiting_equals_the_shallow_model(case: Case) -> None:

@@ -111,23 +111,41 @@ class VerifiedRun:
             fed = tokens.unsqueeze(1)
 
     def _propose(self, draft: _Draft, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        scores = self._process(draft, len(draft.tokens), logits)
+        scores = self._process(logits, draft.tokens, [row.shape[1] for row in self.rows])
         if not self.request.sample:
             return scores.argmax(-1), None
         weights = torch.softmax(scores, dim=-1)
         return torch.multinomial(weights, num_samples=1).squeeze(1), weights
 
-    def _process(self, draft: _Draft, used: int, logits: Tensor) -> Tensor:
-        """Processed scores (B, V) after the rows' accepted text and ``used`` proposals."""
+    def _process(self, logits: Tensor, drafted: list[Tensor], lengths: list[int]) -> Tensor:
+        """Processed scores (B, V), read after each row's first ``lengths`` accepted tokens and the ``drafted`` ones."""
         processors = self.request.processors
         logits = logits.to(device=self.request.ids.device, dtype=torch.float32)
         if not len(processors):
             return logits
-        tail = torch.stack(draft.tokens[:used], dim=1) if used else self.request.ids[:, :0]
-        if len({row.shape[1] for row in self.rows}) == 1:
-            return processors(torch.cat((torch.cat(self.rows), tail), dim=1), logits.clone())
-        texts = [torch.cat((row, tail[[r]]), dim=1) for r, row in enumerate(self.rows)]
-        return torch.cat([processors(text, logits[[r]].clone()) for r, text in enumerate(texts)])
+        texts = [row[:, :length] for row, length in zip(self.rows, lengths, strict=True)]
+        if drafted:
+            tail = torch.stack(drafted, dim=1)
+            texts = [torch.cat((text, tail[[row]]), dim=1) for row, text in enumerate(texts)]
+        return self._by_length(texts, lambda ids: processors(ids, logits.clone()))
+
+    def _by_length(self, texts: list[Tensor], call: Callable[[Tensor], Tensor]) -> Tensor:
+        """``call`` with the whole batch, once for every length some row has; each row's result from its own length.
+
+        Processors may know the batch size, so no row is left out: longer texts are cut, shorter ones filled.
+        """
+        own = [text.shape[1] for text in texts]
+        if len(set(own)) == 1:
+            return call(torch.cat(texts))
+        lengths, result = torch.tensor(own, device=texts[0].device), None
+        for length in sorted(set(own)):
+            fill = self.request.pad.view(1, 1).expand(1, length)
+            batch = [torch.cat((text[:, :length], fill[:, text.shape[1] :]), dim=1) for text in texts]
+            found = call(torch.cat(batch))
+            rows = (lengths == length).view(-1, *[1] * (found.ndim - 1))
+            result = found if result is None else torch.where(rows, found, result)
+        assert result is not None
+        return result
 
     def _judge(self, window: Tensor, draft: _Draft) -> list[int]:
         """Accept, replace or drop proposals, given the full model's logits (B, W, V): tokens that each row keeps."""
@@ -141,7 +159,7 @@ class VerifiedRun:
             if not any(open_rows):
                 break
             # The rows have grown by what was accepted of this window: the processors' text is already in them.
-            scores = self._window_scores(draft, place, window[:, place], lengths)
+            scores = self._process(window[:, place], [], [length + place for length in lengths])
             tokens, kept = self._choose(scores, draft, place)
             for row in range(self.batch):
                 if not open_rows[row]:
@@ -153,23 +171,15 @@ class VerifiedRun:
                 counts[row] = place + 1
                 accepted[row] += leaves
                 replaced[row] = proposal and not kept[row]
-                open_rows[row] = not self.ended[row] and (kept[row] or not proposal)
+            ends = self._by_length(self.rows, lambda ids: self.request.criteria(ids, None)).tolist()
+            for row in range(self.batch):
+                if open_rows[row]:
+                    self.ended[row] = ends[row]
+                    open_rows[row] = not ends[row] and (kept[row] or place >= len(draft.tokens))
         self._count(draft, accepted, replaced)
         self._hand_out()
         most = max((count for count, ended in zip(counts, self.ended, strict=True) if not ended), default=width)
         return [most if ended else count for count, ended in zip(counts, self.ended, strict=True)]
-
-    def _window_scores(self, draft: _Draft, place: int, logits: Tensor, lengths: list[int]) -> Tensor:
-        """Processed scores (B, V) after ``place`` tokens of the window."""
-        processors = self.request.processors
-        logits = logits.to(device=self.request.ids.device, dtype=torch.float32)
-        if not len(processors):
-            return logits
-        # Rows that were closed earlier are not read any more; their text is cut or filled to keep the call in shape.
-        texts = [row[:, : length + place] for row, length in zip(self.rows, lengths, strict=True)]
-        if len({text.shape[1] for text in texts}) == 1:
-            return processors(torch.cat(texts), logits.clone())
-        return torch.cat([processors(text, logits[[r]].clone()) for r, text in enumerate(texts)])
 
     def _choose(self, scores: Tensor, draft: _Draft, place: int) -> tuple[list[Tensor], list[bool]]:
         """The rows' tokens, and whether each is the proposal, if there was one."""
@@ -198,8 +208,6 @@ class VerifiedRun:
             self.scores[row].append(scores[row])
         if self.request.wants_logits:
             self.logits[row].append(logits[row])
-        history = tuple(part.unsqueeze(0) for part in self.scores[row]) if self.request.wants_scores else None
-        self.ended[row] = bool(self.request.criteria(self.rows[row], history).all())
 
     def _count(self, draft: _Draft, accepted: list[int], replaced: list[bool]) -> None:
         self.stats.drafted += sum(draft.proposed)
