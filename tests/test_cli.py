@@ -79,6 +79,21 @@ def test_always_leaving_runs_the_first_exit(model_type, dynamax):
     assert found["counted_reduction"] > 0
 
 
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_exact_policies_say_what_they_did(model_type, dynamax):
+    options = ("--exits", exits_folder(model_type), "--prompt", "The cat", "--max-new-tokens", "12")
+    full = generate(dynamax, model_type, *options, "--threshold", "never")
+    found = generate(dynamax, model_type, *options, "--threshold", "0", "--policy", "verify", "--window", "4")
+    assert found["results"][0]["text"] == full["results"][0]["text"]
+    verification = found["verification"]
+    assert verification["drafted"] == sum(verification[name] for name in ("accepted", "corrected", "rolled_back")) > 0
+    assert found["window_bytes"] > 0
+    deferred = generate(dynamax, model_type, *options, "--threshold", "0", "--policy", "defer", "--window", "4")
+    assert deferred["verification"] is None
+    # Eleven steps at depth 2 of 5; every fourth fills the window, and the other 3 layers catch up.
+    assert deferred["pass_reduction"] == pytest.approx(1 - (11 * 2 + 2 * 3) / (11 * 5))
+
+
 def test_thresholds_per_exit(dynamax):
     found = generate(
         dynamax, "llama", "--measure", "entropy", "--exits", "1,3", "--threshold", "never,0", "--prompt", "a"

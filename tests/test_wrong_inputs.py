@@ -176,12 +176,21 @@ DECISIONS: dict[str, tuple[Command, str, str]] = {
         "give one for all",
     ),
     "unknown measure": (lambda t: with_exits("--measure", "entrpy"), "'entrpy'", "Did you mean 'entropy'"),
+    "window of nothing": (
+        lambda t: with_exits("--policy", "defer", "--window", "0"),
+        "'--window'",
+        "greater than or equal to 1",
+    ),
     "unknown policy": (lambda t: with_exits("--policy", "propogate"), "'propogate'", "Did you mean 'propagate'"),
-    "stale on a Transformer": (lambda t: with_exits("--policy", "stale"), "'stale'", "Use 'propagate' or 'copy'"),
+    "stale on a Transformer": (
+        lambda t: with_exits("--policy", "stale"),
+        "'stale'",
+        "Use 'propagate', 'copy', 'defer' or 'verify'",
+    ),
     "copy on Mamba": (
         lambda t: generate("--exits", exits_folder("mamba2"), "--policy", "copy", model=model_folder("mamba2")),
         "'copy'",
-        "Use 'propagate' or 'stale'",
+        "Use 'propagate', 'stale', 'defer' or 'verify'",
     ),
     "unknown schedule": (lambda t: with_exits("--schedule", "linear"), "'linear'", "fixed, decaying"),
     "exit 0 for a measure": (lambda t: generate("--measure", "entropy", "--exits", "0"), "'0'", "after layers 1 to 4"),

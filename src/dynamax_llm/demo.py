@@ -99,6 +99,7 @@ def _show_all(console: Console) -> None:
         exits = {head: Exits.from_pretrained(folder) for head in HEADS if (folder := shipped_exits(name, head))}
         _continue_prompts(console, stage, exits[DEFAULT_HEAD])
         _table(console, stage, exits)
+        _lossless(console, stage, exits[DEFAULT_HEAD])
     console.print(f"demo: {time.perf_counter() - started:.0f} s")
 
 
@@ -141,6 +142,28 @@ def _table(console: Console, stage: _Stage, exits: dict[str, Exits]) -> None:
         "not spent, every check, readout and state update included. Speed-up: wall clock of "
         f"{TIMED_TOKENS} tokens against the same loop at full depth just before, median of {len(PROMPTS)} prompts.\n",
         style="dim",
+    )
+
+
+def _lossless(console: Console, stage: _Stage, exits: Exits) -> None:
+    """The same prompts under ``verify``: the text is the full model's."""
+    full, verified = EarlyExit(exits, threshold="never"), EarlyExit(exits, threshold=SHOWN_THRESHOLD, policy="verify")
+    same, ratios, checked, accepted, saved = 0, [], 0, 0, []
+    for prompt in PROMPTS:
+        expected, baseline = stage.generate(prompt, full, TIMED_TOKENS)
+        out, seconds = stage.generate(prompt, verified, TIMED_TOKENS)
+        assert out.verification is not None
+        same += int(torch.equal(out.sequences, expected.sequences))
+        ratios.append(baseline / seconds)
+        checked += out.verification.accepted + out.verification.corrected
+        accepted += out.verification.accepted
+        saved.append(out.trace.pass_reduction)
+    console.print(
+        f"Exact output (verify, {exits.config.head} head, threshold {SHOWN_THRESHOLD}): {same} of {len(PROMPTS)} texts "
+        f"equal the full model's token for token, {accepted} of {checked} checked drafts accepted, layer passes saved "
+        f"{percent(statistics.mean(saved))}, speed-up {statistics.median(ratios):.2f}x.\n",
+        style="dim",
+        soft_wrap=True,
     )
 
 

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from dynamax_llm.decoding import Trace, Verification
 
 #: From blue (left early) over violet to orange (ran everything): told apart by colour-blind readers too, and of a
 #: middle luminance, so that each stays readable on a black and on a white terminal.
@@ -114,3 +117,16 @@ def summary(*, tokens: int, mean_depth: float, n_layers: int, counted_reduction:
         f"{tokens} tokens, mean depth {mean_depth * n_layers:.1f} of {n_layers} layers ({percent(mean_depth)}), "
         f"counted reduction {percent(counted_reduction)}, {rate:.1f} tokens/s"
     )
+
+
+def exactness(trace: Trace, verification: Verification | None) -> str | None:
+    """One line on a generation with exact state or output; None for the approximate policies."""
+    saved = f"layer passes saved {percent(trace.pass_reduction)}"
+    waited = f"at most {trace.spent.window_bytes / 1e6:.2f} MB waited"
+    if verification is not None:
+        checked = verification.accepted + verification.corrected
+        return (
+            f"exact output (verify): {verification.accepted} of {checked} checked drafts accepted, "
+            f"{verification.corrected} corrected, {verification.rolled_back} more rolled back, {saved}, {waited}"
+        )
+    return f"exact state (defer): {saved}, {waited}" if trace.policy == "defer" else None

@@ -47,8 +47,16 @@ def generate(
         str, typer.Option(help="Least confidence to leave with: one value, one per exit (0.8,0.9,…), or never.")
     ] = "0.9",
     policy: Annotated[
-        str, typer.Option(help="State of skipped layers: propagate, copy (attention) or stale (Mamba).")
+        str,
+        typer.Option(
+            help="State of skipped layers: propagate, copy (attention), stale (Mamba); defer: exact state; "
+            "verify: exact state and the full model's own text.",
+            metavar="NAME",
+        ),
     ] = "propagate",
+    window: Annotated[
+        int, typer.Option(min=1, help="Tokens that may wait (defer) or be drafted (verify) before layers catch up.")
+    ] = 16,
     schedule: Annotated[str, typer.Option(help="fixed, or CALM's decaying threshold.")] = "fixed",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
@@ -72,7 +80,14 @@ def generate(
     from dynamax_llm.exits.artifact import Exits
     from dynamax_llm.exits.config import DEFAULT_EXITS
 
-    decide = partial(EarlyExit, threshold=_threshold(threshold), policy=policy, measure=measure, schedule=schedule)
+    decide = partial(
+        EarlyExit,
+        threshold=_threshold(threshold),
+        policy=policy,
+        window=window,
+        measure=measure,
+        schedule=schedule,
+    )
     saved = _saved_exits(model, exits, measure)
     # With saved exits, a wrong threshold is refused before the backbone is loaded, which may take minutes.
     early_exit = None if saved is None else decide(saved)
@@ -151,7 +166,7 @@ class _Job:
         console.print(tinted(items, config.n_layers, first) if in_colour(console) else marked(items), end="")
 
     def print_summary(self, console: Console, out: Any, seconds: float) -> None:
-        from dynamax_llm.render import legend, summary
+        from dynamax_llm.render import exactness, legend, summary
 
         if in_colour(console):
             console.print(legend(out.trace.costs.depths, self.n_layers))
@@ -164,9 +179,12 @@ class _Job:
             seconds=seconds,
         )
         console.print(line)
+        exact = exactness(trace, out.verification)
+        if exact is not None:
+            console.print(exact)
 
     def document(self, out: Any, seconds: float) -> dict[str, Any]:
-        """Everything as plain JSON types. Depths are layers, ``mean_depth`` and ``counted_reduction`` shares."""
+        """Everything as plain JSON types. Depths are layers, ``mean_depth`` and the two reductions shares."""
         from dynamax_llm.render import pieces
 
         rows = zip(self.prompts, self.prompt_ids, self.rows(out), strict=True)
@@ -185,7 +203,12 @@ class _Job:
             "layers": self.n_layers,
             "mean_depth": out.trace.mean_depth,
             "counted_reduction": out.trace.counted_reduction,
+            "pass_reduction": out.trace.pass_reduction,
             "state_policy": out.trace.policy,
+            "window_bytes": out.trace.spent.window_bytes,
+            "verification": None
+            if out.verification is None
+            else {**vars(out.verification), "acceptance_rate": out.verification.acceptance_rate},
             "seconds": seconds,
         }
 

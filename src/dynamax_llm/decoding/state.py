@@ -52,7 +52,7 @@ class StatePolicy:
             allowed = [name for name, policy in POLICIES.items() if set(backbone.kinds) <= set(policy.kinds)]
             raise PolicyMismatch(
                 f"state policy {self.name!r} is not defined for the {' and '.join(wrong)} layers of "
-                f"{backbone.model_type!r}. Use {' or '.join(map(repr, allowed))}."
+                f"{backbone.model_type!r}. Use {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}."
             )
         if self.exact_state and readout.tail_layers:
             raise PolicyMismatch(
