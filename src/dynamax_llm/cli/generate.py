@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dynamax_llm.cli.deciding import ExitsAt, Measure, Policy, Rule, Schedule, Threshold, Window, saved_exits
 from dynamax_llm.cli.options import Device, Dtype, Model, load_backbone, peek_backbone
 from dynamax_llm.errors import DataError, UsageError
 
@@ -21,43 +20,17 @@ if TYPE_CHECKING:
     from dynamax_llm.exits.artifact import Exits
     from dynamax_llm.render import Piece
 
-#: What --exits may hold instead of a folder: layers or shares of the depth.
-_PLACES = re.compile(r"[\d./, ]+")
-
 
 def generate(
     model: Model,
-    exits: Annotated[
-        str | None,
-        typer.Option(
-            help="The folder that dynamax train wrote (or a hub id); with --measure also layers (8,12) or shares "
-            "(1/2,3/4). Default: what ships with a shipped backbone, else 1/2,5/8,3/4,7/8.",
-            metavar="DIR|LAYERS",
-        ),
-    ] = None,
-    measure: Annotated[
-        str | None,
-        typer.Option(
-            help="Judge by softmax_max, softmax_margin, entropy or state_similarity, not by a head.", metavar="NAME"
-        ),
-    ] = None,
+    exits: ExitsAt = None,
+    measure: Measure = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given more than once.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text file with one prompt per line.")] = None,
-    threshold: Annotated[
-        str, typer.Option(help="Least confidence to leave with: one value, one per exit (0.8,0.9,…), or never.")
-    ] = "0.9",
-    policy: Annotated[
-        str,
-        typer.Option(
-            help="State of skipped layers: propagate, copy (attention), stale (Mamba); defer: exact state; "
-            "verify: exact state and the full model's own text.",
-            metavar="NAME",
-        ),
-    ] = "propagate",
-    window: Annotated[
-        int, typer.Option(min=1, help="Tokens that may wait (defer) or be drafted (verify) before layers catch up.")
-    ] = 16,
-    schedule: Annotated[str, typer.Option(help="fixed, or CALM's decaying threshold.")] = "fixed",
+    threshold: Threshold = "0.9",
+    policy: Policy = "propagate",
+    window: Window = 16,
+    schedule: Schedule = "fixed",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature; implies --sample.")] = None,
@@ -76,24 +49,16 @@ def generate(
     from rich.console import Console
 
     from dynamax_llm.backbones import adapt
-    from dynamax_llm.decoding import EarlyExit
     from dynamax_llm.exits.artifact import Exits
     from dynamax_llm.exits.config import DEFAULT_EXITS
 
-    decide = partial(
-        EarlyExit,
-        threshold=_threshold(threshold),
-        policy=policy,
-        window=window,
-        measure=measure,
-        schedule=schedule,
-    )
-    saved = _saved_exits(model, exits, measure)
+    rule = Rule(threshold=threshold, policy=policy, window=window, measure=measure, schedule=schedule)
+    saved = saved_exits(model, exits, measure)
     # With saved exits, a wrong threshold is refused before the backbone is loaded, which may take minutes.
-    early_exit = None if saved is None else decide(saved)
+    early_exit = None if saved is None else rule.apply(saved)
     lm, tokenizer = load_backbone(model, dtype, device)
     if early_exit is None:
-        early_exit = decide(Exits.untrained(adapt(lm), exits if exits is not None else DEFAULT_EXITS))
+        early_exit = rule.apply(Exits.untrained(adapt(lm), exits if exits is not None else DEFAULT_EXITS))
     job = _Job(lm, tokenizer, early_exit.exits, prompts)
     console = Console(no_color=True if no_color else None, highlight=False, soft_wrap=True, markup=False)
     live = None if as_json or len(prompts) > 1 else _Live(console, job)
@@ -276,27 +241,3 @@ def _sampling(sample: bool, temperature: float | None, top_p: float | None) -> d
     given = {"temperature": temperature, "top_p": top_p}
     chosen = {name: value for name, value in given.items() if value is not None}
     return {"do_sample": True, **chosen} if sample or chosen else {"do_sample": False}
-
-
-def _threshold(text: str) -> str | list[str]:
-    """One value, or one per exit; what is allowed is the decoding room's business."""
-    items = [item.strip() for item in text.split(",")]
-    return items[0] if len(items) == 1 else items
-
-
-def _saved_exits(model: str, exits: str | None, measure: str | None) -> Exits | None:
-    """The exits in a folder, or those that ship with the backbone; None if a measure is to judge at places in it."""
-    from dynamax_llm.backbones.loading import shipped_exits
-    from dynamax_llm.exits.artifact import Exits
-
-    is_place = exits is not None and _PLACES.fullmatch(exits) is not None and not Path(exits).is_dir()
-    if exits is not None and not is_place:
-        return Exits.from_pretrained(exits)
-    if exits is None and shipped_exits(model) is not None:
-        return Exits.from_pretrained(model)
-    if measure is None:
-        raise UsageError(
-            f"no trained exits for {model!r}. Give --exits DIR, the folder that dynamax train wrote, "
-            "or --measure NAME (softmax_margin, say) to decide without training."
-        )
-    return None
