@@ -1,8 +1,10 @@
-"""Transformers of the Llama kind: pre-norm attention with rotary positions and a K/V cache; and their parts for hybrids.
+"""Transformers of the Llama kind: pre-norm attention with rotary positions and a K/V cache.
 
-    llama, mistral, qwen2   AttentionBackbone as it is (qwen2: some layers may see a sliding window, others everything)
-    qwen3                   its keys are normed per head before they turn
-    gemma                   its norms multiply by 1 + weight, so skipped layers are updated one by one
+- llama, mistral, qwen2: ``AttentionBackbone`` as it is (in qwen2 some layers may see a sliding window, others all).
+- qwen3: its keys are normed per head before they turn.
+- gemma: its norms multiply by 1 + weight, so skipped layers are updated one by one.
+
+The functions on top serve the attention layers of hybrids too.
 """
 
 from __future__ import annotations

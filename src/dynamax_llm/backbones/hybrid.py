@@ -1,11 +1,11 @@
 """Hybrids: attention and Mamba mixers in one model, layer after layer or side by side; some with experts.
 
-    bamba             Mamba-2 or attention, then an MLP; rotary positions on half of each head
-    granitemoehybrid  Mamba-2 or attention, then experts; scaled embeddings, residuals and logits; rotary optional
-    nemotron_h        a layer is one thing: Mamba-2, attention, an MLP or experts; no rotary
-    falcon_h1         Mamba-2 and attention on the same input, then an MLP; a multiplier everywhere
-    zamba2            Mamba-2; before some of them a shared transformer that reads the embeddings again
-    jamba             Mamba-1 or attention, then an MLP or experts; no rotary
+- bamba: Mamba-2 or attention, then an MLP; rotary positions on half of each head.
+- granitemoehybrid: Mamba-2 or attention, then experts; scaled embeddings, residuals and logits; rotary optional.
+- nemotron_h: a layer is one thing: Mamba-2, attention, an MLP or experts; no rotary.
+- falcon_h1: Mamba-2 and attention on the same input, then an MLP; a multiplier everywhere.
+- zamba2: Mamba-2; before some of them a shared transformer that reads the embeddings again.
+- jamba: Mamba-1 or attention, then an MLP or experts; no rotary.
 """
 
 from __future__ import annotations
@@ -233,10 +233,12 @@ class Zamba2Backbone(HybridBackbone):
         self._advance(index, mixer, layer.mamba_decoder.input_layernorm(h + layer.linear(shared)), cache)
 
     def _modules(self, index: int) -> Iterator[nn.Module]:
-        # A shared transformer holds one adapter per layer that shares it; a token takes this layer's.
-        slot = f".{self.config.hybrid_layer_ids.index(index)}." if self.kinds[index] == "hybrid" else ""
+        # A shared transformer holds one adapter for each layer that shares it; a token takes this layer's.
+        ids = self.config.hybrid_layer_ids
+        own = f"{ids.index(index)}." if index in ids else ""
         for name, module in self.layers[index].named_modules():
-            if "_adapter_list." not in name or slot in f".{name.split('_adapter_list.')[1]}.":
+            _, adapter, slot = name.partition("_adapter_list.")
+            if not adapter or f"{slot}.".startswith(own):
                 yield module
 
     def _state_macs(self, index: int) -> int:

@@ -1,9 +1,8 @@
 """Mamba-1 (arXiv 2312.00752): each layer remembers a short convolution window and a vector-valued SSM state.
 
-    mamba, falcon_mamba   Mamba1Backbone; jamba's mixers are of this kind too (see hybrid.py)
-
-The stock mixer's multi-token form always starts its scan at zero: with a state in the cache it gives a wrong answer
-without a word. ``TokenByToken`` is the one place that knows.
+``Mamba1Backbone`` drives mamba and falcon_mamba; jamba's mixers (see hybrid.py) are of this kind too. The stock mixer's
+multi-token form always starts its scan at zero: with a state in the cache it gives a wrong answer without a word.
+``TokenByToken`` is the one place that knows.
 """
 
 from __future__ import annotations
@@ -26,14 +25,11 @@ class TokenByToken(Backbone):
     can_continue_multi_token = False
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
-        run = super().layer
+        run = super().layer  # type: ignore[safe-super]  # of the adapter beside this class
         continues = cache is not None and self.kinds[index] == "mamba" and cache.get_recurrent_state(index) is not None
         if h.shape[1] == 1 or not continues:
-            return run(index, h, cache, ctx)  # type: ignore[safe-super]
-        steps = [
-            run(index, h[:, place : place + 1], cache, _token(ctx, place))  # type: ignore[safe-super]
-            for place in range(h.shape[1])
-        ]
+            return run(index, h, cache, ctx)
+        steps = [run(index, token, cache, _token(ctx, place)) for place, token in enumerate(h.split(1, dim=1))]
         return torch.cat(steps, dim=1)
 
 
