@@ -43,6 +43,8 @@ def _params(variants: list[tuple[str, int, bool]]) -> list:
 
 CASES = _params(VARIANTS)
 CHEAP_CASES = _params([variant for variant in VARIANTS if variant[0] not in HYBRIDS])
+#: Learned heads see h and nothing of the family; one hybrid beside the thorough ones is enough.
+HEAD_CASES = _params([variant for variant in VARIANTS if variant[0] in (*THOROUGH, "zamba2")])
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture(params=CHEAP_CASES)
 def cheap_case(request: pytest.FixtureRequest) -> Case:
     """Of a family for which ``cheap_policy`` is defined."""
+    return make_case(*request.param)
+
+
+@pytest.fixture(params=HEAD_CASES)
+def head_case(request: pytest.FixtureRequest) -> Case:
+    """For laws about learned heads."""
     return make_case(*request.param)
 
 

@@ -41,14 +41,16 @@ def test_step_by_step_equals_one_pass(case: Case, batch: int, readout: str) -> N
 
 @pytest.mark.parametrize("candidates", [0, 6])
 @pytest.mark.parametrize("kind", ["linear", "mlp", "transformer", "mamba"])
-def test_learned_heads_decide_alike_in_one_pass_and_step_by_step(case: Case, kind: str, candidates: int) -> None:
+def test_learned_heads_decide_alike_in_one_pass_and_step_by_step(head_case: Case, kind: str, candidates: int) -> None:
     """Law 2 with real judges: what a recurrent head sees of tokens that left is the same in both."""
-    judge = random_heads(case, kind, candidates)
-    config = ExitConfig(case.exits, case.backbone.n_layers, head=kind, candidates=candidates)
-    plan = ExitPlan(case.exits, judge, Readout(case.backbone, config), POLICIES["propagate"])
+    judge = random_heads(head_case, kind, candidates)
+    config = ExitConfig(head_case.exits, head_case.backbone.n_layers, head=kind, candidates=candidates)
+    plan = ExitPlan(head_case.exits, judge, Readout(head_case.backbone, config), POLICIES["propagate"])
     ids, padding = random_ids(3, PROMPT + 2 * STEPS), left_padding(3, PROMPT + 2 * STEPS)
-    slow = step_by_step(case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding)
-    fast = teacher_forced(case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding, keep_logits=True)
+    slow = step_by_step(head_case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding)
+    fast = teacher_forced(
+        head_case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding, keep_logits=True
+    )
     assert fast.exit_index.tolist() == slow.exit_index.tolist()
     assert len(slow.exit_index[:, PROMPT:].unique()) >= 3  # several exits are really taken
     read = slice(PROMPT - 1, None)

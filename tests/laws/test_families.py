@@ -131,6 +131,21 @@ def test_stock_mamba1_forgets_its_state_in_a_longer_step(family: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", ["zamba2", "nemotron_h", "mamba2", "bamba"])
+def test_stock_clamp_of_dt_is_told(family: str) -> None:
+    """At these families' own time_step_min a stock layer's pass and its single steps leave different states."""
+    own = {"time_step_min": 0.001, "time_step_max": 0.1, "time_step_floor": 1e-4}
+    backbone = adapt(tiny_model(family, **(own if family in ("zamba2", "nemotron_h") else {})))
+    h, name = torch.randn(2, PAST + MORE, backbone.width), "cache_params" if family == "mamba2" else "past_key_values"
+    once, steps = backbone.new_cache(), backbone.new_cache()
+    for cache, parts in ((once, [h]), (steps, h.split(1, dim=1))):
+        for part in parts:
+            backbone.layers[0](part, **{name: cache})
+    apart = (once.recurrent(0, 1)[1] - steps.recurrent(0, 1)[1]).abs().max()
+    assert backbone.clamps_dt == (family in ("zamba2", "nemotron_h")) == bool(apart > 1e-4)
+
+
+@torch.no_grad()
 def test_costs_are_the_products_that_run(case: Case) -> None:
     """Counted by torch while one token goes through; torch does not count elementwise convolution and cell updates."""
     backbone = case.backbone

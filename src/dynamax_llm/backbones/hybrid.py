@@ -25,6 +25,7 @@ from dynamax_llm.backbones.mixers import (
     Small,
     advance_mamba1,
     advance_mamba2,
+    clamps_dt,
     is_mamba1,
     mixer_cost,
     project,
@@ -53,6 +54,8 @@ class HybridBackbone(Backbone):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        mixers = (self._parts(layer).mamba for layer in self.layers)
+        self.clamps_dt = any(clamps_dt(mixer) for mixer in mixers if mixer is not None)
         self._small: dict[int, Small] = {}  # by layer, since the last refresh
         self._rotary: nn.Module | None = getattr(self.model.model, "rotary_emb", None)
         self.needs_positions = self._rotary is not None

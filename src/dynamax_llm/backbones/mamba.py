@@ -7,7 +7,15 @@ from transformers.masking_utils import create_recurrent_attention_mask
 
 from dynamax_llm.backbones.base import Backbone, Context, Costs, linear_macs
 from dynamax_llm.backbones.cache import StackedCache
-from dynamax_llm.backbones.mixers import Small, advance_mamba2, mixer_cost, project, small_weights, state_slice
+from dynamax_llm.backbones.mixers import (
+    Small,
+    advance_mamba2,
+    clamps_dt,
+    mixer_cost,
+    project,
+    small_weights,
+    state_slice,
+)
 from dynamax_llm.backbones.stacking import StackedWeights, normalise
 
 
@@ -48,6 +56,7 @@ class Mamba2Backbone(MambaBackbone):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
+        self.clamps_dt = any(clamps_dt(layer.mixer) for layer in self.layers)
         self._stacked = StackedWeights(self.layers, self._rows)
         self._small: dict[tuple[int, int], Small] = {}  # by run of layers, since the last refresh
 

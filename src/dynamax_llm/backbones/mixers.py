@@ -50,6 +50,12 @@ def is_mamba1(mixer: nn.Module) -> bool:
     return hasattr(mixer, "x_proj")
 
 
+def clamps_dt(mixer: nn.Module) -> bool:
+    """Whether this mixer's parallel scan clamps dt; no stock single step does."""
+    limit = getattr(mixer, "time_step_limit", None)
+    return limit is not None and tuple(limit) != (0.0, float("inf"))
+
+
 def some_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
     """The outputs ``rows`` of a linear module on x (..., d)."""
     if type(linear) is not nn.Linear:
