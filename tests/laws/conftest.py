@@ -21,8 +21,8 @@ THOROUGH = ("mistral", "llama", "mamba2")
 ONCE = {
     "bamba": (5, False),
     "falcon_h1": (5, False),
-    "falcon_mamba": (7, True),
-    "gemma": (7, True),
+    "falcon_mamba": (7, False),
+    "gemma": (7, False),
     "granitemoehybrid": (5, False),
     "jamba": (7, False),
     "mamba": (5, False),
