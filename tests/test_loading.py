@@ -112,7 +112,7 @@ def test_unknown_model_type_is_refused_before_any_weight_is_read(model_type, tmp
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     text = refusal(UnsupportedModel, tmp_path)
     assert repr(model_type) in text
-    assert "llama, mamba2, mistral" in text
+    assert "llama, mamba, mamba2, mistral" in text
 
 
 def test_an_encoder_is_refused(tmp_path):

@@ -102,7 +102,7 @@ MODELS: dict[str, tuple[Command, str, str]] = {
     "unknown model type": (
         lambda t: generate(model=model_with(t, model_type="gpt9")),
         "'gpt9'",
-        "llama, mamba2, mistral",
+        "llama, mamba, mamba2, mistral",
     ),
     "encoder": (lambda t: generate(model=model_with(t, model_type="bert")), "'bert'", "Supported: "),
     "classifier": (

@@ -17,11 +17,35 @@ from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Lens, Readout
 from dynamax_llm.testing import ScriptedJudge, tiny_model
 
-CASES = [
-    pytest.param((family, layers, tied), id=f"{family}-{layers}-{'tied' if tied else 'untied'}")
-    for family in ("mistral", "llama", "mamba2")
-    for layers, tied in ((5, False), (7, True))
-]
+#: Families whose every variant runs; the others run one each, so that the suite stays quick.
+THOROUGH = ("mistral", "llama", "mamba2")
+ONCE = {
+    "bamba": (5, False),
+    "falcon_h1": (5, False),
+    "falcon_mamba": (7, False),
+    "gemma": (7, False),
+    "granitemoehybrid": (5, False),
+    "jamba": (7, False),
+    "mamba": (5, False),
+    "nemotron_h": (7, False),
+    "qwen2": (5, False),
+    "qwen3": (7, False),
+    "zamba2": (5, False),
+}
+VARIANTS = [(family, *variant) for family in THOROUGH for variant in ((5, False), (7, True))]
+VARIANTS += [(family, *variant) for family, variant in ONCE.items()]
+#: Hybrids have no policy that leaves skipped state alone: their layers do not agree on one.
+HYBRIDS = ("bamba", "falcon_h1", "granitemoehybrid", "jamba", "nemotron_h", "zamba2")
+
+
+def _params(variants: list[tuple[str, int, bool]]) -> list:
+    return [pytest.param(v, id=f"{v[0]}-{v[1]}-{'tied' if v[2] else 'untied'}") for v in variants]
+
+
+CASES = _params(VARIANTS)
+CHEAP_CASES = _params([variant for variant in VARIANTS if variant[0] not in HYBRIDS])
+#: Learned heads see h and nothing of the family; one hybrid beside the thorough ones is enough.
+HEAD_CASES = _params([variant for variant in VARIANTS if variant[0] in (*THOROUGH, "zamba2")])
 
 
 @dataclass(frozen=True)
@@ -38,15 +62,30 @@ class Case:
         return ExitPlan(self.exits, judge, Readout(self.backbone, config, lens), POLICIES[policy])
 
     def cheap_policy(self) -> str:
-        """The policy of this family that leaves skipped state alone."""
+        """The policy of this family that leaves skipped state alone; hybrids have none."""
         return "copy" if "attention" in self.backbone.kinds else "stale"
+
+
+def make_case(family: str, layers: int, tied: bool) -> Case:
+    model = tiny_model(family, layers=layers, tie_word_embeddings=tied)
+    return Case(adapt(model), (2, 3) if layers == 5 else (1, 4, 6))
 
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
-    family, layers, tied = request.param
-    model = tiny_model(family, layers=layers, tie_word_embeddings=tied)
-    return Case(adapt(model), (2, 3) if layers == 5 else (1, 4, 6))
+    return make_case(*request.param)
+
+
+@pytest.fixture(params=CHEAP_CASES)
+def cheap_case(request: pytest.FixtureRequest) -> Case:
+    """Of a family for which ``cheap_policy`` is defined."""
+    return make_case(*request.param)
+
+
+@pytest.fixture(params=HEAD_CASES)
+def head_case(request: pytest.FixtureRequest) -> Case:
+    """For laws about learned heads."""
+    return make_case(*request.param)
 
 
 def pattern(batch: int, steps: int, n_exits: int, seed: int = 0) -> Tensor:

@@ -4,16 +4,41 @@ from __future__ import annotations
 
 from torch import nn
 
-from dynamax_llm.backbones.attention import AttentionBackbone
+from dynamax_llm.backbones.attention import AttentionBackbone, GemmaBackbone, Qwen3Backbone
 from dynamax_llm.backbones.base import Backbone, Context, Costs, LayerCost
 from dynamax_llm.backbones.cache import StackedCache
+from dynamax_llm.backbones.hybrid import (
+    FalconH1Backbone,
+    GraniteMoeHybridBackbone,
+    HybridBackbone,
+    JambaBackbone,
+    NemotronHBackbone,
+    Zamba2Backbone,
+)
 from dynamax_llm.backbones.mamba import Mamba2Backbone
+from dynamax_llm.backbones.mamba1 import Mamba1Backbone
 from dynamax_llm.errors import UnsupportedModel
 from dynamax_llm.registry import Registry
 
 #: Hugging Face's model_type to the adapter that drives it.
 FAMILIES: Registry[type[Backbone]] = Registry(
-    "model type", {"llama": AttentionBackbone, "mamba2": Mamba2Backbone, "mistral": AttentionBackbone}
+    "model type",
+    {
+        "bamba": HybridBackbone,
+        "falcon_h1": FalconH1Backbone,
+        "falcon_mamba": Mamba1Backbone,
+        "gemma": GemmaBackbone,
+        "granitemoehybrid": GraniteMoeHybridBackbone,
+        "jamba": JambaBackbone,
+        "llama": AttentionBackbone,
+        "mamba": Mamba1Backbone,
+        "mamba2": Mamba2Backbone,
+        "mistral": AttentionBackbone,
+        "nemotron_h": NemotronHBackbone,
+        "qwen2": AttentionBackbone,
+        "qwen3": Qwen3Backbone,
+        "zamba2": Zamba2Backbone,
+    },
 )
 
 

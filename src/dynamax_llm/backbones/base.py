@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, d width, V vocabulary. Layers are indexed from 0; *de
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +27,10 @@ class Context:
 
     positions: Tensor | None = None  # (B or 1, T) int64
     mask: Tensor | None = None  # attention mask as the model's attention implementation wants it
+    window_mask: Tensor | None = None  # the same for layers that attend to a sliding window only
     padding: Tensor | None = None  # (B, T) 1 = token, 0 = pad: the recurrent layers' mask, None if nothing is padded
-    rotary: tuple[Tensor, Tensor] | None = None  # (cos, sin), each (B or 1, T, head_dim)
+    rotary: tuple[Tensor, Tensor] | None = None  # (cos, sin), each (B or 1, T, rotary dims of a head)
+    embedded: Tensor | None = None  # (B, T, d) embeddings of these tokens, for layers that read them again
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,17 @@ class Costs:
 class Backbone(abc.ABC):
     """A stock causal LM, driven layer by layer."""
 
-    #: False where a multi-token step from a cached state silently restarts the recurrence (Mamba-1 mixers).
+    #: False where the stock layer silently restarts the recurrence in a multi-token step from a cached state (Mamba-1
+    #: mixers). ``layer`` then takes such a step token by token: always right, but no cheaper than single steps.
     can_continue_multi_token: bool = True
+    #: True if some layers read the tokens' embeddings besides h: ``context`` then wants ``embedded`` for any run of
+    #: layers that does not start at the first.
+    needs_embedding: bool = False
+    #: True if stock passes over several tokens clamp Mamba-2's dt where single steps do not: the same tokens then leave
+    #: slightly different states and logits in one pass and one by one, in the stock model itself as much as here.
+    clamps_dt: bool = False
     #: True if layers read token positions (rotary embeddings).
     needs_positions: bool = False
-    #: True if layers read the tokens' embeddings besides h (Zamba2).
-    needs_embedding: bool = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -109,11 +117,12 @@ class Backbone(abc.ABC):
     def context(
         self, h: Tensor, *, past: int = 0, padding: Tensor | None = None, embedded: Tensor | None = None
     ) -> Context:
-        """What layers share for the T tokens of ``h`` that follow ``past`` slots.
+        """What any run of layers shares for the T tokens of ``h`` that follow ``past`` slots.
 
         ``padding`` is (B, past + T), 1 = token and 0 = a slot that holds none (left padding, or a token that was
         taken back), or None if every slot of every row counts. The engine, not the cache, says what is past.
-        ``embedded`` (B, T, d) are the embeddings of these tokens, None if h is just that; read by few families.
+        ``embedded`` (B, T, d) is what ``embed`` gave for these tokens, None if that is h itself; only a backbone with
+        ``needs_embedding`` reads it.
         """
 
     @abc.abstractmethod
@@ -138,7 +147,7 @@ class Backbone(abc.ABC):
 
     def readout(self, h: Hidden) -> Logits:
         """Hidden states (B, T, d) to float32 logits (B, T, V) through final norm and LM head."""
-        return self.model.get_output_embeddings()(self.final_norm(h)).float()
+        return self._scale(self.model.get_output_embeddings()(self.final_norm(h))).float()
 
     def readout_of(self, h: Hidden, tokens: Choices) -> Logits:
         """Float32 logits (B, T, K) of ``tokens`` (B, T, K) alone, from h (B, T, d)."""
@@ -147,7 +156,11 @@ class Backbone(abc.ABC):
         head = self.model.get_output_embeddings()
         rows = head.weight[tokens]  # (B, T, K, d)
         logits = torch.matmul(rows, self.final_norm(h).unsqueeze(-1)).squeeze(-1)
-        return (logits if head.bias is None else logits + head.bias[tokens]).float()
+        return self._scale(logits if head.bias is None else logits + head.bias[tokens]).float()
+
+    def _scale(self, logits: Tensor) -> Tensor:
+        """What the stock model does to the LM head's output, elementwise; nothing in most families."""
+        return logits
 
     def new_cache(self) -> StackedCache:
         """An empty cache for this backbone."""
@@ -181,3 +194,22 @@ class Held:
 def linear_macs(*modules: nn.Module) -> int:
     """Multiply-accumulates per token of linear modules: their weight counts."""
     return sum(int(module.weight.numel()) for module in modules)
+
+
+def weight_macs(modules: Iterable[nn.Module], experts_per_token: int = 0) -> int:
+    """Multiply-accumulates per token of all weights that these modules own themselves (not those of their children).
+
+    Counts linear and convolution modules whole, routers (a bare ``weight`` matrix) whole, and of stacked experts
+    (bare three-dimensional parameters) the ``experts_per_token`` that one token goes through.
+    """
+    total = 0
+    for module in modules:
+        if isinstance(module, nn.Linear | nn.Conv1d):
+            total += linear_macs(module)
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3:
+                total += experts_per_token * parameter[0].numel()
+            elif parameter.dim() == 2 and name == "weight":
+                total += parameter.numel()
+    return total

@@ -67,8 +67,10 @@ class StackedWeights:
     def refresh(self) -> None:
         """Check the stack against the weights; called once per generation, not per token."""
         sources = [(norm, parts) for norm, parts in map(self._rows, self.layers)]
-        tensors = [norm.weight for norm, _ in sources] + [linear.weight for _, parts in sources for linear, _ in parts]
-        signature = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors)
+        linears = [linear for _, parts in sources for linear, _ in parts]
+        tensors = [norm.weight for norm, _ in sources] + [linear.weight for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        signature = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors + biases)
         if signature == self._signature:
             return
         self._signature, self._slices = signature, {}

@@ -1,0 +1,120 @@
+"""One token through the state of stock Mamba mixers, without their output: what families with such mixers share.
+
+The attributes read here (``in_proj``, ``conv1d``, ``intermediate_size``, …) have the same names in every family's copy
+of the mixer in transformers.
+
+Shapes: n layers, B batch, C convolution channels, K kernel, H heads, P head dim, G groups, N state size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynamax_llm.backbones.base import LayerCost, linear_macs, weight_macs
+
+
+class Small(NamedTuple):
+    """The small weights of n Mamba-2 mixers, stacked."""
+
+    conv: Tensor  # (n, 1, C, K)
+    conv_bias: Tensor  # (n, 1, C)
+    dt_bias: Tensor  # (n, 1, H)
+    decay: Tensor  # (n, 1, H), float32: A
+
+
+@torch.no_grad()
+def small_weights(mixers: Sequence[nn.Module]) -> Small:
+    """The small weights of these Mamba-2 mixers."""
+    conv = torch.stack([mixer.conv1d.weight.squeeze(1) for mixer in mixers]).unsqueeze(1)
+    zero = conv.new_zeros(conv.shape[2])
+    bias = torch.stack([zero if mixer.conv1d.bias is None else mixer.conv1d.bias for mixer in mixers])
+    dt_bias = torch.stack([mixer.dt_bias for mixer in mixers])
+    decay = -torch.exp(torch.stack([mixer.A_log.float() for mixer in mixers]))
+    return Small(conv, bias.unsqueeze(1), dt_bias.unsqueeze(1), decay.unsqueeze(1))
+
+
+def state_slice(mixer: nn.Module) -> slice:
+    """The rows of in_proj that the state sees: all but the gate's."""
+    if is_mamba1(mixer):  # x, gate
+        return slice(0, mixer.intermediate_size)
+    return slice(mixer.intermediate_size, None)  # gate, x, B, C, dt
+
+
+def is_mamba1(mixer: nn.Module) -> bool:
+    """Whether this mixer makes dt, B and C from its convolved input (Mamba-1) rather than in in_proj (Mamba-2)."""
+    return hasattr(mixer, "x_proj")
+
+
+def clamps_dt(mixer: nn.Module) -> bool:
+    """Whether this mixer's parallel scan clamps dt; no stock single step does."""
+    limit = getattr(mixer, "time_step_limit", None)
+    return limit is not None and tuple(limit) != (0.0, float("inf"))
+
+
+def some_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
+    """The outputs ``rows`` of a linear module on x (..., d)."""
+    if type(linear) is not nn.Linear:
+        return linear(x)[..., rows]  # quantised or adapted: only the module knows its product
+    return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
+
+
+def project(mixer: nn.Module, x: Tensor) -> Tensor:
+    """What a mixer's state sees of its normed input x (..., d), before the convolution."""
+    rows = state_slice(mixer)
+    if not hasattr(mixer, "mup_vector"):
+        return some_rows(mixer.in_proj, x, rows)
+    return some_rows(mixer.in_proj, x * mixer.ssm_in_multiplier, rows) * mixer.mup_vector[0, 0, rows]  # Falcon-H1
+
+
+def advance_mamba2(mixer: nn.Module, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
+    """One token through conv window and SSM of n Mamba-2 layers, in place, in the order stock single steps round.
+
+    rows (n, B, C + H): x, B and C before the convolution, then dt. No clamp on dt: the stock step has none.
+    ``mixer`` is any of the n, for the sizes.
+    """
+    fresh, dt = rows.split([mixer.conv_dim, mixer.num_heads], dim=-1)
+    conv_state.copy_(torch.cat((conv_state[..., 1:], fresh.unsqueeze(-1)), dim=-1))
+    used = mixer.intermediate_size + mixer.n_groups * mixer.ssm_state_size  # C is only for the output
+    window = conv_state[..., :used, :].to(small.conv.dtype)
+    active = mixer.act((window * small.conv[..., :used, :]).sum(-1) + small.conv_bias[..., :used])
+    n, batch, _ = active.shape
+    x = active[..., : mixer.intermediate_size].view(n, batch, mixer.num_heads, mixer.head_dim, 1)
+    b = active[..., mixer.intermediate_size :].view(n, batch, mixer.n_groups, 1, 1, mixer.ssm_state_size)
+    dt = F.softplus(dt + small.dt_bias)  # (n, B, H)
+    per_group = (n, batch, mixer.n_groups, -1, 1, 1)
+    step = (dt.view(per_group) * b).flatten(2, 3)  # (n, B, H, 1, N)
+    ssm_state.mul_(torch.exp(dt.float() * small.decay)[..., None, None]).add_(step * x)
+
+
+def advance_mamba1(mixer: nn.Module, rows: Tensor, conv_state: Tensor, ssm_state: Tensor) -> None:
+    """One token through conv window (B, C, K) and SSM (B, C, N) of one Mamba-1 layer, in place.
+
+    rows (B, C): x before the convolution.
+    """
+    conv_state.copy_(torch.cat((conv_state[..., 1:], rows.unsqueeze(-1)), dim=-1))
+    weight = mixer.conv1d.weight.squeeze(1)
+    active = (conv_state.to(weight.dtype) * weight).sum(-1)
+    active = mixer.act(active if mixer.conv1d.bias is None else active + mixer.conv1d.bias)
+    rank, size = mixer.time_step_rank, mixer.ssm_state_size
+    dt, b = some_rows(mixer.x_proj, active, slice(0, rank + size)).split([rank, size], dim=-1)
+    if hasattr(mixer, "dt_layernorm"):  # Falcon Mamba and Jamba
+        dt, b = mixer.dt_layernorm(dt), mixer.b_layernorm(b)
+    dt = F.softplus(mixer.dt_proj(dt)).float().unsqueeze(-1)  # (B, C, 1)
+    decay = torch.exp(dt * -torch.exp(mixer.A_log.float()))
+    ssm_state.mul_(decay).add_(dt * b.float().unsqueeze(1) * active.float().unsqueeze(-1))
+
+
+def mixer_cost(mixer: nn.Module) -> LayerCost:
+    """Multiply-accumulates per token of a mixer and of its state update alone."""
+    cell = mixer.intermediate_size * mixer.ssm_state_size  # of one pass over the state
+    whole = weight_macs(mixer.modules()) + 3 * cell
+    gate = mixer.intermediate_size * mixer.in_proj.in_features
+    state = whole - gate - linear_macs(mixer.out_proj) - cell
+    if is_mamba1(mixer):
+        state -= mixer.ssm_state_size * mixer.intermediate_size  # C's rows of x_proj
+    return LayerCost(layer=whole, state=state)
