@@ -245,6 +245,6 @@ def zero_tail(model: nn.Module, depth: int) -> nn.Module:
     full model's cost. Zeroes every projection that writes into the residual stream; changes ``model`` in place."""
     for layer in adapt(model).layers[depth:]:
         for name, parameter in layer.named_parameters():
-            if any(part in name for part in ("o_proj", "down_proj", "out_proj")):
+            if any(part in name for part in ("o_proj", "down_proj", "out_proj", "output_linear")):
                 parameter.zero_()
     return model

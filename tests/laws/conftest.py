@@ -44,6 +44,9 @@ def _params(variants: list[tuple[str, int, bool]]) -> list:
 
 CASES = _params(VARIANTS)
 CHEAP_CASES = _params([variant for variant in VARIANTS if variant[0] not in HYBRIDS])
+#: One variant of each family, for the laws of exact state and output.
+EACH = {"mistral": (5, False), "llama": (7, True), "mamba2": (7, True), **ONCE}
+EACH_CASES = _params([(family, *variant) for family, variant in EACH.items()])
 #: Learned heads see h and nothing of the family; one hybrid beside the thorough ones is enough.
 HEAD_CASES = _params([variant for variant in VARIANTS if variant[0] in (*THOROUGH, "zamba2")])
 

@@ -70,8 +70,9 @@ class Backbone(abc.ABC):
     #: True if some layers read the tokens' embeddings besides h: ``context`` then wants ``embedded`` for any run of
     #: layers that does not start at the first.
     needs_embedding: bool = False
-    #: True if stock passes over several tokens clamp Mamba-2's dt where single steps do not: the same tokens then leave
-    #: slightly different states and logits in one pass and one by one, in the stock model itself as much as here.
+    #: True if stock passes over several tokens clamp Mamba-2's dt where single steps do not: a whole text in one pass
+    #: then leaves slightly different states and logits than a prompt and single steps, in the stock model as much as
+    #: here. Passes that continue a state are made like single steps (``mixers.as_single_steps``).
     clamps_dt: bool = False
     #: True if layers read token positions (rotary embeddings).
     needs_positions: bool = False

@@ -25,7 +25,9 @@ from dynamax_llm.backbones.mixers import (
     Small,
     advance_mamba1,
     advance_mamba2,
+    as_single_steps,
     clamps_dt,
+    continues,
     is_mamba1,
     mixer_cost,
     project,
@@ -84,6 +86,14 @@ class HybridBackbone(Backbone):
         )
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
+        mixer = self._parts(self.layers[index]).mamba
+        if mixer is not None and not is_mamba1(mixer) and continues(index, h, cache):
+            with as_single_steps(mixer, h.shape[1]):
+                return self._run(index, h, cache, ctx)
+        return self._run(index, h, cache, ctx)
+
+    def _run(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
+        """Layer ``index`` as the stock model calls it."""
         out = self.layers[index](h, **self._arguments(index, cache, ctx))
         return out if isinstance(out, Tensor) else out[0]
 
@@ -206,7 +216,7 @@ class Zamba2Backbone(HybridBackbone):
         decoder = layer if shared is None else layer.mamba_decoder
         return Parts(decoder.input_layernorm, None if shared is None else shared.self_attn, decoder.mamba)
 
-    def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
+    def _run(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         return self.layers[index](
             h,
             ctx.embedded,

@@ -10,7 +10,9 @@ from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.mixers import (
     Small,
     advance_mamba2,
+    as_single_steps,
     clamps_dt,
+    continues,
     mixer_cost,
     project,
     small_weights,
@@ -59,6 +61,12 @@ class Mamba2Backbone(MambaBackbone):
         self.clamps_dt = any(clamps_dt(layer.mixer) for layer in self.layers)
         self._stacked = StackedWeights(self.layers, self._rows)
         self._small: dict[tuple[int, int], Small] = {}  # by run of layers, since the last refresh
+
+    def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
+        if not continues(index, h, cache):
+            return super().layer(index, h, cache, ctx)
+        with as_single_steps(self.layers[index].mixer, h.shape[1]):
+            return super().layer(index, h, cache, ctx)
 
     @staticmethod
     def _rows(layer: nn.Module) -> tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]:

@@ -8,7 +8,8 @@ Shapes: n layers, B batch, C convolution channels, K kernel, H heads, P head dim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynamax_llm.backbones.base import LayerCost, linear_macs, weight_macs
+from dynamax_llm.backbones.cache import StackedCache
+
+#: Scans are not cut shorter than this: kernels want a power of two, and tensor cores tiles of 16.
+LEAST_CHUNK = 16
 
 
 class Small(NamedTuple):
@@ -54,6 +59,27 @@ def clamps_dt(mixer: nn.Module) -> bool:
     """Whether this mixer's parallel scan clamps dt; no stock single step does."""
     limit = getattr(mixer, "time_step_limit", None)
     return limit is not None and tuple(limit) != (0.0, float("inf"))
+
+
+def continues(index: int, h: Tensor, cache: StackedCache | None) -> bool:
+    """Whether h (B, T, d) are several tokens that follow a state layer ``index`` already has."""
+    return h.shape[1] > 1 and cache is not None and cache.get_recurrent_state(index) is not None
+
+
+@contextmanager
+def as_single_steps(mixer: nn.Module, tokens: int) -> Iterator[None]:
+    """Let a Mamba-2 mixer's pass over few tokens that continue a state do what as many single steps do, and no more.
+
+    The stock pass clamps dt and single steps do not; and it fills its scan up to ``chunk_size`` (256, say), which for
+    a window of 16 is most of the work. Both settings are the mixer's again afterwards.
+    """
+    saved = mixer.chunk_size, mixer.time_step_limit
+    mixer.chunk_size = min(mixer.chunk_size, max(LEAST_CHUNK, 1 << (tokens - 1).bit_length()))
+    mixer.time_step_limit = (0.0, float("inf"))
+    try:
+        yield
+    finally:
+        mixer.chunk_size, mixer.time_step_limit = saved
 
 
 def some_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
