@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq
 INPUTS := pyproject.toml constraints.txt
 
 # Tests and checks never touch the network.
-OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint docs clean
@@ -39,7 +39,7 @@ demo: $(VENV)/.installed
 	$(BIN)/dynamax demo
 
 test: $(VENV)/.installed-dev
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -53,7 +53,7 @@ check: lint
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(OFFLINE) $(BIN)/python tools/check_docs.py
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(BIN)/python -m pytest -n 2
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

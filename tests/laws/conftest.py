@@ -47,6 +47,8 @@ CHEAP_CASES = _params([variant for variant in VARIANTS if variant[0] not in HYBR
 #: One variant of each family, for the laws of exact state and output.
 EACH = {"mistral": (5, False), "llama": (7, True), "mamba2": (7, True), **ONCE}
 EACH_CASES = _params([(family, *variant) for family, variant in EACH.items()])
+#: One of each kind of state: K/V, SSM, both in one layer, and layers of both kinds with steps one by one.
+SOME_CASES = _params([(family, *EACH[family]) for family in ("mistral", "mamba2", "falcon_h1", "jamba")])
 #: Learned heads see h and nothing of the family; one hybrid beside the thorough ones is enough.
 HEAD_CASES = _params([variant for variant in VARIANTS if variant[0] in (*THOROUGH, "zamba2")])
 
@@ -82,6 +84,12 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture(params=CHEAP_CASES)
 def cheap_case(request: pytest.FixtureRequest) -> Case:
     """Of a family for which ``cheap_policy`` is defined."""
+    return make_case(*request.param)
+
+
+@pytest.fixture(params=SOME_CASES)
+def some_case(request: pytest.FixtureRequest) -> Case:
+    """For laws about the loop rather than the layers."""
     return make_case(*request.param)
 
 

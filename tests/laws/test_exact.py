@@ -159,31 +159,39 @@ def greedy(case: Case, ids, custom=None, eos=None, new: int = STEPS, **options):
     )
 
 
-@pytest.mark.parametrize(("kind", "batch"), [(kind, 1 if kind == "never" else 4) for kind in PATTERNS])
-def test_verified_text_is_generates(case: Case, kind: str, batch: int) -> None:
+#: Patterns, and with each: whether a row ends inside a draft, new tokens, and the window (longer than the text, too).
+VERIFIED = [
+    ("always", False, STEPS, 4),
+    ("always", True, 3, 64),
+    ("never", False, 1, 16),
+    ("alternating", True, STEPS, 16),
+    ("random", True, STEPS, 16),
+    ("random", False, STEPS, 3),
+]
+
+
+@pytest.mark.parametrize(("kind", "ends", "new", "window"), VERIFIED)
+def test_verified_text_is_generates(case: Case, kind: str, ends: bool, new: int, window: int) -> None:
     """Law 4: greedy, whatever leaves where, with rows that end inside a draft, and with one new token."""
-    ids = random_ids(batch, PROMPT)
-    free = greedy(case, ids)
-    ending = int(free[0, PROMPT + 5])
-    for eos, new, window in ((None, STEPS, 4), (ending, STEPS, 16), (ending, 3, 64), (None, 1, 16)):
-        expected = greedy(case, ids, eos=eos, new=new)
-        judge = ScriptedJudge(script(kind, batch, 200, len(case.exits)))
-        out = greedy(case, ids, verifying(case, window, judge), eos=eos, new=new)
-        assert out.sequences.tolist() == expected.tolist()
-        assert out.exit_layers.shape == (batch, expected.shape[1] - PROMPT)
-        ended = expected[:, PROMPT:] == eos if eos is not None else torch.zeros_like(expected[:, PROMPT:]).bool()
-        after = (ended.cumsum(1) - ended.long()) > 0
-        assert (out.exit_layers == 0).tolist() == after.tolist()
+    ids = random_ids(4, PROMPT)
+    eos = int(greedy(case, ids, new=6)[0, -1]) if ends else None
+    expected = greedy(case, ids, eos=eos, new=new)
+    judge = ScriptedJudge(script(kind, 4, 200, len(case.exits)))
+    out = greedy(case, ids, verifying(case, window, judge), eos=eos, new=new)
+    assert out.sequences.tolist() == expected.tolist()
+    assert out.exit_layers.shape == (4, expected.shape[1] - PROMPT)
+    ended = expected[:, PROMPT:] == eos if ends else torch.zeros_like(expected[:, PROMPT:]).bool()
+    after = (ended.cumsum(1) - ended.long()) > 0
+    assert (out.exit_layers == 0).tolist() == after.tolist()
 
 
-@pytest.mark.parametrize("batch", [3])
 @pytest.mark.parametrize(
     ("lies", "accepted"), [([True], 0.0), ([False], 1.0), ([False, False, True], None)], ids=["none", "all", "some"]
 )
-def test_scripted_acceptance(case: Case, batch: int, lies: list[bool], accepted: float | None) -> None:
+def test_scripted_acceptance(case: Case, lies: list[bool], accepted: float | None) -> None:
     """A zero tail makes an honest proposal the full model's token, so the script decides what is accepted."""
     zero_tail(case.backbone.model, case.exits[0])
-    ids = random_ids(batch, PROMPT)
+    ids = random_ids(3, PROMPT)
     out = greedy(case, ids, verifying(case, 5, FirstExit(), lies))
     assert out.sequences.tolist() == greedy(case, ids).tolist()
     found = out.verification
@@ -196,8 +204,9 @@ def test_scripted_acceptance(case: Case, batch: int, lies: list[bool], accepted:
         assert (found.corrected > 0, found.accepted > 0) == (accepted == 0.0, accepted == 1.0)
 
 
-def test_a_zero_tail_is_accepted_and_saves_passes(case: Case) -> None:
+def test_a_zero_tail_is_accepted_and_saves_passes(some_case: Case) -> None:
     """Every window of 5: four drafts at the exit's depth, the fifth token deep, one pass of the rest over all."""
+    case = some_case
     n_layers, depth = case.backbone.n_layers, case.exits[0]
     zero_tail(case.backbone.model, depth)
     out = greedy(case, random_ids(1, PROMPT), verifying(case, 5, FirstExit()), new=21)
@@ -227,8 +236,9 @@ def test_verified_drafts_are_what_defer_would_do(head_case: Case) -> None:
         assert int(out.exit_layers[0, place - PROMPT + 1]) == expected
 
 
-def test_processors_and_criteria_see_each_rows_own_text(case: Case) -> None:
+def test_processors_and_criteria_see_each_rows_own_text(some_case: Case) -> None:
     """Penalties, a minimum length and custom criteria act on accepted text alone; scores are those of ``generate``."""
+    case = some_case
 
     class StopAfterPair(StoppingCriteria):
         """Ends a row once its newest token occurred before."""
@@ -259,8 +269,9 @@ def test_processors_and_criteria_see_each_rows_own_text(case: Case) -> None:
     assert width == ours.sequences.shape[1]
 
 
-def test_columns_are_handed_out_in_order(case: Case) -> None:
+def test_columns_are_handed_out_in_order(some_case: Case) -> None:
     """Streaming: every column once, when all rows have it; together they are the result."""
+    case = some_case
     columns: list[tuple[list[int], list[int]]] = []
     early = verifying(
         case, 6, FirstExit(), on_token=lambda tokens, layers: columns.append((tokens.tolist(), layers.tolist()))
@@ -271,8 +282,9 @@ def test_columns_are_handed_out_in_order(case: Case) -> None:
 
 
 @pytest.mark.parametrize("policy", ["defer", "verify"])
-def test_an_exception_leaves_the_model_as_it_was(case: Case, policy: str) -> None:
+def test_an_exception_leaves_the_model_as_it_was(some_case: Case, policy: str) -> None:
     """Law 5."""
+    case = some_case
     model, ids, calls = case.backbone.model, random_ids(1, PROMPT), []
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config, plain = model.config.to_dict(), greedy(case, ids)
@@ -312,8 +324,9 @@ def test_windows_are_single_steps_where_stock_passes_clamp(family: str) -> None:
     assert (found[0] - found[1]).abs().max() < 1e-4
 
 
-def test_never_leaving_is_generate(case: Case) -> None:
+def test_never_leaving_is_generate(some_case: Case) -> None:
     """Law 1 for the decoders of exact state."""
+    case = some_case
     ids = random_ids(3, PROMPT)
     for policy in ("defer", "verify"):
         early = EarlyExit(
@@ -324,7 +337,8 @@ def test_never_leaving_is_generate(case: Case) -> None:
         assert (out.trace.mean_depth, out.trace.pass_reduction, out.trace.counted_reduction) == (1.0, 0.0, 0.0)
 
 
-def test_what_cannot_be_exact_is_refused(case: Case) -> None:
+def test_what_cannot_be_exact_is_refused(some_case: Case) -> None:
+    case = some_case
     tail = Exits.untrained(case.backbone, case.exits, readout="tail")
     for policy in ("defer", "verify"):
         early = EarlyExit(tail, measure="softmax_margin", policy=policy)

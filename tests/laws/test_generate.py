@@ -45,8 +45,9 @@ def test_never_exiting_is_generate(case: Case, batch: int) -> None:
         assert out.trace.counted_reduction == 0.0
 
 
-def test_processors_criteria_and_sampling_are_hugging_faces(case: Case) -> None:
+def test_processors_criteria_and_sampling_are_hugging_faces(some_case: Case) -> None:
     """Sampling, penalties, minimum length and stopping criteria act as in plain ``generate``."""
+    case = some_case
 
     class StopAt(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
@@ -102,7 +103,8 @@ def generated_rows_do_not_feel_each_other(case: Case, policy: str) -> None:
         assert together.exit_layers[row].tolist() == alone.exit_layers[0].tolist()
 
 
-def test_depth_per_token_follows_the_script(case: Case) -> None:
+def test_depth_per_token_follows_the_script(some_case: Case) -> None:
+    case = some_case
     script = pattern(2, NEW, len(case.exits), seed=1)
     depths = torch.tensor([*case.exits, case.backbone.n_layers])
     seen: list[list[int]] = []
@@ -119,8 +121,9 @@ def test_depth_per_token_follows_the_script(case: Case) -> None:
     assert sum(out.trace.histogram.values()) == out.trace.n_tokens == 2 * NEW
 
 
-def test_depth_never_falls_as_the_threshold_rises(case: Case) -> None:
+def test_depth_never_falls_as_the_threshold_rises(some_case: Case) -> None:
     """Law 8 on the first token that may leave: same state, so only the threshold decides."""
+    case = some_case
     ids, depths = random_ids(3, PROMPT), []
     for threshold in (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, "never"):
         out = case.backbone.model.generate(
@@ -132,8 +135,9 @@ def test_depth_never_falls_as_the_threshold_rises(case: Case) -> None:
     assert depths[-1].tolist() == [case.backbone.n_layers] * 3
 
 
-def test_an_exception_leaves_the_model_as_it_was(case: Case) -> None:
+def test_an_exception_leaves_the_model_as_it_was(some_case: Case) -> None:
     """Law 5: weights, config, hooks and results after a callback that raises mid-decode."""
+    case = some_case
     model, ids = case.backbone.model, random_ids(1, PROMPT)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     config, hooks = model.config.to_dict(), [len(module._forward_hooks) for module in model.modules()]
@@ -179,7 +183,8 @@ def test_changed_weights_are_noticed(case: Case) -> None:
     assert torch.allclose(after, expected, atol=1e-5)
 
 
-def test_right_padding_is_refused(case: Case) -> None:
+def test_right_padding_is_refused(some_case: Case) -> None:
+    case = some_case
     mask = torch.ones(2, PROMPT, dtype=torch.long)
     mask[1, -2:] = 0
     with pytest.raises(UsageError, match=r"prompts \[1\] are padded on the right.*padding_side = \"left\""):
