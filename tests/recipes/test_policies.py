@@ -27,7 +27,7 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load
 from dynamax_llm.testing import tiny_model
 
-PROMPT, NEW = 12, 8
+PROMPT, NEW = 8, 6
 SMALL = Settings("test", prompts=2, tuning=2, checked=1, alone=1, prompt_tokens=PROMPT, new_tokens=NEW, tuning_tokens=4)
 MODELS = ("transformer-ee", "mamba-ee")
 
@@ -61,7 +61,7 @@ def test_prompts_begin_as_training_documents(bench: Bench) -> None:
 
 
 def test_closed_exits_are_the_full_model(bench: Bench) -> None:
-    for run in ("propagate", "defer", "verify"):
+    for run in ("defer", "verify"):
         early = bench.early("mamba", run, "never")
         assert torch.cat([out.sequences for out in bench.run(early, 2, NEW)]).tolist() == bench.full.tolist()
     agreeing, depth = bench.agreement(bench.early("mamba", "defer", "never"), own=True)
@@ -84,8 +84,7 @@ def test_finished_cells_are_not_measured_again(prompts: Path, tmp_path: Path, mo
         return Group("transformer-ee", "softmax_margin", "batched", SMALL, prompts, tmp_path)
 
     measured: list[str] = []
-    quality = Group._quality
-    monkeypatch.setattr(Group, "_quality", lambda self, run, at: (measured.append(run), quality(self, run, at))[1])
+    monkeypatch.setattr(Group, "_quality", lambda self, run, threshold: (measured.append(run), {"depth": threshold})[1])
     group().run(["propagate", "copy"], [0.7])
     assert measured == ["propagate", "copy"]
     path = tmp_path / "transformer-ee-softmax_margin-batched.jsonl"
@@ -101,16 +100,18 @@ def test_finished_cells_are_not_measured_again(prompts: Path, tmp_path: Path, mo
 
 
 def test_exact_rows_are_exact(bench: Bench, prompts: Path, tmp_path: Path) -> None:
-    for runs in (["propagate", "defer"], ["verify-4"]):
+    fast = bench.name == "transformer-ee"  # the other's approximate cells have no code of their own
+    for runs in (["propagate", "defer"], ["verify-4"]) if fast else (["verify-4"],):
         Group(bench.name, "mamba", part_of(runs[0]), SMALL, prompts, tmp_path).run(runs, [0.7])
     found = collect(bench.name, tmp_path, prompts, tmp_path / "results")
     rows = {cell["policy"]: cell for cell in found["cells"]}
-    assert list(rows) == ["propagate", "defer", "verify-4"]
+    assert list(rows) == (["propagate", "defer", "verify-4"] if fast else ["verify-4"])
     exact = rows["verify-4"]
     assert (exact["rouge_l"]["mean"], exact["identical"], exact["first_difference"]["mean"]) == (1.0, 1.0, NEW)
     assert exact["gaps"] == [] and exact["prompts"] == 1
-    assert exact["threshold"] == rows["defer"]["threshold"]
-    for cell in (rows["propagate"], rows["defer"]):
+    assert exact["verification"]["accepted"] > 0
+    for cell in [rows[name] for name in rows if name != "verify-4"]:
+        assert cell["threshold"] == exact["threshold"]
         assert 0.5 <= cell["depth"] <= 1.0
         assert 0.0 <= cell["agreement"]["low"] <= cell["agreement"]["mean"] <= cell["agreement"]["high"] <= 1.0
         assert sum(cell["layers"].values()) == 2 * NEW
