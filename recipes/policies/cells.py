@@ -12,7 +12,7 @@ import torch
 import transformers
 from bench import STATIC, Bench, Threshold, first_difference
 from prompts import load_prompts
-from records import Log, Row, Settings, pack
+from records import Log, Row, Settings, pack, read
 from torch import Tensor
 from tuning import find_threshold
 
@@ -108,6 +108,18 @@ class Group:
         return {"threshold": [0.0 if stop == target else NEVER for stop in stops], "depth": target}
 
     def _find(self, family: str, target: float) -> Row:
+        found = self._elsewhere(f"threshold|{family}|{target}")
+        return self._search(family, target) if found is None else found
+
+    def _elsewhere(self, key: str) -> Row | None:
+        """A row that another part of the same model and judge has finished under the same settings."""
+        for path in sorted(self.log.path.parent.glob(f"{self.model}-{self.judge}-*.jsonl")):
+            row = None if path == self.log.path else read(path).get(key)
+            if row is not None and row["settings"] == self.log.digest:
+                return row
+        return None
+
+    def _search(self, family: str, target: float) -> Row:
         bench, points = self.tuning, self._points(family)
 
         def depth_at(threshold: float) -> float:

@@ -23,11 +23,11 @@ class Settings:
     prompts_sha256: str
     prompts: int = 64  # judged, in batches
     tuning: int = 32  # for finding thresholds, disjoint from the former
-    checked: int = 12  # of the judged ones, under verify: alone, not in a batch
+    checked: int = 16  # of the judged ones, under verify: alone, not in a batch
     alone: int = 8  # of the judged ones, for the passes of defer: alone, not in a batch
     prompt_tokens: int = 64
     new_tokens: int = 128
-    tuning_tokens: int = 64
+    tuning_tokens: int = 96
     device: str = "cpu"
     alone_device: str = "cpu"
 
@@ -73,7 +73,8 @@ class Log:
 
 def read(path: Path) -> dict[str, Row]:
     """All rows of a file by key, whatever their settings."""
-    return {row["key"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return {row["key"]: row for row in (json.loads(line) for line in lines if line.endswith("\n"))}
 
 
 def pack(tokens: list[list[int]]) -> str:

@@ -141,8 +141,7 @@ COLUMNS = (
 def render(model: str, results: Path) -> str:
     """The tables of a model: results/MODEL.md."""
     found = json.loads((results / f"{model}.json").read_text())
-    timed = results / f"{model}-time.json"
-    times = json.loads(timed.read_text()) if timed.exists() else {"cells": {}}
+    times = _times(model, results)
     parts = [f"# {model}: what the policies cost and change", _preamble(found, times)]
     judges = dict.fromkeys(cell["judge"] for cell in found["cells"])
     for judge in judges:
@@ -155,6 +154,41 @@ def render(model: str, results: Path) -> str:
     text = "\n\n".join(parts) + "\n"
     (results / f"{model}.md").write_text(text)
     return text
+
+
+def summarise(models: Sequence[str], results: Path, judge: str) -> str:
+    """One judge on every model, the few columns that a choice needs: results/summary.md."""
+    heads = (
+        "model",
+        "aim",
+        "policy",
+        "mean depth",
+        "agreement",
+        "ROUGE-L",
+        "counted reduction",
+        "pass reduction",
+        "time",
+    )
+    lines = []
+    for model in models:
+        cells = json.loads((results / f"{model}.json").read_text())["cells"]
+        times = _times(model, results)["cells"]
+        for cell in cells:
+            if cell["judge"] != judge:
+                continue
+            aim, policy, depth, own, _, rouge, _, _, *rest = _line(cell, times)
+            brief = (text.partition(" [")[0] for text in (own, rouge))
+            lines.append([model, aim, policy, depth, *brief, *rest])
+    title = f"# What the policies cost and change: {judge.replace('_', ' ')}"
+    note = "Columns and intervals: " + ", ".join(f"[{model}]({model}.md)" for model in models) + "."
+    text = f"{title}\n\n{note}\n\n{_table(heads, lines)}\n"
+    (results / "summary.md").write_text(text)
+    return text
+
+
+def _times(model: str, results: Path) -> dict[str, Any]:
+    path = results / f"{model}-time.json"
+    return json.loads(path.read_text()) if path.exists() else {"cells": {}}
 
 
 def _preamble(found: dict[str, Any], times: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@
     python recipes/policies/study.py run --out OUT [--device cuda] [--workers 12]
     python recipes/policies/study.py collect --out OUT             # ROUGE-L, intervals: results/MODEL.json
     python recipes/policies/study.py time --prompts 3              # wall clock on this machine: results/MODEL-time.json
-    python recipes/policies/study.py table                         # results/MODEL.md from both
+    python recipes/policies/study.py table                         # results/MODEL.md from both, results/summary.md
 
 `run` resumes: every finished cell is a line in a file of OUT. `time` resumes too; --again measures anew.
 """
@@ -12,27 +12,30 @@
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from bench import JUDGES, RUNS, STATIC
+from bench import JUDGES, MEASURE, RUNS
 from cells import Group, part_of
 from prompts import prepare, sha256
 from records import Settings
-from report import collect, render
+from report import collect, render, summarise
 from timing import measure_times
 from transformers.utils import logging
 
-from dynamax_llm.backbones.loading import REFERENCE_BACKBONES
+from dynamax_llm.backbones.loading import DEFAULT_HEAD, REFERENCE_BACKBONES
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = HERE.parents[1] / ".carry" / "policies" / "prompts.jsonl.xz"
 RESULTS = HERE / "results"
 #: The nearest to 1/2 that confidences can be asked for: at 1/2 itself every token leaves, which is the judge "static".
 DEPTHS = "0.55,0.65,0.8"
+#: The judge of the summary: the head that is used when none is named.
+SUMMARY = DEFAULT_HEAD
 
 
 def settings(args: argparse.Namespace) -> Settings:
@@ -53,35 +56,49 @@ def settings(args: argparse.Namespace) -> Settings:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Every group of cells, here one after the other or in several processes; the slowest first."""
+    """Every group of cells, here one after the other or in several processes; the slowest first.
+
+    ``verify`` comes last: it takes the thresholds that the batches have found by then.
+    """
     parts: dict[str, list[str]] = {}
-    for name in sorted(args.policies, key=lambda name: not part_of(name).startswith("verify")):
+    for name in sorted(args.policies, key=lambda name: part_of(name).startswith("verify")):
         parts.setdefault(part_of(name), []).append(name)
-    models = sorted(args.models)  # mamba-ee is the slower
-    groups = [(model, judge, runs) for model in models for runs in parts.values() for judge in reversed(args.judges)]
-    if args.workers > 1 and len(groups) > 1:
-        return spread(groups, args.workers)
-    for model, judge, runs in groups:
-        Group(model, judge, part_of(runs[0]), settings(args), args.data, args.out).run(runs, args.depths)
-    return 0
+    failed = 0
+    for exact in (False, True):
+        chosen = [runs for part, runs in parts.items() if part.startswith("verify") == exact]
+        models = sorted(args.models)  # mamba-ee is the slower
+        groups = [(model, judge, runs) for model in models for runs in chosen for judge in args.judges]
+        if args.workers > 1 and len(groups) > 1:
+            failed += spread(groups, args)
+            continue
+        for model, judge, runs in groups:
+            Group(model, judge, part_of(runs[0]), settings(args), args.data, args.out).run(runs, args.depths)
+    return 1 if failed else 0
 
 
-def spread(groups: list[tuple[str, str, list[str]]], workers: int) -> int:
-    """One process per group, ``workers`` at a time: this very command with one model, one judge and some policies."""
-    start, failed = time.perf_counter(), 0
+def spread(groups: list[tuple[str, str, list[str]]], args: argparse.Namespace) -> int:
+    """One process per group, ``--workers`` at a time: this very command with one model, one judge and some policies.
+
+    The processes take turns among the GPUs, if there are several. Returns how many failed.
+    """
+    start, failed, started = time.perf_counter(), 0, 0
+    gpus = torch.cuda.device_count() if args.device == "cuda" else 0
     waiting, running = list(groups), []
     while waiting or running:
-        while waiting and len(running) < workers:
+        while waiting and len(running) < args.workers:
             model, judge, runs = waiting.pop(0)
             own = ["--models", model, "--judges", judge, "--policies", ",".join(runs), "--workers", "1"]
-            running.append((f"{model} {judge} {runs[0]}", subprocess.Popen([sys.executable, *sys.argv, *own])))
+            place = {"CUDA_VISIBLE_DEVICES": str(started % gpus)} if gpus > 1 else {}
+            process = subprocess.Popen([sys.executable, *sys.argv, *own], env={**os.environ, **place})
+            running.append((f"{model} {judge} {runs[0]}", process))
+            started += 1
         time.sleep(0.2)
         for item in [item for item in running if item[1].poll() is not None]:
             running.remove(item)
             failed += item[1].returncode != 0
             state = "done" if item[1].returncode == 0 else f"FAILED with exit code {item[1].returncode}"
             print(f"{time.perf_counter() - start:7.1f} s  {item[0]} …: {state}", flush=True)
-    return 1 if failed else 0
+    return failed
 
 
 def listed(allowed: tuple[str, ...]):
@@ -148,10 +165,11 @@ def main() -> int:
         if args.stage == "collect":
             collect(model, args.out, args.data, args.results)
         elif args.stage == "time":
-            chosen = args.judges or ["mamba", "softmax_margin", STATIC]
-            measure_times(model, chosen, args.policies, args)
+            measure_times(model, args.judges or [DEFAULT_HEAD, MEASURE], args)
         else:
             print(render(model, args.results))
+    if args.stage == "table":
+        print(summarise(args.models, args.results, SUMMARY))
     return 0
 
 

@@ -22,8 +22,8 @@ from prompts import load_prompts
 from dynamax_llm.backbones.loading import load
 from dynamax_llm.decoding.thresholds import NEVER
 
-#: New tokens per timed run, and warm-up tokens of either side before a cell's first pair.
-TOKENS, WARM_UP = 128, 8
+#: Warm-up tokens of either side before a cell's first pair.
+WARM_UP = 8
 
 
 def seconds(bench: Bench, ids: torch.Tensor, new: int, judge: str, policy: str, threshold: Threshold) -> float:
@@ -40,12 +40,12 @@ def seconds(bench: Bench, ids: torch.Tensor, new: int, judge: str, policy: str, 
     return time.perf_counter() - first[0]
 
 
-def measure_times(model: str, judges: Sequence[str], policies: Sequence[str], args: argparse.Namespace) -> None:
+def measure_times(model: str, judges: Sequence[str], args: argparse.Namespace) -> None:
     """Time every cell of results/MODEL.json that is chosen and not timed yet; results/MODEL-time.json."""
     path = args.results / f"{model}-time.json"
     study = json.loads((args.results / f"{model}.json").read_text())
-    prompts, new, length = args.prompts or 3, min(TOKENS, study["settings"]["new_tokens"]), args.prompt_tokens
-    command = f"python recipes/policies/study.py time --prompts {prompts}"
+    prompts, new, length = args.prompts or 3, args.new_tokens, args.prompt_tokens
+    command = f"python recipes/policies/study.py time --prompts {prompts} --new-tokens {new}"
     machine = f"{platform.processor() or platform.machine()}, CPU, {args.threads} thread(s), batch 1, float32"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     done = {"command": command, "machine": machine, "versions": versions, "new_tokens": new, "cells": {}}
@@ -55,7 +55,7 @@ def measure_times(model: str, judges: Sequence[str], policies: Sequence[str], ar
     bench = Bench(model, "cpu", texts, length, 1)
     for cell in study["cells"]:
         name = f"{cell['policy']}|{cell['judge']}|{cell['target']}"
-        chosen = cell["judge"] in judges and cell["policy"] in policies
+        chosen = cell["judge"] in judges and cell["policy"] in args.policies
         if not chosen or name in done["cells"]:
             continue
         ratios = _pairs(bench, new, cell)
