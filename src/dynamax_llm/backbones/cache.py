@@ -229,11 +229,14 @@ class StackedCache(Cache):
         buffer = item.kv.buffer[item.kv_slot]
         buffer[:, rows, :, item.length - 1] = buffer[:, rows, :, item.length - 2]
 
-    def crop_kv(self, first: int, stop: int, length: int) -> None:
-        """Forget all but the first ``length`` entries of the attention layers among ``first`` to ``stop - 1``."""
+    def set_length(self, first: int, stop: int, length: int) -> None:
+        """Let the attention layers among ``first`` to ``stop - 1`` hold their first ``length`` entries.
+
+        Later entries are forgotten; entries forgotten before come back, unless others were written in their place.
+        """
         for item in self.layers[first:stop]:
             if isinstance(item, KVLayer):
-                item.length = min(item.length, length)
+                item.length = length
 
     def recurrent(self, first: int, stop: int) -> tuple[Tensor, Tensor]:
         """Views of conv (n, B, C, K) and SSM (n, B, ...) state of Mamba layers ``first`` to ``stop - 1``."""

@@ -25,6 +25,7 @@ from dynamax_llm.backbones.mixers import (
     Small,
     advance_mamba1,
     advance_mamba2,
+    advance_mamba2_over,
     as_single_steps,
     clamps_dt,
     continues,
@@ -108,8 +109,8 @@ class HybridBackbone(Backbone):
         if self.kinds[index] == "none":
             return
         parts = self._parts(self.layers[index])
-        if parts.mamba is not None and (h.shape[1] > 1 or cache.get_recurrent_state(index) is None):
-            self.layer(index, h, cache, ctx)  # a parallel scan yields output and state together
+        if parts.mamba is not None and cache.get_recurrent_state(index) is None:
+            self.layer(index, h, cache, ctx)  # a prompt's parallel scan yields output and state together
             return
         x = parts.norm(h.to(parts.norm.weight.dtype))
         if parts.mamba is not None:
@@ -122,14 +123,19 @@ class HybridBackbone(Backbone):
         return x
 
     def _advance(self, index: int, mixer: nn.Module, x: Tensor, cache: StackedCache) -> None:
-        """One token's normed input x (B, 1, d) through the state of layer ``index``'s mixer."""
+        """Normed input x (B, T, d) through the state of layer ``index``'s mixer."""
         conv_state, ssm_state = cache.recurrent(index, index + 1)  # (1, B, …)
-        rows = project(mixer, x).transpose(0, 1)  # (1, B, R)
+        rows = project(mixer, x)  # (B, T, R)
         if is_mamba1(mixer):
-            return advance_mamba1(mixer, rows[0], conv_state[0], ssm_state[0])
+            for row in rows.unbind(1):
+                advance_mamba1(mixer, row, conv_state[0], ssm_state[0])
+            return
         if index not in self._small:
             self._small[index] = small_weights([mixer])
-        advance_mamba2(mixer, rows, self._small[index], conv_state, ssm_state)
+        if x.shape[1] > 1:
+            advance_mamba2_over(mixer, rows, self._small[index], conv_state[0], ssm_state[0])
+        else:
+            advance_mamba2(mixer, rows.transpose(0, 1), self._small[index], conv_state, ssm_state)
 
     def refresh(self) -> None:
         self._small.clear()
@@ -231,7 +237,7 @@ class Zamba2Backbone(HybridBackbone):
 
     def update_state(self, index: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
         layer, mixer = self.layers[index], self._parts(self.layers[index]).mamba
-        if self.kinds[index] == "mamba" or h.shape[1] > 1 or cache.get_recurrent_state(index) is None:
+        if self.kinds[index] == "mamba" or cache.get_recurrent_state(index) is None:
             return super().update_state(index, h, cache, ctx)
         shared = layer.shared_transformer(
             h,

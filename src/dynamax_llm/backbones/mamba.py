@@ -10,6 +10,7 @@ from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.mixers import (
     Small,
     advance_mamba2,
+    advance_mamba2_over,
     as_single_steps,
     clamps_dt,
     continues,
@@ -73,12 +74,19 @@ class Mamba2Backbone(MambaBackbone):
         return layer.norm, ((layer.mixer.in_proj, state_slice(layer.mixer)),)
 
     def update_state(self, index: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
-        if h.shape[1] > 1 or cache.get_recurrent_state(index) is None:
-            self.layer(index, h, cache, ctx)  # a parallel scan yields output and state together
+        if cache.get_recurrent_state(index) is None:
+            self.layer(index, h, cache, ctx)  # a prompt's parallel scan yields output and state together
             return
-        layer = self.layers[index]
-        rows = project(layer.mixer, layer.norm(h.to(layer.norm.weight.dtype))).transpose(0, 1)  # (1, B, R)
-        advance_mamba2(layer.mixer, rows, self._small_weights(index, index + 1), *cache.recurrent(index, index + 1))
+        layer, small, states = (
+            self.layers[index],
+            self._small_weights(index, index + 1),
+            cache.recurrent(index, index + 1),
+        )
+        rows = project(layer.mixer, layer.norm(h.to(layer.norm.weight.dtype)))  # (B, T, R)
+        if h.shape[1] > 1:
+            advance_mamba2_over(layer.mixer, rows, small, *(part[0] for part in states))
+        else:
+            advance_mamba2(layer.mixer, rows.transpose(0, 1), small, *states)
 
     def update_states(self, first: int, stop: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
         single = h.shape[1] == 1 and stop - first > 1 and cache.get_recurrent_state(first) is not None

@@ -117,6 +117,29 @@ def advance_mamba2(mixer: nn.Module, rows: Tensor, small: Small, conv_state: Ten
     ssm_state.mul_(torch.exp(dt.float() * small.decay)[..., None, None]).add_(step * x)
 
 
+def advance_mamba2_over(mixer: nn.Module, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
+    """Several tokens through conv window (B, C, K) and SSM (B, H, P, N) of one Mamba-2 layer, in place.
+
+    rows (B, T, C + H). As many single steps, in closed form: the last state is the first one decayed by all steps, plus
+    what every token fed, decayed by the steps after it (arXiv 2405.21060). No clamp on dt, as in single steps.
+    """
+    fresh, dt = rows.split([mixer.conv_dim, mixer.num_heads], dim=-1)
+    joined = torch.cat((conv_state[..., 1:], fresh.transpose(1, 2)), dim=-1)  # (B, C, K - 1 + T)
+    kernel = conv_state.shape[-1]
+    conv_state.copy_(joined[..., -kernel:])
+    used = mixer.intermediate_size + mixer.n_groups * mixer.ssm_state_size  # C is only for the output
+    windows = joined[:, :used].unfold(-1, kernel, 1).to(small.conv.dtype)  # (B, used, T, K)
+    active = mixer.act((windows * small.conv[0, :, :used, None]).sum(-1) + small.conv_bias[0, :, :used, None])
+    batch, _, count = active.shape
+    x = active[:, : mixer.intermediate_size].view(batch, mixer.n_groups, -1, mixer.head_dim, count)
+    b = active[:, mixer.intermediate_size :].view(batch, mixer.n_groups, 1, mixer.ssm_state_size, count)
+    dt = F.softplus(dt + small.dt_bias[0]).float().transpose(1, 2)  # (B, H, T)
+    decayed = (dt * small.decay[0].unsqueeze(-1)).cumsum(-1)
+    weight = dt * torch.exp(decayed[..., -1:] - decayed)
+    fed = (x * weight.view(batch, mixer.n_groups, -1, 1, count)) @ b.float().transpose(-1, -2)  # (B, G, H / G, P, N)
+    ssm_state.mul_(torch.exp(decayed[..., -1])[..., None, None]).add_(fed.flatten(1, 2))
+
+
 def advance_mamba1(mixer: nn.Module, rows: Tensor, conv_state: Tensor, ssm_state: Tensor) -> None:
     """One token through conv window (B, C, K) and SSM (B, C, N) of one Mamba-1 layer, in place.
 

@@ -129,7 +129,7 @@ class DeferredEngine(EagerEngine):
         if int(counts.min()) < width:
             self._journal.roll_back(counts, self._embedded)
         start, self.length = self.length - width, self.length - width + longest
-        self.cache.crop_kv(0, self.backbone.n_layers, self.length)
+        self.cache.set_length(0, self.backbone.n_layers, self.length)
         if self.padding is not None or int(counts.min()) < longest:
             padding = self.padding
             if padding is None:

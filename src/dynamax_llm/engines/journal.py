@@ -1,10 +1,15 @@
-"""Taking tokens back from recurrent state: one snapshot per segment, and the layers' inputs since then.
+"""Taking tokens back from recurrent state: copies of it, and the layers' inputs since then.
 
 An SSM state cannot be cropped. Before a segment reads a token that may be taken back, its layers' conv windows and SSM
-states are copied once, and from then on every input of a recurrent layer is kept; a rejection restores the copies and
+states are copied, and from then on every input of a recurrent layer is kept. A rejection restores the nearest copy and
 runs the state update over the inputs that stay. (Replaying inputs instead of keeping a state per token is the idea of
-MambaInLlama, arXiv 2408.15237.) The other way, a copy per token, costs memory and bandwidth for every drafted token
-instead of arithmetic for every rejected one; ``recipes/policies/rollback.py`` measures both.
+MambaInLlama, arXiv 2408.15237.)
+
+How often to copy: a segment that drafts token by token can have a copy before each of them, and then nothing is
+replayed there; a pass over a window leaves no states in between, so there one copy and a replay is all there is. A
+copy per token is the cheaper way while a copy is small (on a CPU .1 ms against tens of them); it is memory and
+bandwidth for every drafted token instead of arithmetic for every rejected one when it is not. ``COPY_LIMIT`` is where
+we change over; ``recipes/policies/rollback.py`` measures both.
 """
 
 from __future__ import annotations
@@ -19,13 +24,25 @@ if TYPE_CHECKING:
     from dynamax_llm.engines.deferred import DeferredEngine
 
 
+#: A segment whose state is at most this many bytes is copied before every drafted token, a larger one once per window.
+COPY_LIMIT = 16 * 2**20
+
+
 @dataclass
 class _Page:
-    """One segment: state copies taken when its layers had seen ``offset`` tokens of the window, inputs since."""
+    """One segment: state copies by how many tokens of the window its layers had seen, and inputs since the first."""
 
-    offset: int
-    saved: list[Tensor]
+    copies: dict[int, list[Tensor]]
     inputs: dict[int, list[Tensor]] = field(default_factory=dict)  # by layer, each (B, T, d)
+
+    @property
+    def offset(self) -> int:
+        """Tokens seen before the inputs began."""
+        return min(self.copies)
+
+    def nearest(self, target: int) -> int:
+        """The last copy that a state after ``target`` tokens can start from."""
+        return max(offset for offset in self.copies if offset <= target)
 
 
 class Journal:
@@ -48,9 +65,13 @@ class Journal:
         first, stop = self.engine.starts[segment], self.engine.stops[segment]
         # The window's first token is never taken back, so a segment that reads it alone needs no copy yet.
         certain = seen == 0 and count == 1
-        if segment not in self.pages and not certain and any(self._recurrent[first:stop]):
-            copies = [part.clone() for part in self.engine.cache.recurrent_parts(first, stop)]
-            self.pages[segment] = _Page(seen, copies)
+        if certain or not any(self._recurrent[first:stop]):
+            return
+        parts = self.engine.cache.recurrent_parts(first, stop)
+        if segment not in self.pages:
+            self.pages[segment] = _Page({seen: [part.clone() for part in parts]})
+        elif count == 1 and sum(part.nbytes for part in parts) <= COPY_LIMIT:
+            self.pages[segment].copies[seen] = [part.clone() for part in parts]
 
     def note(self, index: int, h: Tensor) -> None:
         """Layer ``index`` is about to read h (B, T, d)."""
@@ -69,31 +90,32 @@ class Journal:
         """Memory of the copies and the inputs."""
         held = 0
         for page in self.pages.values():
-            held += sum(part.nbytes for part in page.saved)
+            held += sum(part.nbytes for copy in page.copies.values() for part in copy)
             held += sum(part.nbytes for parts in page.inputs.values() for part in parts)
         return held
 
     def roll_back(self, counts: Tensor, embedded: list[Tensor]) -> None:
-        """Leave in each row's recurrent state its first ``counts`` (B,) tokens of the window.
-
-        Rows share the replay: it stops at every count that some row has, and that row's state is put aside.
-        """
+        """Leave in each row's recurrent state its first ``counts`` (B,) tokens of the window."""
         for segment, page in self.pages.items():
-            self._replay(segment, page, counts, embedded)
+            self._restore(segment, page, counts, embedded)
 
-    def _replay(self, segment: int, page: _Page, counts: Tensor, embedded: list[Tensor]) -> None:
+    def _restore(self, segment: int, page: _Page, counts: Tensor, embedded: list[Tensor]) -> None:
+        """Rows share the replay: it stops at every count that some row has, and that row's state is put aside."""
         engine, cache = self.engine, self.engine.cache
         first, stop = engine.starts[segment], engine.stops[segment]
         start = engine.length - self.width  # slot of the window's first token
         parts = cache.recurrent_parts(first, stop)
-        for part, saved in zip(parts, page.saved, strict=True):
-            part.copy_(saved)
-        for index in page.inputs:
-            cache.crop_kv(index, index + 1, start + page.offset)  # hybrid layers append theirs again
         aside: list[tuple[Tensor, list[Tensor]]] = []
-        done = page.offset
-        for target in sorted(set(counts.tolist())):
+        done = self.width  # tokens that the state in place has seen
+        for target in sorted(set(counts.tolist()), key=lambda count: (count < self.width, count)):
+            nearest = page.nearest(target) if target < self.width else self.width
+            if nearest > done or done > target:
+                for part, saved in zip(parts, page.copies[nearest], strict=True):
+                    part.copy_(saved)
+                done = nearest
             if target > done:
+                for index in page.inputs:
+                    cache.set_length(index, index + 1, start + done)  # hybrid layers append theirs again
                 self._advance(page, done, target, start, embedded)
                 done = target
             rows = counts == target
@@ -101,6 +123,7 @@ class Journal:
         for rows, states in aside[:-1]:  # the last rows' state is in place
             for part, state in zip(parts, states, strict=True):
                 part[:, rows] = state
+        cache.set_length(first, stop, engine.length)  # what was appended again is what was there
 
     def _advance(self, page: _Page, done: int, target: int, start: int, embedded: list[Tensor]) -> None:
         """State of the page's layers over tokens ``done`` to ``target - 1`` of the window."""
