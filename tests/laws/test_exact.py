@@ -114,6 +114,32 @@ def test_a_deferred_row_equals_the_row_alone(case: Case) -> None:
         assert (together.logits[row, read] - alone.logits[0, PROMPT - 1 - row :]).abs().max() < 1e-4
 
 
+def test_update_state_over_several_tokens_leaves_what_layer_leaves(case: Case) -> None:
+    """Law 3 for a replay: the state-only twin of a pass over a window, layer by layer, rows padded to the left."""
+    backbone, ids, padding = case.backbone, random_ids(3, PROMPT + 5), left_padding(3, PROMPT + 5)
+    inputs: list[torch.Tensor] = []  # of every layer, for the last five tokens
+    after = []
+    for state_only in (False, True):
+        cache = backbone.new_cache()
+        with torch.no_grad():
+            h = backbone.embed(ids[:, :PROMPT])
+            ctx = backbone.context(h, padding=padding[:, :PROMPT])
+            for index in range(backbone.n_layers):
+                h = backbone.layer(index, h, cache, ctx)
+            h = embedded = backbone.embed(ids[:, PROMPT:])
+            ctx = backbone.context(h, past=PROMPT, padding=padding, embedded=embedded)
+            for index in range(backbone.n_layers):
+                if state_only:
+                    backbone.update_state(index, inputs[index], cache, ctx)
+                else:
+                    inputs.append(h)
+                    h = backbone.layer(index, h, cache, ctx)
+        after.append(cache.snapshot())
+    assert after[0].lengths == after[1].lengths
+    for tensor, expected in zip(after[1].tensors, after[0].tensors, strict=True):
+        assert (tensor - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
+
+
 class Liar(Readout):
     """Says another token than it sees, whenever the script says so; one entry per time that a proposal is read."""
 
