@@ -134,8 +134,14 @@ def test_every_token_once(policy: str, batch: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("window", [2, 5, 16])
-def test_every_kept_token_once_under_verify(window: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After every window, in every row: its accepted text up to the newest token, which has not been read yet."""
+@pytest.mark.parametrize("copies", [True, False])
+def test_every_kept_token_once_under_verify(
+    copies: bool, window: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every window, in every row: its accepted text up to the newest token, which has not been read yet; with
+    a copy of the state before every drafted token, and with one per window."""
+    if not copies:
+        monkeypatch.setattr("dynamax_llm.engines.journal.COPY_LIMIT", 0)
     ids, padding, texts = prompts(batch)
     backbone = Memory(Model())
     moves = torch.where(pattern(batch, 200, 9, seed=3) < 8, pattern(batch, 200, 2, seed=4), 3)  # mostly drafts
