@@ -120,3 +120,20 @@ def test_quick_on_many_large_weights():
     start = time.perf_counter()
     fingerprint(model)
     assert time.perf_counter() - start < 2.0
+
+
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("granitemoehybrid", "embedding_multiplier"),
+        ("granitemoehybrid", "logits_scaling"),
+        ("falcon_h1", "key_multiplier"),
+        ("jamba", "num_experts_per_tok"),
+    ],
+)
+def test_what_hybrids_compute_beside_their_weights_counts(family, field):
+    """The same weights under another multiplier, or with other experts per token, are another backbone."""
+    model, other = tiny_model(family), tiny_model(family)
+    assert fingerprint(model) == fingerprint(other)
+    setattr(other.config, field, getattr(other.config, field) + 1)
+    assert explain_mismatch(fingerprint(model), fingerprint(other)) is not None
