@@ -9,13 +9,8 @@ least 1.25 times as fast as full depth. Medians of ratios of neighbouring runs; 
 
 from __future__ import annotations
 
-import argparse
-import platform
-
 import torch
-import transformers
-from overhead import PROMPT, ratio, seconds, shipped
-from transformers.utils import logging
+from overhead import PROMPT, arguments, ratio, seconds, shipped
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load
@@ -59,19 +54,8 @@ def measure(name: str, repeats: int, tokens: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=97)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--models", nargs="+", default=["transformer-ee", "mamba-ee"])
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    logging.set_verbosity_error()
-    print(
-        f"{platform.processor() or platform.machine()}, {args.threads} thread(s), torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, float32, batch 1, {args.tokens} new tokens, {args.repeats} pairs; "
-        "speed-up over full depth of the same engine, zero tail after half of the layers"
-    )
+    args = arguments(__doc__, repeats=9, tokens=97)
+    print("speed-up over full depth of the same engine, zero tail after half of the layers")
     for name in args.models:
         measure(name, args.repeats, args.tokens)
 

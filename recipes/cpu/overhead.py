@@ -82,10 +82,11 @@ def shipped(name: str) -> Exits | None:
         return None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--tokens", type=int, default=96)
+def arguments(description: str | None, repeats: int, tokens: int) -> argparse.Namespace:
+    """The command line, applied: threads set, the machine and the versions printed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--tokens", type=int, default=tokens)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", nargs="+", default=["transformer-ee", "mamba-ee"])
     args = parser.parse_args()
@@ -95,6 +96,11 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}, {args.threads} thread(s), torch {torch.__version__}, "
         f"transformers {transformers.__version__}, float32, batch 1, {args.tokens} new tokens, {args.repeats} pairs"
     )
+    return args
+
+
+def main() -> None:
+    args = arguments(__doc__, repeats=15, tokens=96)
     for name in args.models:
         measure(name, args.repeats, args.tokens)
 

@@ -71,16 +71,16 @@ def test_always_exiting_equals_the_shallow_model(case: Case) -> None:
 @pytest.mark.parametrize("readout", ["head", "tail"])
 def test_row_in_a_batch_equals_the_row_alone(case: Case, readout: str) -> None:
     """Law 6: rows exit at different depths, left padding differs, and no row feels another."""
-    rows_do_not_feel_each_other(case, "propagate", readout)
+    check_rows_alone(case, "propagate", readout)
 
 
 @pytest.mark.parametrize("readout", ["head", "tail"])
 def test_row_in_a_batch_equals_the_row_alone_under_a_cheap_policy(cheap_case: Case, readout: str) -> None:
     """Law 6 where skipped state is left alone."""
-    rows_do_not_feel_each_other(cheap_case, cheap_case.cheap_policy(), readout)
+    check_rows_alone(cheap_case, cheap_case.cheap_policy(), readout)
 
 
-def rows_do_not_feel_each_other(case: Case, policy: str, readout: str) -> None:
+def check_rows_alone(case: Case, policy: str, readout: str) -> None:
     batch, ids = 4, random_ids(4, PROMPT + STEPS)
     padding, script = left_padding(batch, PROMPT + STEPS), pattern(batch, STEPS, len(case.exits), seed=3)
     plan = case.plan(ScriptedJudge(script), policy, readout)

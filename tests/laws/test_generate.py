@@ -77,14 +77,14 @@ def test_processors_criteria_and_sampling_are_hugging_faces(some_case: Case) -> 
 
 def test_a_generated_row_equals_the_row_alone(case: Case) -> None:
     """Law 6 in free generation, rows leaving at different depths."""
-    generated_rows_do_not_feel_each_other(case, "propagate")
+    check_generated_rows_alone(case, "propagate")
 
 
 def test_a_generated_row_equals_the_row_alone_under_a_cheap_policy(cheap_case: Case) -> None:
-    generated_rows_do_not_feel_each_other(cheap_case, cheap_case.cheap_policy())
+    check_generated_rows_alone(cheap_case, cheap_case.cheap_policy())
 
 
-def generated_rows_do_not_feel_each_other(case: Case, policy: str) -> None:
+def check_generated_rows_alone(case: Case, policy: str) -> None:
     batch, model = 4, case.backbone.model
     ids, mask, script = random_ids(batch, PROMPT), left_padding(batch, PROMPT), pattern(batch, NEW, len(case.exits))
     request = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
