@@ -1,0 +1,46 @@
+"""How far one text is from another, and whether it is text at all: what promises and evaluations measure.
+
+Word-level ROUGE-L is Lin (2004) as computed by the rouge-score package, without stemming.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+#: Repeated runs are looked for in pieces of this many tokens.
+PIECE = 4
+#: Outputs shorter than this many tokens are never called repetitive.
+SHORTEST_LOOP = 12
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """F-measure of the longest common subsequence of words, 0..1; 1 for equal texts, empty ones included."""
+    return 1.0 if text == reference else float(_scorer().score(reference, text)["rougeL"].fmeasure)
+
+
+def first_divergence(tokens: Sequence[int], reference: Sequence[int]) -> int | None:
+    """Index of the first token that differs (an end that comes early or late differs); None if the two are equal."""
+    for index, (one, other) in enumerate(zip(tokens, reference, strict=False)):
+        if one != other:
+            return index
+    return None if len(tokens) == len(reference) else min(len(tokens), len(reference))
+
+
+def is_degenerate(tokens: Sequence[int], text: str) -> bool:
+    """Whether an output says nothing: it is blank, or at least half of its runs of four tokens repeat earlier ones.
+
+    Such outputs are counted and reported, never left out.
+    """
+    if not text.strip():
+        return True
+    pieces = [tuple(tokens[start : start + PIECE]) for start in range(len(tokens) - PIECE + 1)]
+    return len(tokens) >= SHORTEST_LOOP and 2 * len(set(pieces)) <= len(pieces)
+
+
+@functools.cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=False)

@@ -1,0 +1,31 @@
+"""Text metrics against hand-counted cases."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamax_llm.metrics import first_divergence, is_degenerate, rouge_l
+
+
+def test_rouge_l_by_hand():
+    assert rouge_l("", "") == 1.0
+    assert rouge_l("", "a cat") == 0.0
+    # The longest common subsequence is "the sat": precision 2/3, recall 2/4, F = 4/7.
+    assert rouge_l("the dog sat", "the cat never sat") == pytest.approx(4 / 7)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reference", "expected"),
+    [([1, 2, 3], [1, 2, 3], None), ([1, 2], [1, 2, 3], 2), ([1, 9, 3], [1, 2, 3], 1), ([], [1], 0), ([], [], None)],
+)
+def test_first_divergence(tokens, reference, expected):
+    assert first_divergence(tokens, reference) == expected
+
+
+def test_degenerate_outputs_are_blank_or_repeat_themselves():
+    assert is_degenerate([5, 5], " \n")
+    assert is_degenerate([1, 2, 3] * 6, "round and round and")
+    assert not is_degenerate([7] * 5, "short loops may be answers")
+    assert not is_degenerate(list(range(30)), "thirty different tokens")
+    # Eleven distinct runs of 17: a refrain is no loop.
+    assert not is_degenerate([*range(12), *range(8)], "a refrain")
