@@ -76,7 +76,7 @@ class EarlyExit:
         if not isinstance(window, int) or window < 1:
             raise UsageError(f"window {window!r}: give the number of tokens that may wait, a whole number from 1.")
         self.window = window
-        self.judge = exits.judge(measure)
+        self.measure, self.judge = measure, exits.judge(measure)
         self.on_token = on_token
 
     def attach(self, model: nn.Module) -> tuple[Backbone, ExitPlan, TokenCosts]:

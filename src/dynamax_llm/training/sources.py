@@ -149,7 +149,8 @@ def _txt_documents(path: Path) -> Iterator[str]:
     yield document + paragraph
 
 
-def _json_documents(path: Path, text_field: str | None) -> Iterator[str]:
+def json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The records of a .jsonl or .jsonl.xz file, each with its place in words. Raises DataError."""
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -160,7 +161,12 @@ def _json_documents(path: Path, text_field: str | None) -> Iterator[str]:
                 f"{path}, line {number}, column {error.colno}: no valid JSON ({error.msg}). A .jsonl file holds one "
                 "JSON object per line."
             ) from error
-        yield render(record, text_field, f"{path}, line {number}")
+        yield f"{path}, line {number}", record
+
+
+def _json_documents(path: Path, text_field: str | None) -> Iterator[str]:
+    for place, record in json_records(path):
+        yield render(record, text_field, place)
 
 
 def _hub_documents(spec: str, text_field: str | None) -> Iterator[str]:
