@@ -117,7 +117,7 @@ class EarlyExit:
         """Every token is what its exit, or the last layer, says."""
         run = _Run(request)
         horizon, full = request.max_length - request.ids.shape[1], len(self.exits.config.layers)
-        logits = decoder.prefill(request.ids)
+        logits = self._prefill(decoder, request.ids)
         exit_index = torch.full((len(request.ids),), full, device=request.ids.device)
         while True:
             tokens = run.append(logits, exit_index)
@@ -132,6 +132,10 @@ class EarlyExit:
         return EarlyExitOutput(
             sequences=run.ids, exit_layers=trace.exit_layers, scores=run.scores, logits=run.logits, trace=trace
         )
+
+    def _prefill(self, decoder: Decoder, ids: Tensor) -> Tensor:
+        """Logits (B, V) after the prompt (B, T). Evaluation overrides it to run a prompt once for many settings."""
+        return decoder.prefill(ids)
 
     def _verified(self, decoder: VerifyingDecoder, request: Request, costs: TokenCosts) -> EarlyExitOutput:
         """Every token is the full model's."""

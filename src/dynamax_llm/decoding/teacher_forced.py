@@ -40,21 +40,24 @@ def teacher_forced(
     ids: Ids,
     thresholds: Sequence[float | None],
     *,
-    prompt_length: int = 1,
+    prompt_length: int | Tensor = 1,
     padding: Tensor | None = None,
     keep_logits: bool = False,
+    wanted: Tensor | None = None,
 ) -> TeacherForced:
-    """One pass over ids (B, T) under ``propagate`` or ``defer``. The first ``prompt_length`` positions run at full
-    depth, as a prompt does; ``padding`` (B, T) is 0 at left pads. Right padding needs no mask: everything is causal."""
+    """One pass over ids (B, T) under ``propagate`` or ``defer``. The first ``prompt_length`` positions, one number or
+    one per row (B,), run at full depth, as a prompt does; ``padding`` (B, T) is 0 at left pads. Right padding needs no
+    mask: everything is causal. Only positions ``wanted`` (B, T) bool, by default all, are read out: elsewhere
+    ``tokens`` are -1 and ``logits`` are not defined."""
     assert plan.policy.name in ("propagate", "defer"), plan.policy.name
-    return _Pass(backbone, plan, ids, prompt_length, padding).run(thresholds, keep_logits)
+    return _Pass(backbone, plan, ids, prompt_length, padding).run(thresholds, keep_logits, wanted)
 
 
 class _Pass:
     """All tokens of a text on their way through the layers at once."""
 
     def __init__(
-        self, backbone: Backbone, plan: ExitPlan, ids: Tensor, prompt_length: int, padding: Tensor | None
+        self, backbone: Backbone, plan: ExitPlan, ids: Tensor, prompt_length: int | Tensor, padding: Tensor | None
     ) -> None:
         self.backbone, self.plan = backbone, plan
         self.padding = None if padding is None or bool(padding.all()) else padding
@@ -63,11 +66,12 @@ class _Pass:
         self.exact = plan.policy.exact_state
         self.ctx = backbone.context(self.h, padding=self.padding)
         self.left = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
-        self.may_leave = torch.arange(ids.shape[1], device=ids.device) >= prompt_length
+        prompts = torch.as_tensor(prompt_length, device=ids.device).reshape(-1, 1)  # (B or 1, 1)
+        self.may_leave = torch.arange(ids.shape[1], device=ids.device) >= prompts
         self.exit_index = torch.full(ids.shape, len(plan.layers), device=ids.device)
         self.signals: Signals | None = None
 
-    def run(self, thresholds: Sequence[float | None], keep_logits: bool) -> TeacherForced:
+    def run(self, thresholds: Sequence[float | None], keep_logits: bool, wanted: Tensor | None) -> TeacherForced:
         backbone, plan = self.backbone, self.plan
         states = plan.judge.initial_state(len(self.h), self.h.device)
         depth = 0
@@ -81,7 +85,7 @@ class _Pass:
         self._layers(depth, resumed)
         for layer in range(resumed, backbone.n_layers):  # a tail runs for every token, left or not
             self.seen = self.h = backbone.layer(layer, self.h, None, self.ctx)
-        return self._read(keep_logits)
+        return self._read(keep_logits, wanted)
 
     def _layers(self, first: int, stop: int) -> None:
         frozen = self.left.unsqueeze(-1)
@@ -103,11 +107,13 @@ class _Pass:
             self.exit_index = torch.where(leaving, index, self.exit_index)
             self.left = self.left | leaving
 
-    def _read(self, keep_logits: bool) -> TeacherForced:
-        tokens = torch.empty_like(self.exit_index)
+    def _read(self, keep_logits: bool, wanted: Tensor | None) -> TeacherForced:
+        tokens = torch.full_like(self.exit_index, -1)
         logits = self.h.new_empty(*tokens.shape, self.backbone.vocab_size, dtype=torch.float32) if keep_logits else None
         for index in range(len(self.plan.layers) + 1):
             rows = self.exit_index == index
+            if wanted is not None:
+                rows = rows & wanted
             if not bool(rows.any()):
                 continue
             h = self.seen[rows].unsqueeze(0)  # (1, n, d)
