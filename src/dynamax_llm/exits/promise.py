@@ -135,17 +135,15 @@ class Promise:
 
     def sentence(self) -> str:
         """What is guaranteed, in plain words."""
-        share = f"{100.0 * Target(self.measure, self.bound).limit:.3g} %"
+        limit, metric = Target(self.measure, self.bound).limit, self.measure.removeprefix("risk:")
         says = {
-            "agreement": f"At most {share} of the tokens after a prompt differ from the full model's given the same "
-            "prefix",
+            "agreement": f"At most {100.0 * limit:.3g} % of tokens differ from the full model's given the same prefix",
             "consistency": f"The mean ROUGE-L of texts to the full model's is at least {self.bound:g}",
-        }.get(
-            self.measure, f"The mean {self.measure.removeprefix('risk:')} against references drops by at most {share}"
-        )
+        }.get(self.measure, f"The mean {metric} against reference answers drops by at most {limit:g}")
         if self.method == "crc":
-            return f"{says}, on average over draws of {self.n} prompts like these (no single draw is vouched for)"
-        return f"{says}, with {100.0 * (self.confidence or 0.0):.4g} % confidence over draws of {self.n} prompts like these"
+            return f"{says}, on average over draws of {self.n} prompts like these, and no single draw is vouched for"
+        sure = f"{100.0 * (self.confidence or 0.0):.4g} % confidence"
+        return f"{says}, with {sure} over draws of {self.n} prompts like these"
 
 
 def _share(value: Any) -> bool:
