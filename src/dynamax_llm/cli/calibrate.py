@@ -81,15 +81,7 @@ def calibrate(
     found.judge(measure)
     prepare_folder(target, (MANIFEST, TENSORS))
     lm, tokenizer = load_backbone(model, dtype, device)
-    how: dict[str, Any] = {
-        "policy": policy,
-        "window": window,
-        "measure": measure,
-        "method": method,
-        "confidence": confidence,
-    }
-    status = _Status()
-    with status:
+    with _Status() as status:
         proved = prove(
             adapt(lm),
             tokenizer,
@@ -97,9 +89,12 @@ def calibrate(
             source,
             promise,
             confidence=confidence,
+            policy=policy,
+            window=window,
+            measure=measure,
+            method=method,
             settings=settings,
             on_test=status,
-            **how,
         )
     found.keep(proved).save(target)
     report(proved, found, model, target)
@@ -131,8 +126,9 @@ class _Status:
 
         self._status = Console(stderr=True).status("learning the path of thresholds …")
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Status:
         self._status.start()
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._status.stop()
