@@ -61,7 +61,7 @@ def main() -> int:
     else:
         import losses
 
-        getattr(losses, args.stage)(args)
+        {"pool": losses.pool, "simulate": losses.simulate_all, "shift": losses.shift}[args.stage](args)
     return 0
 
 

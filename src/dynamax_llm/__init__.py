@@ -11,20 +11,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dynamax_llm.backbones import adapt
     from dynamax_llm.backbones.loading import load
+    from dynamax_llm.calibration.calibrate import CalibrationSettings, calibrate
     from dynamax_llm.decoding import EarlyExit, EarlyExitOutput
     from dynamax_llm.exits.artifact import Exits
     from dynamax_llm.exits.config import ExitConfig, place_exits
+    from dynamax_llm.exits.promise import Promise
     from dynamax_llm.training.settings import TrainSettings
     from dynamax_llm.training.sources import find_source
     from dynamax_llm.training.trainer import train, train_many
 
 _HOMES = {
+    "CalibrationSettings": "calibration.calibrate",
     "EarlyExit": "decoding",
     "EarlyExitOutput": "decoding",
     "ExitConfig": "exits.config",
     "Exits": "exits.artifact",
+    "Promise": "exits.promise",
     "TrainSettings": "training.settings",
     "adapt": "backbones",
+    "calibrate": "calibration.calibrate",
     "find_source": "training.sources",
     "load": "backbones.loading",
     "place_exits": "exits.config",
@@ -33,12 +38,15 @@ _HOMES = {
 }
 
 __all__ = [
+    "CalibrationSettings",
     "EarlyExit",
     "EarlyExitOutput",
     "ExitConfig",
     "Exits",
+    "Promise",
     "TrainSettings",
     "adapt",
+    "calibrate",
     "find_source",
     "load",
     "place_exits",

@@ -4,7 +4,8 @@
     ├── UsageError             an argument the caller can correct (also a ValueError)
     │   ├── UnsupportedModel       no adapter for this model type
     │   ├── ExitPlacement          exit layers that do not exist in this backbone
-    │   └── PolicyMismatch         a state policy that this family or artifact does not allow
+    │   ├── PolicyMismatch         a state policy that this family or artifact does not allow
+    │   └── PromiseError           a promise that is not recorded, or that nothing keeps
     ├── DataError              text that cannot be read, decoded or used
     ├── BackboneError          a model folder or hub id that cannot be loaded
     └── ArtifactError          a saved set of exits that cannot be used
@@ -36,6 +37,10 @@ class ExitPlacement(UsageError):
 
 class PolicyMismatch(UsageError):
     """A state policy that this family of layers, or this artifact, does not allow."""
+
+
+class PromiseError(UsageError):
+    """A promise that is not recorded, or that nothing keeps."""
 
 
 class DataError(DynamaxError):

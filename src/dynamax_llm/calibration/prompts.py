@@ -36,11 +36,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Sequences in random order, ``sha256`` of their texts, and how many documents were too short for one."""
+    """Sequences in random order, ``sha256`` of their texts, and documents ``left_out``: too short, or questions too
+    long."""
 
     items: tuple[Item, ...]
     sha256: str
-    too_short: int
+    left_out: int
 
     @property
     def tokens(self) -> int:
@@ -95,7 +96,8 @@ def _collect(texts: Iterator[tuple[str, str]], cut: Any, count: int, seed: int) 
     pool = dict(itertools.islice(texts, READ))
     order = list(pool)
     random.Random(seed).shuffle(order)
-    items, used, missed = [], hashlib.sha256(), 0
+    items: list[Item] = []
+    used, missed = hashlib.sha256(), 0
     for text in order:
         if len(items) == count:
             break

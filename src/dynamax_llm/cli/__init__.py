@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dynamax_llm.cli import demo, generate, train
+from dynamax_llm.cli import calibrate, demo, generate, train
 from dynamax_llm.errors import DynamaxError
 
 REFUSED, INTERRUPTED = 2, 130
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(train.train)
+app.command()(calibrate.calibrate)
 app.command()(generate.generate)
 
 

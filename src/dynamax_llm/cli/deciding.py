@@ -34,18 +34,34 @@ Measure = Annotated[
     ),
 ]
 Threshold = Annotated[
-    str, typer.Option(help="Least confidence to leave with: one value, one per exit (0.8,0.9,…), or never.")
+    str | None,
+    typer.Option(
+        help="Least confidence to leave with: one value, one per exit (0.8,0.9,…), or never. Default: 0.9.",
+        metavar="SHARE",
+    ),
 ]
 Policy = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="State of skipped layers: propagate, copy (attention), stale (Mamba); defer: exact state; "
+        help="State of skipped layers: propagate (default), copy (attention), stale (Mamba); defer: exact state; "
         "verify: exact state and the full model's own text.",
         metavar="NAME",
     ),
 ]
 Window = Annotated[
-    int, typer.Option(min=1, help="Tokens that may wait (defer) or be drafted (verify) before layers catch up.")
+    int | None,
+    typer.Option(
+        min=1, help="Tokens that may wait (defer) or be drafted (verify) before layers catch up. Default: 16."
+    ),
+]
+Promised = Annotated[
+    str | None,
+    typer.Option(
+        "--promise",
+        help="A promise that dynamax calibrate recorded with the exits (agreement>=0.98); it decides threshold, "
+        "policy, window and judge.",
+        metavar="TEXT",
+    ),
 ]
 Schedule = Annotated[str, typer.Option(help="fixed, or CALM's decaying threshold.")]
 
@@ -54,11 +70,12 @@ Schedule = Annotated[str, typer.Option(help="fixed, or CALM's decaying threshold
 class Rule:
     """The options' values, until there are exits to apply them to."""
 
-    threshold: str
-    policy: str
-    window: int
+    threshold: str | None
+    policy: str | None
+    window: int | None
     measure: str | None
     schedule: str
+    promise: str | None = None
 
     def apply(self, exits: Exits) -> EarlyExit:
         """The decoding these options ask for. Raises UsageError."""
@@ -66,11 +83,12 @@ class Rule:
 
         return EarlyExit(
             exits,
-            threshold=_threshold(self.threshold),
+            threshold=None if self.threshold is None else _threshold(self.threshold),
             policy=self.policy,
             window=self.window,
             measure=self.measure,
             schedule=self.schedule,
+            promise=self.promise,
         )
 
 

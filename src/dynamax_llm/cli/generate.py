@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dynamax_llm.cli.deciding import ExitsAt, Measure, Policy, Rule, Schedule, Threshold, Window, saved_exits
+from dynamax_llm.cli.deciding import (
+    ExitsAt,
+    Measure,
+    Policy,
+    Promised,
+    Rule,
+    Schedule,
+    Threshold,
+    Window,
+    saved_exits,
+)
 from dynamax_llm.cli.options import Device, Dtype, Model, load_backbone, peek_backbone
 from dynamax_llm.errors import DataError, UsageError
 
@@ -18,6 +28,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dynamax_llm.exits.artifact import Exits
+    from dynamax_llm.exits.promise import Promise
     from dynamax_llm.render import Piece
 
 
@@ -27,10 +38,11 @@ def generate(
     measure: Measure = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given more than once.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text file with one prompt per line.")] = None,
-    threshold: Threshold = "0.9",
-    policy: Policy = "propagate",
-    window: Window = 16,
+    threshold: Threshold = None,
+    policy: Policy = None,
+    window: Window = None,
     schedule: Schedule = "fixed",
+    promise: Promised = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of taking the likeliest token.")] = False,
     temperature: Annotated[float | None, typer.Option(help="Sampling temperature; implies --sample.")] = None,
@@ -52,14 +64,14 @@ def generate(
     from dynamax_llm.exits.artifact import Exits
     from dynamax_llm.exits.config import DEFAULT_EXITS
 
-    rule = Rule(threshold=threshold, policy=policy, window=window, measure=measure, schedule=schedule)
+    rule = Rule(threshold=threshold, policy=policy, window=window, measure=measure, schedule=schedule, promise=promise)
     saved = saved_exits(model, exits, measure)
     # With saved exits, a wrong threshold is refused before the backbone is loaded, which may take minutes.
     early_exit = None if saved is None else rule.apply(saved)
     lm, tokenizer = load_backbone(model, dtype, device)
     if early_exit is None:
         early_exit = rule.apply(Exits.untrained(adapt(lm), exits if exits is not None else DEFAULT_EXITS))
-    job = _Job(lm, tokenizer, early_exit.exits, prompts)
+    job = _Job(lm, tokenizer, early_exit.exits, prompts, early_exit.promise)
     console = Console(no_color=True if no_color else None, highlight=False, soft_wrap=True, markup=False)
     live = None if as_json or len(prompts) > 1 else _Live(console, job)
     if live is not None:
@@ -90,6 +102,7 @@ class _Job:
     tokenizer: Any
     exits: Exits
     prompts: list[str]
+    promise: Promise | None = None
     prompt_ids: list[list[int]] = field(default_factory=list)  # without padding; known after ``encode``
 
     @property
@@ -144,6 +157,8 @@ class _Job:
             seconds=seconds,
         )
         console.print(line)
+        if self.promise is not None:
+            console.print(f"promise {self.promise.text}: {self.promise.sentence()}")
         exact = exactness(trace, out.verification)
         if exact is not None:
             console.print(exact)
@@ -170,6 +185,7 @@ class _Job:
             "counted_reduction": out.trace.counted_reduction,
             "pass_reduction": out.trace.pass_reduction,
             "state_policy": out.trace.policy,
+            "promise": None if self.promise is None else self.promise.text,
             "window_bytes": out.trace.spent.window_bytes,
             "verification": None
             if out.verification is None

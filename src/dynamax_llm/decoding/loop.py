@@ -3,6 +3,7 @@
     out = model.generate(**inputs, custom_generate=EarlyExit(exits, threshold=0.9), max_new_tokens=64)
     out.sequences, out.exit_layers, out.trace.counted_reduction
     model.generate(**inputs, custom_generate=EarlyExit(exits, policy="verify"))  # the full model's own text
+    model.generate(**inputs, custom_generate=EarlyExit(exits, promise="agreement>=0.98"))  # calibrated thresholds
 
 ``generate`` prepares inputs, logits processors and stopping criteria; this loop calls them exactly as Hugging Face's
 sampling loop does, so that never exiting gives ``generate``'s own tokens.
@@ -23,11 +24,16 @@ from dynamax_llm.decoding.decoder import Decoder, ExitPlan
 from dynamax_llm.decoding.deferred import VerifyingDecoder, new_decoder
 from dynamax_llm.decoding.request import Request
 from dynamax_llm.decoding.state import DEFAULT_WINDOW, POLICIES
-from dynamax_llm.decoding.thresholds import Threshold, Thresholds
+from dynamax_llm.decoding.thresholds import NEVER, Threshold, Thresholds
 from dynamax_llm.decoding.trace import TokenCosts, Trace
 from dynamax_llm.decoding.verify import Verification, VerifiedRun
-from dynamax_llm.errors import UsageError
+from dynamax_llm.errors import PolicyMismatch, UsageError
 from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.confidence import MEASURES
+from dynamax_llm.exits.promise import Promise
+
+#: What decides where nothing is said.
+DEFAULT_THRESHOLD, DEFAULT_POLICY = 0.9, "propagate"
 
 #: Called after every step with the new tokens (B,) and the layers each ran (B,), 0 for a row that had ended.
 OnToken = Callable[[Tensor, Tensor], None]
@@ -56,6 +62,9 @@ class EarlyExit:
     ``window``: tokens per row that may wait under ``defer``, or be drafted under ``verify``, at least 1.
     ``measure``: judge by this confidence measure instead of the trained head.
     ``schedule``: "fixed", or CALM's "decaying". ``on_token`` is called after every step (streaming).
+    ``promise``: one that calibration recorded with the exits, "agreement>=0.98" say; thresholds, policy, window and
+    judge are then its own, kept as ``promise``. Naming another of these beside it is refused (PolicyMismatch,
+    UsageError), so is a promise that is not recorded (PromiseError).
     Raises UsageError for values that are not allowed, ArtifactMismatch when used on another backbone.
     """
 
@@ -63,14 +72,24 @@ class EarlyExit:
         self,
         exits: Exits,
         *,
-        threshold: Threshold | Sequence[Threshold] = 0.9,
-        policy: str = "propagate",
-        window: int = DEFAULT_WINDOW,
+        threshold: Threshold | Sequence[Threshold] | None = None,
+        policy: str | None = None,
+        window: int | None = None,
         measure: str | None = None,
         schedule: str = "fixed",
+        promise: str | None = None,
         on_token: OnToken | None = None,
     ) -> None:
         self.exits = exits
+        self.promise = None
+        if promise is not None:
+            self.promise = _promised(exits, promise, threshold, policy, window, measure, schedule)
+            threshold = [NEVER if bar is None else bar for bar in self.promise.thresholds]
+            policy, window = self.promise.policy, self.promise.window
+            measure = self.promise.judge if self.promise.judge in MEASURES else None
+        threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+        policy = DEFAULT_POLICY if policy is None else policy
+        window = DEFAULT_WINDOW if window is None else window
         self.thresholds = Thresholds.parse(threshold, len(exits.config.layers), schedule)
         self.policy = POLICIES.lookup(policy)
         if not isinstance(window, int) or window < 1:
@@ -167,6 +186,30 @@ class EarlyExit:
         if spent.taken is not None:
             spent = replace(spent, taken=torch.where(spent.taken == decoder.n_exits, full, spent.taken))
         return Trace(exit_index, costs, self.policy.name, spent)
+
+
+def _promised(
+    exits: Exits,
+    text: str,
+    threshold: object,
+    policy: str | None,
+    window: int | None,
+    measure: str | None,
+    schedule: str,
+) -> Promise:
+    """The recorded promise, unless what is named beside it is not what it was calibrated with."""
+    if threshold is not None or schedule != "fixed":
+        named = f"threshold {threshold!r}" if threshold is not None else f"schedule {schedule!r}"
+        raise UsageError(f"{named} beside the promise {text!r}: its thresholds are the calibrated ones. Give only one.")
+    if policy is not None:
+        POLICIES.lookup(policy)
+    promise = exits.promise(text, policy, measure)
+    if window not in (None, promise.window):
+        raise PolicyMismatch(
+            f"window {window!r}: the promise {promise.text!r} was calibrated with a window of {promise.window}. "
+            "Leave it out, or calibrate with another."
+        )
+    return promise
 
 
 def _by_step(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:

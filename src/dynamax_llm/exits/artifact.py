@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +29,7 @@ from dynamax_llm.exits.confidence import MEASURES, Judge, measure
 from dynamax_llm.exits.config import DEFAULT_EXITS, ExitConfig, place_exits
 from dynamax_llm.exits.files import fetch, prepare_folder, write_atomically
 from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.exits.promise import Promise, digest, find_promise
 from dynamax_llm.exits.readout import Lens, Readout
 
 FORMAT = "dynamax-exits"
@@ -51,7 +52,8 @@ class Exits:
     """Everything DYNAMAX adds to one backbone: where the exits are, their heads and lens, and whose they are.
 
     ``heads`` is None where a fixed measure decides, ``lens`` unless the readout is "lens". ``fingerprint`` identifies
-    the backbone, ``width`` and ``vocab_size`` are its own. ``provenance`` says how the heads came about.
+    the backbone, ``width`` and ``vocab_size`` are its own. ``provenance`` says how the heads came about, ``promises``
+    what calibration proved of them.
     """
 
     config: ExitConfig
@@ -61,6 +63,7 @@ class Exits:
     width: int
     vocab_size: int
     provenance: dict[str, Any] = field(default_factory=dict)
+    promises: tuple[Promise, ...] = ()
     _backbone: Backbone | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -132,6 +135,22 @@ class Exits:
             )
         self._backbone = backbone
 
+    def promise(self, text: str, policy: str | None = None, measure: str | None = None) -> Promise:
+        """The recorded promise ``text``. Raises UsageError if it cannot be read, PromiseError if it is not recorded,
+        PolicyMismatch if it is under another policy or judge, ArtifactMismatch if it is another backbone's."""
+        found = find_promise(self.promises, text, policy, measure)
+        if found.fingerprint != digest(self.fingerprint) or found.readout != self.config.readout:
+            raise ArtifactMismatch(
+                f"promise {found.text!r} was calibrated on another backbone or readout than these exits are for. "
+                "Calibrate it here: dynamax calibrate."
+            )
+        return found
+
+    def keep(self, promise: Promise) -> Exits:
+        """These exits with one more promise; it takes the place of one with the same text, policy and judge."""
+        others = tuple(item for item in self.promises if item.key != promise.key)
+        return replace(self, promises=(*others, promise))
+
     def save(self, folder: str | Path) -> None:
         """Write the folder. Raises ArtifactError if it holds something else or cannot be written."""
         target = prepare_folder(folder, (MANIFEST, TENSORS))
@@ -147,6 +166,7 @@ class Exits:
             "fingerprint": self.fingerprint,
             "provenance": self.provenance,
             "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
+            "promises": [promise.to_json() for promise in self.promises],
         }
         # The manifest comes last: a save that dies in between leaves a hash that does not match, not a mixture.
         write_atomically(target / TENSORS, tensors)
@@ -171,7 +191,8 @@ class Exits:
             raise _corrupt(tensors_path, f"its hash is not the one {MANIFEST} names; the two belong to different saves")
         heads, lens = _filled(heads, "heads.", tensors), _filled(lens, "lens.", tensors)
         identity, provenance = manifest["fingerprint"], manifest["provenance"]
-        return cls(config, heads, lens, identity, manifest["width"], manifest["vocab_size"], provenance)
+        promises = _read_promises(manifest_path, manifest, len(config.layers))
+        return cls(config, heads, lens, identity, manifest["width"], manifest["vocab_size"], provenance, promises)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -204,6 +225,22 @@ def _read_config(path: Path, manifest: Mapping[str, Any]) -> ExitConfig:
     if placed != config.layers:
         raise _corrupt(path, f"its exits {config.layers} are not in order")
     return config
+
+
+def _read_promises(path: Path, manifest: Mapping[str, Any], n_exits: int) -> tuple[Promise, ...]:
+    """The records of the optional field "promises"."""
+    records = manifest.get("promises", [])
+    if not isinstance(records, list):
+        raise _corrupt(path, "its field 'promises' is no list")
+    promises = []
+    for number, record in enumerate(records, start=1):
+        try:
+            promises.append(Promise.from_json(record))
+        except (ValueError, TypeError) as error:
+            raise _corrupt(path, f"its promise {number} cannot be used: {error}") from error
+        if len(promises[-1].thresholds) != n_exits:
+            raise _corrupt(path, f"its promise {number} cannot be used: its field 'thresholds' is not one per exit")
+    return tuple(promises)
 
 
 def _empty_modules(path: Path, config: ExitConfig, width: int) -> tuple[ExitHeads | None, Lens | None]:

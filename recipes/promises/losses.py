@@ -1,0 +1,158 @@
+"""Harvests into pools, pools into simulated calibrations, and one promise on other text."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from simulation import pool_of, simulate
+
+from dynamax_llm.backbones.loading import REFERENCE_BACKBONES, load
+from dynamax_llm.calibration.bounds import crc_sequence, fixed_sequence, p_value, prompts_needed
+from dynamax_llm.metrics import rouge_l
+
+#: Losses of texts are kept in so many parts, those of tokens in tokens.
+PARTS = 10_000
+PROMISES = {"agreement": (0.98, 0.95), "consistency": (0.95, 0.9)}
+SIZES, DRAWS, CONFIDENCE = (100, 200, 400), 2000, 0.95
+BOUND, CALIBRATED = 0.98, 400
+
+
+def harvested(out: Path, model: str) -> list[dict[str, Any]]:
+    """The lines of a harvest, packed or not; a line that was cut off is left out."""
+    path = next((p for p in (out / f"{model}.jsonl", out / f"{model}.jsonl.gz") if p.is_file()), None)
+    if path is None:
+        sys.exit(f"{out} holds no {model}.jsonl: run `study.py harvest` first")
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def pool(args: argparse.Namespace) -> None:
+    """Write results/pool-MODEL.json: losses of every sequence at every point."""
+    for model in REFERENCE_BACKBONES if args.model is None else [args.model]:
+        records = harvested(args.out, model)
+        paths = {record["measure"]: record for record in records if record["record"] == "path"}
+        facts = next(record for record in records if record["record"] == "facts")
+        document = {name: facts[name] for name in ("model", "head", "policy", "device", "torch")}
+        document["seconds"] = records[-1]["seconds"]
+        for measure, path in paths.items():
+            points = [{"parameter": p["parameter"], "thresholds": p["thresholds"]} for p in path["points"]]
+            document[measure] = {"family": path["family"], "points": points, "kinds": {}}
+        _add_agreement(document, [record for record in records if record["record"] == "agreement"])
+        _add_texts(document, model, [record for record in records if record["record"] == "generated"])
+        target = args.results / f"pool-{model}.json"
+        target.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+        print(target, {m: {k: len(v["losses"]) for k, v in document[m]["kinds"].items()} for m in paths})
+
+
+def _add_agreement(document: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    layers = load(document["model"])[0].config.num_hidden_layers
+    for record in records:
+        kind = document["agreement"]["kinds"].setdefault(record["kind"], {"losses": [], "depth": []})
+        kind["losses"].append(record["differ"])
+        kind["depth"].append(round(sum(record["layers"]) / len(record["layers"]) / record["tokens"] / layers, 5))
+        document["agreement"]["unit"] = record["tokens"]
+
+
+def _add_texts(document: dict[str, Any], model: str, records: list[dict[str, Any]]) -> None:
+    tokenizer = load(model)[1]
+    full: list[str] = []
+    for record in records:
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in record["tokens"]]
+        if record["point"] < 0:
+            full = texts
+            continue
+        kind = document["consistency"]["kinds"].setdefault(record["kind"], {"losses": [], "depth": []})
+        scores = [rouge_l(text, whole) for text, whole in zip(texts, full, strict=True)]
+        kind["losses"].append([round(PARTS * (1.0 - score)) for score in scores])
+        kind["depth"].append(round(sum(record["depth"]) / len(record["depth"]), 5))
+        document["consistency"]["unit"] = PARTS
+
+
+def read_pools(results: Path) -> dict[str, dict[str, Any]]:
+    """The committed pools by model."""
+    return {m: json.loads((results / f"pool-{m}.json").read_text()) for m in REFERENCE_BACKBONES}
+
+
+def simulate_all(args: argparse.Namespace) -> None:
+    """Print and write how often promises are broken, per backbone, promise, method and number of prompts."""
+    rows = []
+    print("| backbone | promise | method | n | refused | broken | mean true loss | mean depth |")
+    print("|---|---|---|---|---|---|---|---|")
+    for model, document in read_pools(args.results).items():
+        for measure, bounds in PROMISES.items():
+            losses, depth = pool_of(document, measure)
+            for bound, n, method in [(b, n, m) for b in bounds for n in SIZES for m in ("ltt", "crc")]:
+                limit = round(1.0 - bound, 12)
+                confidence = CONFIDENCE if method == "ltt" else None
+                found = simulate(losses, depth, n, limit, confidence, DRAWS)
+                row = {
+                    "backbone": model,
+                    "promise": f"{measure}>={bound:g}",
+                    "method": method,
+                    "n": n,
+                    "draws": DRAWS,
+                    "pool": len(losses),
+                    "least_n": prompts_needed(limit, confidence),
+                    "refused": float((found.kept == 0).mean()),
+                    "broken": found.broken(limit),
+                    "loss": float(found.loss.mean()),
+                    "depth": float(found.depth.mean()),
+                }
+                rows.append(row)
+                print(
+                    f"| {model} | {row['promise']} | {method} | {n} | {row['refused']:.3f} | {row['broken']:.4f} | "
+                    f"{row['loss']:.4f} | {row['depth']:.3f} |"
+                )
+    (args.results / "simulate.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def shift(args: argparse.Namespace) -> None:
+    """Calibrate on Wikipedia, measure elsewhere: results/shift.json, objects with the fields of evaluation's Shift."""
+    found, limit = [], round(1.0 - BOUND, 12)
+    for model, document in read_pools(args.results).items():
+        losses, _ = pool_of(document, "agreement")
+        proof = losses[:CALIBRATED]
+        for method in ("ltt", "crc"):
+            if method == "ltt":
+                kept = int(fixed_sequence(p_value(proof.mean(0), len(proof), limit), 1.0 - CONFIDENCE))
+            else:
+                kept = int(crc_sequence(proof, limit))
+            if not kept:
+                sys.exit(f"{model}, {method}: no point keeps the promise")
+            found += [
+                _shifted(model, document, method, kind, kept - 1) for kind in ("wikipedia", "dialogues", "novels")
+            ]
+    (args.results / "shift.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _shifted(model: str, document: dict[str, Any], method: str, kind: str, point: int) -> dict[str, Any]:
+    """The agreement at one point on one kind of text; of Wikipedia on the articles that did not calibrate."""
+    from dynamax_llm.evaluation.results import Interval, Shift
+
+    losses, depth = pool_of(document, "agreement", kind)
+    losses = losses[CALIBRATED:] if kind == "wikipedia" else losses
+    agreement = 1.0 - losses[:, point]
+    draws = np.random.default_rng(0).integers(0, len(agreement), (2000, len(agreement)))
+    low, high = np.quantile(agreement[draws].mean(1), (0.025, 0.975))
+    item = Shift(
+        backbone=model,
+        promise=f"agreement>={BOUND:g}" + (", in expectation only (crc)" if method == "crc" else ""),
+        calibrated_on=f"wikipedia, {CALIBRATED} sequences",
+        measured_on="wikipedia, other articles" if kind == "wikipedia" else kind,
+        samples=len(agreement),
+        value=Interval(value=float(agreement.mean()), low=float(low), high=float(high)),
+        mean_depth=float(depth[point]),
+        kept=bool(agreement.mean() >= BOUND),
+    )
+    print(
+        f"| {model} | {method} | {item.measured_on} | {item.value.value:.4f} [{low:.4f}, {high:.4f}] | "
+        f"{item.mean_depth:.3f} | {'yes' if item.kept else 'no'} |"
+    )
+    return item.model_dump()

@@ -1,0 +1,286 @@
+"""From a promise in words to its record: draw sequences, learn the path on some, test along it on the others.
+
+    documents ── one sequence each, shuffled ──┬── path split: path of thresholds, and where on it to begin
+                                               └── the others: tested from safe to risky until the first is refused
+
+Where the test begins depends on the path split alone, so the order of the tests is fixed before their losses are seen.
+What comes out is proved under the state policy, readout and judge in use, for sequences drawn as these were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from dynamax_llm.backbones import Backbone
+from dynamax_llm.calibration.bounds import crc_limit, greatest_loss, p_value, prompts_needed, rejected
+from dynamax_llm.calibration.fit import fit_path
+from dynamax_llm.calibration.path import Point
+from dynamax_llm.calibration.prompts import Drawn, Item, draw, draw_questions
+from dynamax_llm.calibration.risks import (
+    AgreementRisk,
+    Measured,
+    Risk,
+    TextRisk,
+    check_policy,
+    inconsistency,
+    shortfall,
+)
+from dynamax_llm.decoding.loop import DEFAULT_POLICY, EarlyExit
+from dynamax_llm.decoding.state import DEFAULT_WINDOW, POLICIES
+from dynamax_llm.errors import PromiseError, UsageError
+from dynamax_llm.exits.artifact import Exits, installed_version
+from dynamax_llm.exits.promise import METHODS, Promise, Target, digest
+from dynamax_llm.training.sources import Source
+
+#: λ of the points that are looked at: two per cent of what could be saved at all apart.
+PARAMETERS = tuple(step / 50 for step in range(1, 51))
+#: Sequences without which a path cannot be learnt.
+LEAST_PATH = 4
+#: Tests begin where the path split loses this share of what would still be rejected.
+BEGIN = 0.5
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Raises UsageError, naming the setting, for a value out of bounds."""
+
+    prompts: int = 500  # sequences in all, one per document
+    prompt_tokens: int = 64  # of a prompt, and at most of a question
+    new_tokens: int = 64  # read after a prompt, or generated
+    path_share: float = 0.2  # of the sequences, for the path
+    batch: int = 16  # sequences at once
+    seed: int = 0  # of the draw
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "prompt_tokens", "new_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"calibration setting {name} = {getattr(self, name)!r}: give at least 1.")
+        if not 0.0 < self.path_share < 1.0:
+            raise UsageError(
+                f"calibration setting path_share = {self.path_share!r}: give a share between 0 and 1, both excluded."
+            )
+
+    def split(self, count: int) -> int:
+        """How many of ``count`` sequences are the path's."""
+        return max(round(self.path_share * count), min(LEAST_PATH, count))
+
+    def asked(self, n: int) -> int:
+        """How many sequences leave ``n`` for the proof."""
+        count = n + LEAST_PATH
+        while count - self.split(count) < n:
+            count += 1
+        return count
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a calibration, checked. Raises UsageError, PolicyMismatch, PromiseError."""
+
+    target: Target
+    confidence: float | None
+    method: str
+    policy: str
+    window: int
+    measure: str | None
+
+    @classmethod
+    def of(cls, promise: str, confidence: float, method: str, policy: str, window: int, measure: str | None) -> Request:
+        """``confidence`` has no meaning under "crc" and is dropped there."""
+        if method not in METHODS:
+            raise UsageError(f"unknown method {method!r}. Available: {', '.join(METHODS)}.")
+        if not 0.0 < confidence < 1.0:
+            raise UsageError(f"confidence {confidence!r}: give a share between 0 and 1, both excluded; 0.95, say.")
+        POLICIES.lookup(policy)
+        check_policy(policy)
+        target = Target.parse(promise)
+        return cls(target, confidence if method == "ltt" else None, method, policy, window, measure)
+
+    def check_count(self, count: int, settings: CalibrationSettings, given: str) -> None:
+        """Raise PromiseError unless ``count`` sequences could prove this promise if none of them lost anything."""
+        n, needed = count - settings.split(count), prompts_needed(self.target.limit, self.confidence)
+        if needed is None or n >= needed:
+            return
+        sure = "in expectation (crc)" if self.confidence is None else f"with {100 * self.confidence:.4g} % confidence"
+        raise PromiseError(
+            f"{given}: {n} beside the {settings.split(count)} that the path is learnt on, too few to promise "
+            f"{self.target.text} {sure} even if none lost anything. That takes {needed}, so at least "
+            f"{settings.asked(needed)} prompts in all, and more where exits cost something. Give more, or promise less."
+        )
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """EarlyExit's options."""
+        return {"policy": self.policy, "window": self.window, "measure": self.measure}
+
+
+@torch.no_grad()
+def calibrate(
+    backbone: Backbone,
+    tokenizer: Any,
+    exits: Exits,
+    source: Source,
+    promise: str,
+    *,
+    confidence: float = 0.95,
+    policy: str = DEFAULT_POLICY,
+    window: int = DEFAULT_WINDOW,
+    measure: str | None = None,
+    method: str = "ltt",
+    settings: CalibrationSettings | None = None,
+    on_test: Callable[[dict[str, Any]], None] | None = None,
+) -> Promise:
+    """The record of a promise that holds, with the riskiest thresholds on the path that were proved to keep it.
+
+    ``source`` holds documents, for a risk questions with answers. ``measure`` judges instead of the trained head.
+    ``method`` "ltt" promises with ``confidence`` over draws of the sequences (Learn then Test, Hoeffding-Bentkus,
+    fixed sequence), "crc" in expectation only (conformal risk control). ``on_test`` is called with every test made.
+    Nothing is saved: ``exits.keep(promise).save(folder)`` does that.
+
+    Raises PromiseError if there are too few sequences to promise anything, saying how many would do, or if nothing
+    keeps the promise; UsageError and PolicyMismatch for what cannot be asked; DataError, ArtifactMismatch.
+    """
+    settings = settings or CalibrationSettings()
+    request = Request.of(promise, confidence, method, policy, window, measure)
+    request.check_count(settings.prompts, settings, f"{settings.prompts} prompts")
+    POLICIES.lookup(policy).check(backbone, exits.readout(backbone))
+    exits.check_backbone(backbone)
+    _check_length(backbone, settings)
+    drawn = _draw(request.target, source, tokenizer, settings)
+    given = f"data {source.spec!r} gives {len(drawn.items)} prompts"
+    request.check_count(len(drawn.items), settings, given)
+    n_path = settings.split(len(drawn.items))
+    path_risk = _risk(request.target, backbone, tokenizer, drawn.items[:n_path], settings)
+    risk = _risk(request.target, backbone, tokenizer, drawn.items[n_path:], settings)
+    path = fit_path(exits, path_risk, request.target.limit, request.how, PARAMETERS)
+    evidence = []
+    for test in _tests(exits, request, path.points, path_risk, risk):
+        evidence.append(test)
+        if on_test is not None:
+            on_test(test)
+    kept = [test for test in evidence if test["kept"]]
+    if not kept:
+        raise _not_kept(request, evidence, len(risk.items))
+    return Promise(
+        text=request.target.text,
+        measure=request.target.measure,
+        bound=request.target.bound,
+        confidence=request.confidence,
+        method=method,
+        n=len(risk.items),
+        n_path=n_path,
+        unit="sequences",
+        **{name: kept[-1][name] for name in ("parameter", "estimate", "p_value", "mean_depth")},
+        thresholds=tuple(kept[-1]["thresholds"]),
+        policy=policy,
+        window=window,
+        readout=exits.config.readout,
+        judge=measure or str(exits.config.head),
+        data=_facts(source, drawn, settings, path.family),
+        fingerprint=digest(exits.fingerprint),
+        dynamax=installed_version(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        evidence=tuple(evidence),
+    )
+
+
+def _tests(
+    exits: Exits, request: Request, points: Sequence[Point], path_risk: Risk, risk: Risk
+) -> Iterator[dict[str, Any]]:
+    """The tests from safe to risky, the first that fails included."""
+    n, limit = len(risk.items), request.target.limit
+    enough = BEGIN * greatest_loss(n, limit, request.confidence)
+
+    @functools.cache
+    def safe(place: int) -> bool:
+        return float(_measure(exits, request, points[place], path_risk).losses.mean()) <= enough
+
+    low, high = 0, len(points)  # everything below ``low`` is taken for safe, ``high`` and above for not
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if safe(middle) else (low, middle)
+    start = max(low - 1, 0)
+    order = [*dict.fromkeys((start // 2, start)), *range(start + 1, len(points))]
+    worst: torch.Tensor | None = None  # per sequence, the greatest loss so far: what conformal risk control asks of
+
+    def found() -> Iterator[tuple[dict[str, Any], float]]:
+        nonlocal worst
+        for place in order:
+            measured = _measure(exits, request, points[place], risk)
+            worst = measured.losses if worst is None else torch.maximum(worst, measured.losses)
+            loss = float(measured.losses.mean())
+            p = float(p_value(loss, n, limit)) if request.confidence is not None else None
+            yield (
+                _record(request.target, points[place], loss, p, measured),
+                (float(crc_limit(float(worst.mean()), n)) if p is None else p),
+            )
+
+    level = limit if request.confidence is None else 1.0 - request.confidence
+    for record, _, kept in rejected(found(), level):
+        yield {**record, "kept": kept}
+
+
+def _measure(exits: Exits, request: Request, point: Point, risk: Risk) -> Measured:
+    bars = ["never" if bar is None else bar for bar in point.thresholds]
+    return risk.measure(EarlyExit(exits, threshold=bars, **request.how))
+
+
+def _record(target: Target, point: Point, loss: float, p: float | None, measured: Measured) -> dict[str, Any]:
+    """One entry of the evidence; the estimate is what the promise names."""
+    return {
+        "parameter": round(point.parameter, 6),
+        "thresholds": list(point.thresholds),
+        "estimate": loss if target.measure.startswith("risk:") else 1.0 - loss,
+        "p_value": p,
+        "mean_depth": float(measured.depth.mean()),
+    }
+
+
+def _risk(
+    target: Target, backbone: Backbone, tokenizer: Any, items: Sequence[Item], settings: CalibrationSettings
+) -> Risk:
+    if not target.of_texts:
+        return AgreementRisk(backbone, tokenizer, items, settings.batch)
+    loss = inconsistency if target.measure == "consistency" else shortfall(target.measure.removeprefix("risk:"))
+    return TextRisk(backbone, tokenizer, items, settings.batch, settings.new_tokens, loss=loss)
+
+
+def _draw(target: Target, source: Source, tokenizer: Any, settings: CalibrationSettings) -> Drawn:
+    if target.measure.startswith("risk:"):
+        return draw_questions(source, tokenizer, settings.prompts, settings.prompt_tokens, settings.seed)
+    return draw(source, tokenizer, settings.prompts, settings.prompt_tokens, settings.new_tokens, settings.seed)
+
+
+def _check_length(backbone: Backbone, settings: CalibrationSettings) -> None:
+    length, limit = settings.prompt_tokens + settings.new_tokens, backbone.max_positions()
+    if limit is not None and length > limit:
+        raise UsageError(
+            f"{settings.prompt_tokens} prompt and {settings.new_tokens} new tokens: {backbone.model_type} was built "
+            f"for a context of {limit}. Lower --prompt-tokens or --new-tokens."
+        )
+
+
+def _facts(source: Source, drawn: Drawn, settings: CalibrationSettings, family: str) -> dict[str, Any]:
+    """What the promise's data were; ``sha256`` is over the texts in their order."""
+    kept = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ("prompts", "batch")}
+    facts = {"source": source.spec, "sha256": drawn.sha256, "tokens": drawn.tokens, "left_out": drawn.left_out}
+    return {**facts, **kept, "path_family": family}
+
+
+def _not_kept(request: Request, evidence: Sequence[dict[str, Any]], n: int) -> PromiseError:
+    target, first = request.target, evidence[0]
+    loss = first["estimate"] if target.measure.startswith("risk:") else 1.0 - first["estimate"]
+    more = prompts_needed(target.limit, request.confidence, loss)
+    seen = f"the safest thresholds tried, at {first['mean_depth']:.3f} of the depth, gave {first['estimate']:.4f}"
+    way = (
+        f"At that loss {more:,} prompts beside the path's would do: raise --prompts; or promise less."
+        if more is not None and more > n
+        else "Promise less, use another policy (defer keeps state exact), or exits trained on such text."
+    )
+    return PromiseError(f"no threshold keeps {target.text} on these {n} prompts: {seen}. {way} Nothing was saved.")

@@ -1,0 +1,179 @@
+"""Calibration on tiny backbones: losses equal their definitions, paths never rise, records hold what was done."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dynamax_llm import cli
+from dynamax_llm.backbones import adapt
+from dynamax_llm.backbones.loading import load
+from dynamax_llm.calibration.calibrate import CalibrationSettings, calibrate
+from dynamax_llm.calibration.path import Trace, learn_path
+from dynamax_llm.calibration.prompts import Item, draw, draw_questions
+from dynamax_llm.calibration.risks import AgreementRisk, TextRisk, best, exact_match, f1, inconsistency, shortfall
+from dynamax_llm.decoding import EarlyExit
+from dynamax_llm.decoding.teacher_forced import step_by_step
+from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.metrics import rouge_l
+from dynamax_llm.testing import zero_tail
+from dynamax_llm.training.sources import find_source
+from tests.folders import corpus, exits_folder, model_folder
+
+SHORT = CalibrationSettings(prompts=40, prompt_tokens=6, new_tokens=10)
+
+
+def trace(disturbance: tuple[float, ...] = ()) -> Trace:
+    """Confidences that mean what they say, at two exits of four layers."""
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.rand(2, 2000, generator=generator, dtype=torch.float64).sqrt()
+    agrees = torch.rand(2, 2000, generator=generator) < confidence
+    return Trace(confidence, agrees, torch.arange(2000) % 2 == 1, (1, 2), 4, disturbance)
+
+
+@pytest.mark.parametrize("disturbance", [(), (0.5, 0.0), (0.0, 0.5)])
+def test_thresholds_never_rise_and_depth_never_falls_back(disturbance):
+    path = learn_path(trace(disturbance), 0.05, [step / 20 for step in range(1, 21)])
+    assert len(path.points) >= 15
+    for safe, risky in zip(path.points, path.points[1:], strict=False):
+        assert safe.parameter < risky.parameter <= 1.0 and safe.depth > risky.depth
+        for one, other in zip(safe.thresholds, risky.thresholds, strict=True):
+            assert (1e9 if one is None else one) >= (1e9 if other is None else other)
+
+
+def test_a_path_avoids_an_exit_that_harms_later_tokens():
+    first = learn_path(trace((2.0, 0.0)), 0.05, [0.1]).points[0]
+    assert learn_path(trace((2.0, 0.0)), 0.05, [0.1]).family == "balanced"
+    assert first.thresholds[0] is None and first.thresholds[1] is not None
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mamba2"])
+@pytest.mark.parametrize("policy", ["propagate", "defer", "slow"])
+def test_agreement_is_the_share_of_equal_tokens(model_type, policy):
+    policy = {"slow": "copy" if model_type == "llama" else "stale"}.get(policy, policy)
+    model, tokenizer = load(model_folder(model_type))
+    exits = Exits.from_pretrained(exits_folder(model_type))
+    items = draw(find_source(corpus()), tokenizer, 5, 6, 10).items
+    risk = AgreementRisk(adapt(model), tokenizer, items, batch=2)
+    nothing = risk.measure(EarlyExit(exits, threshold="never", policy=policy))
+    assert nothing.losses.tolist() == [0.0] * 5 and nothing.depth.tolist() == [1.0] * 5
+    always = risk.measure(EarlyExit(exits, threshold=0.0, policy=policy))
+    assert always.depth.tolist() == pytest.approx([0.4] * 5)
+    # By hand: the second layer's own token after each new one, its predecessors decoded the same way.
+    backbone, plan, _ = EarlyExit(exits, threshold=0.0, policy=policy).attach(model)
+    ids = torch.tensor([item.ids for item in items])
+    slow = step_by_step(backbone, plan, ids, (0.0, 0.0), prompt_length=6).tokens[:, 6:]
+    full = model(ids).logits[:, 6:].argmax(-1)
+    assert always.losses.tolist() == pytest.approx((slow != full).double().mean(1).tolist())
+    assert float(always.losses.mean()) > 0.0
+
+
+def test_texts_are_compared_with_the_full_models_own():
+    model, tokenizer = load(model_folder())
+    exits = Exits.from_pretrained(exits_folder())
+    items = [Item(tuple(tokenizer(text).input_ids), len(text)) for text in ("The cat sat", "A dog")]
+    risk = TextRisk(adapt(model), tokenizer, items, new=8, loss=inconsistency)
+    assert risk.measure(EarlyExit(exits, threshold="never")).losses.tolist() == [0.0, 0.0]
+    found = risk.measure(EarlyExit(exits, threshold=0.0))
+    for text, loss in zip(("The cat sat", "A dog"), found.losses.tolist(), strict=True):
+        inputs = tokenizer(text, return_tensors="pt")
+        texts = []
+        for threshold in ("never", 0.0):
+            early = EarlyExit(exits, threshold=threshold)
+            out = model.generate(**inputs, custom_generate=early, max_new_tokens=8, do_sample=False)
+            new = out.sequences[0, len(text) :][out.exit_layers[0] > 0]
+            texts.append(tokenizer.decode(new, skip_special_tokens=True))
+        assert loss == pytest.approx(1.0 - rouge_l(texts[1], texts[0]))
+
+
+def test_answers_are_scored_as_squad_scores_them():
+    assert exact_match("The  Eiffel-Tower!", "eiffeltower") == 1.0
+    assert f1("in the city of Paris", "Paris") == pytest.approx(2 * 1 / (4 - 0 + 1))
+    assert f1("", "") == 1.0 and f1("cat", "dog") == 0.0
+    assert best(exact_match, " Paris\nQuestion: next", ("Lyon", "paris")) == 1.0
+    item = Item((), 0, ("Paris",))
+    assert shortfall("f1")("Rome", "Paris", item) == 1.0
+    assert shortfall("f1")("Paris", "Rome", item) == 0.0, "a gain does not pay for a loss"
+
+
+def test_one_sequence_per_document_and_none_twice(tmp_path):
+    _, tokenizer = load(model_folder())
+    path = tmp_path / "texts.jsonl"
+    texts = ["a long enough text", "a long enough text", "another that is long", "short"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    drawn = draw(find_source(path), tokenizer, 9, 4, 8)
+    assert (len(drawn.items), drawn.left_out, drawn.tokens) == (2, 1, 24)
+    assert drawn == draw(find_source(path), tokenizer, 9, 4, 8)
+    assert drawn.sha256 != draw(find_source(path), tokenizer, 1, 4, 8).sha256
+    rows = [
+        {"question": "Where?", "answers": ["Paris", "paris", "Paris"]},
+        {"question": "Who?", "answer": {"value": "Curie", "aliases": ["Marie Curie"]}},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = draw_questions(find_source(path), tokenizer, 9, 64).items
+    assert sorted(item.answers for item in found) == [("Curie", "Marie Curie"), ("Paris", "paris")]
+    assert {tokenizer.decode(item.ids) for item in found} == {f"Question: {q}\nAnswer:" for q in ("Where?", "Who?")}
+
+
+@pytest.mark.parametrize("method", ["ltt", "crc"])
+@pytest.mark.parametrize("promise", ["agreement>=0.8", "consistency>=0.6"])
+def test_a_backbone_whose_tail_does_nothing_keeps_every_promise(method, promise):
+    model, tokenizer = load(model_folder())
+    backbone = adapt(zero_tail(model, 2))
+    exits = Exits.untrained(backbone, (2, 3))
+    source = find_source(corpus())
+    found = calibrate(backbone, tokenizer, exits, source, promise, measure="softmax_max", method=method, settings=SHORT)
+    assert found.estimate == 1.0 and found.mean_depth == pytest.approx(0.4 if promise[0] == "a" else 0.46, abs=0.02)
+    assert (found.n, found.n_path, found.judge, found.method) == (32, 8, "softmax_max", method)
+    assert all(test["kept"] for test in found.evidence) and found.evidence[-1]["thresholds"] == list(found.thresholds)
+    depths = [test["mean_depth"] for test in found.evidence]
+    assert depths == sorted(depths, reverse=True)
+    assert (found.p_value is None) == (found.confidence is None) == (method == "crc")
+
+
+def test_the_command_records_what_generation_uses(tmp_path, capsys):
+    model, tokenizer = load(model_folder())
+    zero_tail(model, 2).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    exits = Exits.untrained(adapt(load(tmp_path / "model")[0]), (2, 3))
+    exits.save(tmp_path / "exits")
+    command = [
+        "calibrate",
+        tmp_path / "model",
+        "--exits",
+        tmp_path / "exits",
+        "--data",
+        corpus(),
+        "--measure",
+        "entropy",
+    ]
+    short = ["--prompts", 40, "--prompt-tokens", 6, "--new-tokens", 8, "--promise", "agreement>=0.8"]
+    assert cli.run([str(part) for part in (*command, *short)]) == 0
+    printed = capsys.readouterr().out
+    assert "At most 20 % of tokens differ from the full model's given the same prefix, with 95 % confidence" in printed
+    assert "It says nothing about text of another kind" in printed and "p-value" in printed
+    (promise,) = Exits.from_pretrained(tmp_path / "exits").promises
+    assert promise.text == "agreement>=0.8" and promise.data["source"] == str(corpus()) and promise.n == 32
+    given = [
+        "generate",
+        tmp_path / "model",
+        "--exits",
+        tmp_path / "exits",
+        "--prompt",
+        "A",
+        "--promise",
+        "agreement>=.8",
+    ]
+    assert cli.run([str(part) for part in given]) == 0
+    assert "promise agreement>=0.8" in capsys.readouterr().out
+
+
+def test_shipped_exits_get_a_copy(tmp_path, capsys):
+    shipped = ["calibrate", "transformer-ee", "--data", corpus(), "--promise", "agreement>=0.6", "--prompts", 10]
+    short = ["--prompt-tokens", 8, "--new-tokens", 8, "--out", tmp_path / "copy"]
+    assert cli.run([str(part) for part in (*shipped, *short)]) == 0
+    (promise,) = Exits.from_pretrained(tmp_path / "copy").promises
+    assert promise.judge == "mamba" and Exits.from_pretrained("transformer-ee").promises == ()
+    assert "Saved in" in capsys.readouterr().out

@@ -1,0 +1,115 @@
+"""Law 9: a calibrated promise is broken in at most its share of repeated draws.
+
+On synthetic losses the truth is known because the distribution is; on the reference backbones' it is known because the
+pool of real losses that calibrations are drawn from, with replacement, is all there is (recipes/promises).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes" / "promises"))
+from simulation import pool_of, simulate
+
+from dynamax_llm.calibration.bounds import crc_sequence, fixed_sequence, p_value, tokenwise_bound
+
+DRAWS, N, TOKENS = 2000, 200, 64
+DELTA = 0.05  # 1 - confidence
+LIMIT = 0.05
+#: True mean losses of the candidates, from safe to risky; the limit lies among them.
+RATES = np.array([0.005, 0.01, 0.02, 0.03, 0.04, 0.049, 0.051, 0.06, 0.08, 0.12])
+#: How alike the tokens of one sequence are: independent, alike, and all but equal.
+CORRELATIONS = (0.0, 0.3, 0.99)
+
+
+def most(share: float, draws: int) -> float:
+    """The share of broken promises that chance alone exceeds once in a thousand tries."""
+    return stats.binom.ppf(0.999, draws, share) / draws
+
+
+@cache
+def draws_of(correlation: float) -> tuple[np.ndarray, np.ndarray]:
+    """Losses (draws, sequences, candidates), shares of wrong tokens whose rate differs from sequence to sequence, and
+    the true mean of each candidate, with 0 for "never" before them.
+
+    Rates are Beta with the wanted mean and intraclass correlation; candidates of one sequence share their quantile,
+    as thresholds on one text do.
+    """
+    rng = np.random.default_rng(0)
+    if correlation == 0.0:
+        rates = RATES
+    else:
+        scale = 1.0 / correlation - 1.0
+        grid = (np.arange(4096) + 0.5) / 4096  # a table of quantiles: its mean is the truth, by construction
+        table = np.stack([stats.beta.ppf(grid, rate * scale, (1 - rate) * scale) for rate in RATES], axis=1)
+        rates = table[rng.integers(0, len(grid), (DRAWS, N))]
+    losses = rng.binomial(TOKENS, rates, (DRAWS, N, len(RATES))).astype(np.float32) / TOKENS
+    return losses, np.concatenate(([0.0], RATES if correlation == 0.0 else table.mean(0)))
+
+
+def means_of(losses: np.ndarray) -> np.ndarray:
+    return losses.mean(1, dtype=np.float64)
+
+
+@pytest.mark.parametrize("correlation", CORRELATIONS)
+@pytest.mark.parametrize("n", [60, N])
+def test_learn_then_test_breaks_at_most_its_share(correlation, n):
+    losses, truth = draws_of(correlation)
+    kept = fixed_sequence(p_value(means_of(losses[:, :n]), n, LIMIT), DELTA)
+    assert (truth > LIMIT).sum() >= 3
+    assert (truth[kept] > LIMIT).mean() <= most(DELTA, DRAWS)
+    if n == N:
+        assert (kept > 0).mean() > 0.5, "a promise that is never made cannot be broken"
+
+
+@pytest.mark.parametrize("correlation", CORRELATIONS)
+def test_conformal_risk_control_keeps_the_mean_and_not_every_draw(correlation):
+    losses, truth = draws_of(correlation)
+    kept = crc_sequence(losses, LIMIT)
+    found = truth[kept]
+    error = stats.norm.ppf(0.999) * found.std() / DRAWS**0.5
+    assert found.mean() <= LIMIT + error
+    ltt = fixed_sequence(p_value(means_of(losses), N, LIMIT), DELTA)
+    assert kept.mean() > ltt.mean(), "its weaker promise keeps more"
+
+
+def test_the_tokenwise_bound_breaks_where_tokens_are_alike():
+    def broken(correlation: float) -> float:
+        losses, truth = draws_of(correlation)
+        wrong = np.round(losses.sum(1, dtype=np.float64) * TOKENS)
+        holds = tokenwise_bound(wrong, N * TOKENS, 1.0 - DELTA) <= LIMIT
+        return float((truth[fixed_sequence(np.where(holds, 0.0, 1.0), 0.5)] > LIMIT).mean())
+
+    assert broken(0.0) <= most(DELTA, DRAWS)
+    assert broken(0.3) > 3 * DELTA
+    assert broken(0.99) > 3 * DELTA
+
+
+def pool(model: str) -> dict:
+    return json.loads((ROOT / "recipes" / "promises" / "results" / f"pool-{model}.json").read_text())
+
+
+@pytest.mark.parametrize("model", ["transformer-ee", "mamba-ee"])
+@pytest.mark.parametrize(
+    ("measure", "bound"), [("agreement", 0.98), ("agreement", 0.95), ("consistency", 0.95), ("consistency", 0.9)]
+)
+def test_promises_on_the_reference_backbones_hold(model, measure, bound):
+    losses, depth = pool_of(pool(model), measure)
+    limit, draws = 1.0 - bound, 300
+    assert len(losses) >= 400 and losses.min() >= 0.0 and losses.max() <= 1.0
+    assert losses.mean(0).max() > limit, "some points do break this promise"
+    for n in (200, 400):
+        found = simulate(losses, depth, n, limit, 1.0 - DELTA, draws, seed=n)
+        assert found.broken(limit) <= most(DELTA, draws)
+    assert (found.kept > 0).mean() > 0.9
+    assert found.depth.mean() < 1.0
+    expected = simulate(losses, depth, 200, limit, None, draws, seed=1).loss
+    assert expected.mean() <= limit + stats.norm.ppf(0.999) * expected.std() / draws**0.5
