@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dynamax_llm.cli import calibrate, demo, generate, train
+from dynamax_llm.cli import calibrate, demo, eval, generate, train
 from dynamax_llm.errors import DynamaxError
 
 REFUSED, INTERRUPTED = 2, 130
@@ -25,6 +25,7 @@ app.command()(demo.demo)
 app.command()(train.train)
 app.command()(calibrate.calibrate)
 app.command()(generate.generate)
+app.command(name="eval")(eval.evaluate)
 
 
 def _show_version(wanted: bool) -> None:
@@ -91,5 +92,5 @@ def _given(error: typer.TyperException, arguments: Sequence[str]) -> str:
 
 
 def _verb(arguments: Sequence[str]) -> str:
-    names = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    names = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
     return next((f"{argument} " for argument in arguments if argument in names), "")

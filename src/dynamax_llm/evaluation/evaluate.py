@@ -120,7 +120,9 @@ class _Bench:
     def run(self, task: EvalTask) -> tuple[list[Cell], list[Example]]:
         """Answer what has no record yet, then sum up."""
         lm = self._lm(self.variants[0])
-        order = sorted(task.docs, key=lambda doc: (-max(len(lm.tok_encode(i.args[0])) for i in doc.instances), doc.prompt))
+        order = sorted(
+            task.docs, key=lambda doc: (-max(len(lm.tok_encode(i.args[0])) for i in doc.instances), doc.prompt)
+        )
         for first in range(0, len(order), self.plan.batch):
             for variant in self.variants:
                 kept = self.records[task.facts.name, variant.facts.id]
@@ -131,6 +133,18 @@ class _Bench:
         if task.generates:
             self._time(task)
         return self._summed(task), self._examples(task)
+
+    def _chunks(self, task: EvalTask) -> list[list[Doc]]:
+        """Batches of documents as the harness makes them, longest prompts first.
+
+        Continuations to score are all one chunk: the harness sorts and batches them itself, over the whole task, and
+        rounding depends on what shares a batch.
+        """
+        if not task.generates:
+            return [list(task.docs)]
+        lm = self._lm(self.variants[0])
+        order = sorted(task.docs, key=lambda doc: (-len(lm.tok_encode(doc.prompt)), doc.prompt))
+        return [order[first : first + self.plan.batch] for first in range(0, len(order), self.plan.batch)]
 
     def _answer(self, task: EvalTask, variant: Variant, docs: Sequence[Doc]) -> list[dict[str, Any]]:
         """The records of some documents under one setting."""
@@ -234,7 +248,11 @@ class _Bench:
         facts = variant.facts
         if facts.kind != "head" or facts.readout == "tail" or None in facts.thresholds:
             return False
-        alike = [other for other in self.variants if other.facts.family == facts.family and None not in other.facts.thresholds]
+        alike = [
+            other
+            for other in self.variants
+            if other.facts.family == facts.family and None not in other.facts.thresholds
+        ]
         return variant is alike[0]
 
     def _is_shown(self, task: EvalTask, variant: Variant, doc: Doc) -> bool:
@@ -247,9 +265,13 @@ class _Bench:
 
         key = id(variant.model)
         if key not in self.models:
-            whole = {"full_macs": self.full_macs, "full_layers": self.n_layers}
-            batch = self.plan.batch
-            self.models[key] = DynamaxLM(variant.model, self.subject.tokenizer, batch_size=batch, **whole)
+            self.models[key] = DynamaxLM(
+                variant.model,
+                self.subject.tokenizer,
+                batch_size=self.plan.batch,
+                full_macs=self.full_macs,
+                full_layers=self.n_layers,
+            )
         return self.models[key]
 
     def _step(self, what: str, samples: int) -> None:

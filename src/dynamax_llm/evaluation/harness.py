@@ -67,7 +67,7 @@ class StopAtText(StoppingCriteria):
         # A stop may come out in other tokens than it is encoded in: look two further back, as the harness does.
         self.stops = [(stop, len(tokenizer.encode(stop, add_special_tokens=False)) + 2) for stop in stops if stop]
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         met = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         new = input_ids[:, self.prompt :]
         for stop, length in self.stops:

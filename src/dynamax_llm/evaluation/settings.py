@@ -1,10 +1,10 @@
 """The settings of an evaluation: what decides where tokens leave, and the baselines they are compared with.
 
-    full       the stock model
-    head       a trained exit head at a threshold
-    measure    a confidence measure at a threshold (``softmax_margin``: the margin rule)
-    static     every token leaves at one exit, unasked
-    pruned     the n layers before the last removed, for prompt and answer: the paper's baseline
+full       the stock model
+head       a trained exit head at a threshold
+measure    a confidence measure at a threshold (``softmax_margin``: the margin rule)
+static     every token leaves at one exit, unasked
+pruned     the n layers before the last removed, for prompt and answer: the paper's baseline
 """
 
 from __future__ import annotations
@@ -160,9 +160,7 @@ def grid(
     if baselines:
         found += [static(subject, layer) for layer in places.config.layers]
     for name, exits in heads.items():
-        found += [
-            by_head(subject, exits, value, family=name, policy=policy, window=window) for value in thresholds
-        ]
+        found += [by_head(subject, exits, value, family=name, policy=policy, window=window) for value in thresholds]
     if baselines:
         n_layers = places.config.n_layers
         removed = sorted({n_layers - layer for layer in places.config.layers} & set(range(1, n_layers - 1)))

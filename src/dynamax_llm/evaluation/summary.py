@@ -117,7 +117,5 @@ def reliability(backbone: str, variant: Variant, records: Sequence[Record]) -> l
             for _, items in sorted(binned.items())
         )
         error = sum(abs(item.right - item.confidence) * item.tokens for item in bins) / len(points)
-        found.append(
-            Reliability(backbone=backbone, family=variant.facts.family, layer=layer, bins=bins, error=error)
-        )
+        found.append(Reliability(backbone=backbone, family=variant.facts.family, layer=layer, bins=bins, error=error))
     return found

@@ -1,0 +1,245 @@
+"""``dynamax eval``: quality, consistency, depth, cost and time of exits, on lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dynamax_llm.cli.deciding import Policy, Window, saved_exits
+from dynamax_llm.cli.options import Device, Dtype, Model, load_backbone, peek_backbone
+from dynamax_llm.errors import UsageError
+
+if TYPE_CHECKING:
+    from dynamax_llm.evaluation.results import Evaluation, Interval
+    from dynamax_llm.evaluation.settings import Subject, Variant
+    from dynamax_llm.exits.artifact import Exits
+
+#: Layers or shares of the depth, where a folder of exits could stand.
+_PLACES = re.compile(r"[\d./, ]+")
+_DEFAULT_TASKS = "triviaqa,coqa,truthfulqa_gen"
+#: Columns of a task's table after its own metric.
+_COLUMNS = ("agreement", "ROUGE-L", "degenerate", "mean depth", "counted", "speed-up")
+
+
+def evaluate(
+    model: Model,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for eval.json and records; the same command again goes on where it stopped."),
+    ],
+    exits: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A folder that dynamax train wrote (or a hub id); may be given more than once, to compare heads. With "
+            "--measure also layers (8,12) or shares (1/2,3/4). Default: what ships with a shipped backbone.",
+            metavar="DIR|LAYERS",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Comma list: triviaqa, coqa, truthfulqa_gen, truthfulqa_mc1, truthfulqa_mc2; online also every other "
+            "single task of lm-evaluation-harness."
+        ),
+    ] = _DEFAULT_TASKS,
+    threshold: Annotated[
+        str, typer.Option(help="Comma list of settings, each one threshold for all exits: 0.8,0.9,never.")
+    ] = "0.9",
+    measure: Annotated[
+        str | None,
+        typer.Option(
+            help="Comma list of confidence measures to evaluate beside the heads; default with --baselines: "
+            "softmax_margin.",
+            metavar="NAMES",
+        ),
+    ] = None,
+    policy: Policy = "propagate",
+    window: Window = 16,
+    baselines: Annotated[
+        bool,
+        typer.Option("--baselines/--no-baselines", help="Margin rule, static depth at every exit, pruned layers."),
+    ] = True,
+    limit: Annotated[int, typer.Option(help="Documents per task.")] = 32,
+    batch: Annotated[int, typer.Option(help="Rows at a time; the texts do not depend on it.")] = 16,
+    timed: Annotated[int, typer.Option(help="Documents per task whose decoding is timed, at batch 1; 0: none.")] = 4,
+    shots: Annotated[
+        int | None, typer.Option(help="Worked examples in a prompt. Default: 2 triviaqa, 0 coqa, 1 truthfulqa.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 32,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of local task files (triviaqa_dev.jsonl …), for use offline.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of documents and of the bootstrap.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole document instead of tables.")] = False,
+) -> None:
+    """Evaluate exits on tasks of lm-evaluation-harness, beside the full model and baselines."""
+    command = "dynamax " + shlex.join(sys.argv[1:]) if sys.argv[1:2] == ["eval"] else "dynamax eval"
+    thresholds = _items("threshold", threshold)
+    names = _items("tasks", tasks)
+    measures = _items("measure", measure) if measure else ["softmax_margin"] if baselines else []
+    peek_backbone(model)
+
+    from dynamax_llm.evaluation.evaluate import Plan
+    from dynamax_llm.evaluation.evaluate import evaluate as run
+    from dynamax_llm.evaluation.settings import Subject
+    from dynamax_llm.evaluation.tasks import load_tasks
+
+    # Whatever can be wrong is found before the backbone is loaded and the first document is asked.
+    plan = Plan(batch=batch, timed=timed, seed=seed)
+    trained, places = _trained(model, exits, measure)
+    _check_decisions(thresholds, measures)
+    loaded = load_tasks(names, data_dir=data_dir, shots=shots, limit=limit, max_new_tokens=max_new_tokens, seed=seed)
+    lm, tokenizer = load_backbone(model, dtype, device)
+    subject = Subject(Path(model).name, lm, tokenizer)
+    settings = _settings(subject, trained, places, thresholds, measures, policy, window, baselines)
+    with _Bar() as bar:
+        found = run(subject, settings, loaded, plan, out, command=command, on_progress=bar.show)
+    found.save(out)
+    if as_json:
+        typer.echo(found.model_dump_json(indent=1))
+        return
+    _print(found, out)
+
+
+def _items(name: str, text: str) -> list[str]:
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if not items:
+        raise UsageError(f"{name} {text!r}: give at least one, separated by commas.")
+    return list(dict.fromkeys(items))
+
+
+def _trained(model: str, exits: Sequence[str] | None, measure: str | None) -> tuple[dict[str, Exits], str | None]:
+    """Trained exits by the name of their family, and places for measures if --exits named places instead."""
+    from dynamax_llm.exits.artifact import Exits
+
+    given = list(exits or [])
+    places = [item for item in given if _PLACES.fullmatch(item) and not Path(item).is_dir()]
+    if len(places) > 1 or (places and len(given) > 1):
+        raise UsageError(f"exits {', '.join(map(repr, given))}: give folders, or once the layers where measures judge.")
+    if places:
+        if measure is None:
+            raise UsageError(f"exits {places[0]!r} are places without a head: name who judges there: --measure NAMES.")
+        return {}, places[0]
+    if not given:
+        saved = saved_exits(model, None, measure)
+        return ({} if saved is None else {_family(saved): saved}), None
+    found: dict[str, Exits] = {}
+    for folder in given:
+        loaded = Exits.from_pretrained(folder)
+        name = _family(loaded)
+        if name in found:
+            name = f"{name} ({Path(folder).name})"
+        found[name] = loaded
+    return found, None
+
+
+def _family(exits: Exits) -> str:
+    return f"{exits.config.head} head"
+
+
+def _check_decisions(thresholds: Sequence[str], measures: Sequence[str]) -> None:
+    from dynamax_llm.decoding.thresholds import Thresholds
+    from dynamax_llm.exits.confidence import measure
+
+    for value in thresholds:
+        Thresholds.parse(value, 1)
+    for name in measures:
+        measure(name)
+
+
+def _settings(
+    subject: Subject,
+    trained: dict[str, Exits],
+    places: str | None,
+    thresholds: Sequence[str],
+    measures: Sequence[str],
+    policy: str,
+    window: int,
+    baselines: bool,
+) -> list[Variant]:
+    from dynamax_llm.evaluation.settings import grid
+    from dynamax_llm.exits.artifact import Exits
+
+    heads = {name: exits for name, exits in trained.items() if exits.heads is not None}
+    at = Exits.untrained(subject.backbone, places) if places else next(iter(trained.values()), None)
+    return grid(subject, heads, thresholds, measures=measures, at=at, policy=policy, window=window, baselines=baselines)
+
+
+class _Bar:
+    """Samples done, on stderr, where that is a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._task = self._progress.add_task("evaluating", total=None)
+
+    def show(self, what: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=what, completed=done, total=total)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+
+def _print(found: Evaluation, out: Path) -> None:
+    """One table per task: settings as rows, figures with their intervals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    for task in found.tasks:
+        head = (
+            "setting",
+            task.primary,
+            "Δ to full",
+            "agreement",
+            "ROUGE-L",
+            "degenerate",
+            "mean depth",
+            "counted",
+            "speed-up",
+        )
+        table = Table(title=f"{task.name}, {task.shots}-shot, {task.samples} documents", title_justify="left")
+        for name in head:
+            table.add_column(name, justify="left" if name == "setting" else "right")
+        for cell in found.cells:
+            if cell.task != task.name:
+                continue
+            metric = cell.metrics[task.primary]
+            table.add_row(
+                cell.setting,
+                f"{metric.value:.3f}",
+                _shown(metric.delta, "+.3f"),
+                _shown(cell.agreement),
+                _shown(cell.rouge_l),
+                _shown(cell.degenerate),
+                _shown(cell.mean_depth),
+                f"{cell.counted_reduction.value:.1%}",
+                _shown(cell.speed_up, ".2f"),
+            )
+        console.print(table)
+    console.print("Intervals: 95 %, bootstrap over documents. Counted: multiply-accumulates not spent, no speed-up.")
+    console.print(f"Saved in {out}.", soft_wrap=True)
+
+
+def _shown(value: Interval | None, form: str = ".3f") -> str:
+    if value is None:
+        return "–"
+    if value.low is None or value.high is None:
+        return format(value.value, form)
+    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"

@@ -1,0 +1,190 @@
+"""An evaluation from end to end on the shipped rows: figures, records, resumption, and one document of several."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dynamax_llm.errors import DataError, UsageError
+from dynamax_llm.evaluation import evaluate as module
+from dynamax_llm.evaluation.evaluate import Plan, evaluate, merge
+from dynamax_llm.evaluation.records import Records, cell_path
+from dynamax_llm.evaluation.results import Evaluation
+from dynamax_llm.evaluation.settings import Variant, by_head, by_measure, full, pruned, static
+from tests.evaluation.conftest import LIMIT, NEW, heads, subject, task
+
+
+def settings(family: str) -> list[Variant]:
+    who, exits = subject(family), heads(family)
+    return [
+        full(who, exits),
+        by_measure(who, exits, "softmax_margin", 0.0),
+        static(who, 2),
+        by_head(who, exits, 0.0),
+        by_head(who, exits, "never"),
+        by_head(who, exits, 0.0, family="verified", policy="verify", window=4),
+        pruned(who, 2),
+    ]
+
+
+def run(family, out, names=("triviaqa",), **plan) -> Evaluation:
+    options = {"batch": 2, "timed": 1, "examples": 1, **plan}
+    return evaluate(subject(family), settings(family), [task(name) for name in names], Plan(**options), out)
+
+
+def test_cells_of_every_kind(family, tmp_path):
+    found = run(family, tmp_path, ("triviaqa", "truthfulqa_mc1"))
+    found.save(tmp_path)
+    assert Evaluation.load(tmp_path) == found
+    cells = {(cell.task, cell.setting): cell for cell in found.cells}
+    assert len(cells) == 14
+    for (name, setting), cell in cells.items():
+        assert cell.samples == LIMIT
+        assert sum(cell.histogram.values()) == cell.tokens > 0
+        if setting in ("full", "mamba head@never", "verified@0"):
+            assert all(metric.delta.value == 0.0 for metric in cell.metrics.values())
+        if name == "truthfulqa_mc1":
+            assert (cell.agreement, cell.rouge_l, cell.speed_up if setting != "full" else None) == (None, None, None)
+            continue
+        if setting in ("full", "mamba head@never", "verified@0"):
+            assert (cell.agreement.value, cell.identical, cell.rouge_l.value) == (1.0, 1.0, 1.0)
+            assert cell.first_divergence is None
+        assert cell.timed_samples == (0 if setting == "full" else 1)
+        assert cell.speed_up.value > 0
+    tokens = cells["triviaqa", "static@2"].tokens
+    assert cells["triviaqa", "static@2"].histogram == {2: tokens - LIMIT, 5: LIMIT}  # first tokens are the prompts'
+    assert cells["triviaqa", "static@2"].pass_reduction == pytest.approx(0.6)
+    assert cells["triviaqa", "pruned@3"].mean_depth.value == pytest.approx(0.6)
+    assert cells["triviaqa", "pruned@3"].pass_reduction == pytest.approx(0.4)
+    assert 0.2 < cells["triviaqa", "pruned@3"].counted_reduction.value < 0.4
+    assert cells["triviaqa", "mamba head@0"].mean_depth.value < 1.0
+    assert cells["truthfulqa_mc1", "mamba head@0"].mean_depth.value < 1.0
+    facts = {item.name: item for item in found.tasks}
+    assert (facts["triviaqa"].kind, facts["triviaqa"].shots, facts["triviaqa"].max_new_tokens) == ("generate", 2, NEW)
+    assert facts["triviaqa"].source == "triviaqa_dev.jsonl, triviaqa_train_sample.jsonl"
+    assert found.runs[0].versions["lm_eval"]
+
+
+def test_examples_read_as_the_text_and_reliability_has_every_token(family, tmp_path):
+    found = run(family, tmp_path)
+    shown = {item.setting for item in found.examples}
+    assert shown == {"softmax_margin@0", "mamba head@0", "mamba head@never", "verified@0"}
+    for item in found.examples:
+        record = json.loads(
+            cell_path(tmp_path, family, "triviaqa", item.setting).read_text().splitlines()[1 + item.setting.count("x")]
+        )
+        assert len(item.tokens) <= NEW
+        assert all(token.agrees == (token.text == token.full) or not token.agrees for token in item.tokens)
+        if item.setting in ("mamba head@never", "verified@0"):
+            assert all(token.agrees for token in item.tokens)
+        assert record["kind"] == "sample"
+    steps = sum(len(record["tokens"]) - 1 for record in samples(tmp_path, family, "full"))
+    heads_seen = {(item.family, item.layer): item for item in found.reliability}
+    assert set(heads_seen) >= {("mamba head", 2), ("mamba head", 3)}
+    for item in heads_seen.values():
+        assert sum(part.tokens for part in item.bins) == steps
+        assert 0.0 <= item.error <= 1.0
+
+
+def samples(out, family, setting) -> list[dict]:
+    lines = cell_path(out, family, "triviaqa", setting).read_text().splitlines()[1:]
+    return [record for record in map(json.loads, lines) if record["kind"] == "sample"]
+
+
+def test_a_finished_run_is_only_read(tmp_path, monkeypatch):
+    first = run("llama", tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+
+    def never(*arguments, **options):
+        raise AssertionError("worked again")
+
+    monkeypatch.setattr(module._Bench, "_answer", never)
+    monkeypatch.setattr(module, "pair", never)
+    again = run("llama", tmp_path)
+    assert again.cells == first.cells
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
+
+
+def test_a_killed_run_goes_on_with_the_samples_it_lacks(tmp_path, monkeypatch):
+    whole = run("llama", tmp_path / "whole", timed=0, batch=1)
+    answer, calls = module._Bench._answer, []
+
+    def killed(self, task, variant, docs):
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return answer(self, task, variant, docs)
+
+    monkeypatch.setattr(module._Bench, "_answer", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("llama", tmp_path / "cut", timed=0, batch=1)
+    path = cell_path(tmp_path / "cut", "llama", "triviaqa", "full")
+    with open(path, "ab") as file:
+        file.write(b'{"kind": "sample", "doc": 7, "te')  # kill -9 in the middle of a line
+    calls.clear()
+    again = run("llama", tmp_path / "cut", timed=0, batch=1)
+    assert len(calls) == 7 * LIMIT - 9
+    assert again.cells == whole.cells
+    assert b'"te\n' not in path.read_bytes()
+
+
+def test_records_of_other_settings_are_refused_and_kept(tmp_path):
+    run("llama", tmp_path, timed=0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")}
+    changed = [full(subject("llama"), heads("llama")), by_head(subject("llama"), heads("llama", "mlp"), 0.0)]
+    changed[1] = Variant(
+        changed[1].facts.model_copy(update={"id": "mamba head@0"}), changed[1].model, changed[1].exits, {}
+    )
+    with pytest.raises(UsageError, match="holds records of another run: there exits is"):
+        evaluate(subject("llama"), changed, [task("triviaqa")], Plan(batch=2), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("{broken", "no valid JSON"), ('{"kind": "sample"}', "no 'doc'"), ('{"kind": "other", "doc": 1}', "'other'")],
+)
+def test_a_damaged_line_is_named(line, said, tmp_path):
+    path = tmp_path / "r.jsonl"
+    kept = Records(path, {"a": 1})
+    kept.append({"kind": "sample", "doc": 0}, {"kind": "timing", "doc": 0})
+    path.write_text(path.read_text().replace('{"kind": "sample", "doc": 0}', line))
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=f"r.jsonl, line 2: .*{said}.*Nothing was changed"):
+        Records(path, {"a": 1})
+    assert path.read_bytes() == before
+
+
+def test_records_come_back(tmp_path):
+    path = tmp_path / "deep" / "r.jsonl"
+    kept = Records(path, {"a": (1, 2)})
+    assert not path.exists()
+    kept.append({"kind": "sample", "doc": 3, "text": "zwei\nZeilen \u2028 ü"})
+    kept.append({"kind": "timing", "doc": 3, "ratio": 1.5})
+    again = Records(path, {"a": [1, 2]})
+    assert (again.samples, again.timings) == (kept.samples, kept.timings)
+    with pytest.raises(UsageError, match="there a is \\[1, 2\\], here 5"):
+        Records(path, {"a": 5})
+    path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
+    with pytest.raises(DataError, match="version 9"):
+        Records(path, {"a": [1, 2]})
+
+
+def test_two_backbones_in_one_document(tmp_path):
+    parts = [run(name, tmp_path, timed=0, examples=0) for name in ("llama", "mamba2")]
+    both = merge(parts, title="pair", notes=["small"])
+    assert [item.name for item in both.backbones] == ["llama", "mamba2"]
+    assert len(both.cells) == 14 and len(both.tasks) == 1 and len(both.runs) == 2
+    assert (both.title, both.notes, set(both.settings)) == ("pair", ("small",), {"llama", "mamba2"})
+    other = parts[1].model_copy(update={"tasks": (parts[1].tasks[0].model_copy(update={"shots": 9}),)})
+    with pytest.raises(UsageError, match="two different tasks are called 'triviaqa'"):
+        merge([parts[0], other])
+    with pytest.raises(UsageError, match="nothing to merge"):
+        merge([])
+
+
+@pytest.mark.parametrize(("options", "said"), [({"batch": 0}, "batch 0"), ({"timed": -1}, "timed -1")])
+def test_plans_that_cannot_be(options, said):
+    with pytest.raises(UsageError, match=said):
+        Plan(**options)
