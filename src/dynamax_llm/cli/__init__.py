@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dynamax_llm.cli import demo, generate, train
+from dynamax_llm.cli import demo, generate, report, train
 from dynamax_llm.errors import DynamaxError
 
 REFUSED, INTERRUPTED = 2, 130
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(train.train)
 app.command()(generate.generate)
+app.command()(report.report)
 
 
 def _show_version(wanted: bool) -> None:
