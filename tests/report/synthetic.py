@@ -72,7 +72,9 @@ def evaluation(*, timed: bool = True, backbones: tuple[BackboneFacts, ...] = BAC
         reliability=tuple(curve(item, family, at) for item in backbones for family in FIT for at in range(4)),
         promises={item.name: promises(item) for item in backbones},
         shifts=tuple(
-            shift(item, where, value) for item in backbones for where, value in (("dialogues", 0.986), ("novels", 0.961))
+            shift(item, where, value)
+            for item in backbones
+            for where, value in (("dialogues", 0.986), ("novels", 0.961))
         ),
     )
 
@@ -88,7 +90,12 @@ def single() -> Evaluation:
         }
     )  # fmt: skip
     return Evaluation(
-        title="One cell", runs=(), backbones=(backbone,), settings={backbone.name: (setting,)}, tasks=(task,), cells=(alone,)
+        title="One cell",
+        runs=(),
+        backbones=(backbone,),
+        settings={backbone.name: (setting,)},
+        tasks=(task,),
+        cells=(alone,),
     )
 
 
@@ -109,7 +116,12 @@ def settings(backbone: BackboneFacts) -> tuple[Setting, ...]:
         for value in THRESHOLDS
     ]  # fmt: skip
     static = [
-        Setting(id=f"static@{place}", kind="static", family="static", **(common | {"thresholds": tuple(0.0 if place == p else None for p in places)}))
+        Setting(
+            id=f"static@{place}",
+            kind="static",
+            family="static",
+            **(common | {"thresholds": tuple(0.0 if place == p else None for p in places)}),
+        )
         for place in places
     ]
     pruned = [Setting(id=f"pruned-{count}", kind="pruned", family="pruned", **never) for count in (2, 4, 6)]
@@ -119,6 +131,7 @@ def settings(backbone: BackboneFacts) -> tuple[Setting, ...]:
 def cell(backbone: BackboneFacts, setting: Setting, task: TaskFacts, timed: bool = True) -> Cell:
     """A plausible cell: less depth is less agreement, by how well the family fits."""
     saved, lost = trade(setting, backbone)
+    saved, lost = saved * (1 - 0.08 * TASKS.index(task)), lost * (1.6 if backbone.name.startswith("ssm") else 1)
     hard = 1 + 0.35 * TASKS.index(task)
     agreement = max(1 - lost * hard, 0.03)
     text = task.kind == "generate"
@@ -127,6 +140,7 @@ def cell(backbone: BackboneFacts, setting: Setting, task: TaskFacts, timed: bool
     clock = 1 + 0.75 * saved - (0.02 if setting.kind == "full" else 0.085 if setting.kind in ("head", "measure") else 0)
     measured = timed and text and setting.kind != "full"
     full = setting.kind == "full"
+    bleu = Metric(value=21.5 * score, low=None, high=None, delta=Interval(value=21.5 * (score - base)))
     return Cell(
         backbone=backbone.name,
         setting=setting.id,
@@ -135,7 +149,7 @@ def cell(backbone: BackboneFacts, setting: Setting, task: TaskFacts, timed: bool
         tokens=task.samples * 30,
         metrics={
             task.primary: Metric(value=score, low=score - 0.05, high=score + 0.05, delta=about(score - base, 0.02)),
-            **({"bleu_max,none": Metric(value=21.5 * score, low=None, high=None, delta=Interval(value=21.5 * (score - base)))} if text else {}),
+            **({"bleu_max,none": bleu} if text else {}),
         },
         agreement=about(agreement, 0 if full else 0.008),
         rouge_l=about(max(agreement - 0.1 * lost, 0.02), 0.02) if text else None,
@@ -146,7 +160,7 @@ def cell(backbone: BackboneFacts, setting: Setting, task: TaskFacts, timed: bool
         histogram=histogram(backbone, 1 - saved, task.samples * 30, setting),
         counted_reduction=about(0.0 if full else saved * 0.93 - 0.012, 0 if full else 0.012),
         pass_reduction=saved * 0.8 if text else None,
-        speed_up=about(clock, 0.035) if measured else None,
+        speed_up=Interval(value=clock, low=clock - 0.035, high=clock + 0.035) if measured else None,
         timed_samples=8 if measured else 0,
     )  # fmt: skip
 
@@ -167,6 +181,8 @@ def trade(setting: Setting, backbone: BackboneFacts) -> tuple[float, float]:
 
 
 def histogram(backbone: BackboneFacts, depth: float, tokens: int, setting: Setting) -> dict[int, int]:
+    if setting.kind == "static":
+        return {int(setting.id.partition("@")[2]): tokens - tokens // 30, backbone.n_layers: tokens // 30}
     if setting.kind in ("full", "pruned"):
         return {round(depth * backbone.n_layers): tokens}
     early = round(tokens * min(1.6 * (1 - depth), 0.9))
@@ -176,14 +192,34 @@ def histogram(backbone: BackboneFacts, depth: float, tokens: int, setting: Setti
 
 
 def about(value: float, half: float) -> Interval:
-    return Interval(value=value, low=value - half, high=value + half)
+    """An interval around a value; shares stay at or below 1."""
+    return Interval(
+        value=value, low=value - half, high=max(min(value + half, 1.0), value) if value <= 1 else value + half
+    )
 
 
 def example(backbone: BackboneFacts, kind: int) -> Example:
     """Three kinds: plain, hostile, and one with a long prompt, line ends and unusual characters."""
     places = (*exits(backbone), backbone.n_layers)
     words = (
-        "The river rose in the night and by morning the lower fields were under water .".split(),
+        [
+            "The",
+            "river",
+            "rose",
+            "in",
+            "the",
+            "night",
+            "and",
+            "by",
+            "morning",
+            "the",
+            "lower",
+            "fields",
+            "were",
+            "under",
+            "water",
+            ".",
+        ],
         [HOSTILE, "</p>", "a&b", "\"'", "javascript:alert(1)", "{{x}}", "$x$"],
         ["line", "\n", "日本語", "", "naïve", "\t", "🙂", "W" * 90],
     )[kind]
@@ -202,14 +238,22 @@ def example(backbone: BackboneFacts, kind: int) -> Example:
         task=TASKS[kind % 2].name,
         prompt=("Question: what rose in the night?\nAnswer:", f"Read this: {HOSTILE}", "Example. " * 200)[kind],
         tokens=tokens,
-        full_text=("The river rose in the night and by dawn the meadows stood in water.", HOSTILE, "line\n日本語 naïve 🙂")[kind],
+        full_text=(
+            "The river rose in the night and by dawn the meadows stood in water.",
+            HOSTILE,
+            "line\n日本語 naïve 🙂",
+        )[kind],
     )
 
 
 def curve(backbone: BackboneFacts, family: str, at: int) -> Reliability:
     bend = (FIT[family] - 1) * 0.2 + 0.02 * at
     bins = tuple(
-        Bin(confidence=(at_bin + 0.5) / 10, right=max((at_bin + 0.5) / 10 - bend * (1 - at_bin / 10), 0), tokens=40 + 25 * at_bin**2)
+        Bin(
+            confidence=(at_bin + 0.5) / 10,
+            right=max((at_bin + 0.5) / 10 - bend * (1 - at_bin / 10), 0),
+            tokens=40 + 25 * at_bin**2,
+        )
         for at_bin in range(10)
     )
     return Reliability(backbone=backbone.name, family=family, layer=exits(backbone)[at], bins=bins, error=bend / 2)
@@ -219,19 +263,23 @@ def promises(backbone: BackboneFacts) -> tuple[dict[str, Any], ...]:
     steps = [
         {
             "parameter": 0.99 - 0.06 * at, "thresholds": [0.99 - 0.06 * at] * 4, "estimate": 0.999 - 0.0009 * at**2,
-            "p_value": min(1e-4 * 3.1**at, 1.0), "mean_depth": 0.99 - 0.035 * at, "kept": at < 6,
+            "p_value": min(1e-4 * 3.1**at, 1.0), "mean_depth": 0.99 - 0.035 * at, "kept": at < 5,
         }
         for at in range(9)
     ]  # fmt: skip
-    kept = steps[5]
+    kept = steps[4]
     common = {
-        "n": 400, "n_path": 100, "unit": "sequences", "parameter": kept["parameter"], "thresholds": [*kept["thresholds"][:3], None],
-        "estimate": kept["estimate"], "p_value": kept["p_value"], "mean_depth": kept["mean_depth"], "policy": "propagate",
-        "window": 16, "readout": "head", "judge": "mamba", "data": {"source": "wikipedia.jsonl", "sha256": "7d" * 32, "tokens": 98_304},
+        "n": 400, "n_path": 100, "unit": "sequences", "parameter": kept["parameter"],
+        "thresholds": [*kept["thresholds"][:3], None], "estimate": kept["estimate"], "p_value": kept["p_value"],
+        "mean_depth": kept["mean_depth"], "policy": "propagate", "window": 16, "readout": "head", "judge": "mamba",
+        "data": {"source": "wikipedia.jsonl", "sha256": "7d" * 32, "tokens": 98_304},
         "fingerprint": backbone.fingerprint, "dynamax": "0.1.0", "date": "2026-01-02T03:04:05+00:00", "evidence": steps,
     }  # fmt: skip
     return (
-        {"text": "agreement>=0.98", "measure": "agreement", "bound": 0.98, "confidence": 0.95, "method": "ltt", **common},
+        {
+            **common, "text": "agreement>=0.98", "measure": "agreement", "bound": 0.98, "confidence": 0.95,
+            "method": "ltt",
+        },
         {
             **common, "text": "risk:f1<=0.02", "measure": "risk:f1", "bound": 0.02, "confidence": None, "method": "crc",
             "p_value": None, "evidence": [], "thresholds": [None] * 4,

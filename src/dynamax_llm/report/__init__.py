@@ -1,9 +1,9 @@
 """One self-contained HTML page of one or more evaluations, and its figures for papers.
 
-    combine    several documents as one            verdict    what they come to
-    page       the sections                        canvas     a figure for the page and for paper
-    fronts     quality against cost                depths     histograms, reliability, evidence
-    tables, texts, promises, words                 markup, numbers, palette, select: what all of them use
+combine    several documents as one            verdict    what they come to
+page       the sections                        canvas     a figure for the page and for paper
+fronts     quality against cost                depths     histograms, reliability, evidence
+tables, texts, promises, words                 markup, numbers, palette, select: what all of them use
 """
 
 from __future__ import annotations

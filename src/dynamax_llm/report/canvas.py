@@ -57,10 +57,12 @@ def inline(plot: Plot) -> Markup:
     """The figure as SVG for the page: transparent, responsive, coloured by variables, ids its own."""
     drawn = _rendered(plot, SENTINELS, "svg").decode()
     drawn = drawn[drawn.index("<svg") :]
-    drawn = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style type=\"text/css\">.*?</style>", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->|<style type=\"text/css\">.*?</style>", "", drawn, flags=re.DOTALL
+    )
     drawn = re.sub(r' id="[a-z0-9]+_\d+"', "", drawn)  # groups; only hashed ids are referred to
     drawn = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", drawn)
-    drawn = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", drawn)
+    drawn = re.sub(r"<[^>]+>", lambda found: _rounded(found[0]), drawn)  # coordinates only: text keeps its digits
     drawn = re.sub(r"\n\s*", "\n", drawn)
     for role, value in SENTINELS.items():
         drawn = drawn.replace(value, f"var(--{role})")
@@ -115,6 +117,10 @@ def clean(text: str, length: int = 60) -> str:
     """Text from data for a figure: one line, no control characters, not too long."""
     line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return line if len(line) <= length else f"{line[: length - 1]}…"
+
+
+def _rounded(element: str) -> str:
+    return re.sub(r"-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", element)
 
 
 def _quoted(text: str) -> str:

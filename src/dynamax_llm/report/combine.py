@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from dynamax_llm.errors import DataError, UsageError
-from dynamax_llm.evaluation.results import Evaluation
+from dynamax_llm.evaluation.results import Cell, Evaluation, Example, Setting
 
 T = TypeVar("T")
 
@@ -25,12 +25,7 @@ def combine(evaluations: Sequence[Evaluation]) -> Evaluation:
         notes=tuple(unique(note for item in evaluations for note in item.notes)),
         runs=tuple(unique(run for item in evaluations for run in item.runs)),
         backbones=_agreed(evaluations, "backbone", lambda item: item.backbones, lambda part: part.name),
-        settings={
-            name: _agreed(
-                evaluations, f"setting of {name}", lambda item: item.settings.get(name, ()), lambda part: part.id
-            )
-            for name in names
-        },
+        settings={name: _settings(evaluations, name) for name in names},
         tasks=_agreed(evaluations, "task", lambda item: item.tasks, lambda part: part.name),
         cells=_agreed(
             evaluations, "cell", lambda item: item.cells, lambda part: (part.backbone, part.setting, part.task)
@@ -50,6 +45,12 @@ def combine(evaluations: Sequence[Evaluation]) -> Evaluation:
     )
     _check_names(merged)
     return merged
+
+
+def _settings(evaluations: Sequence[Evaluation], backbone: str) -> tuple[Setting, ...]:
+    return _agreed(
+        evaluations, f"setting of {backbone}", lambda item: item.settings.get(backbone, ()), lambda part: part.id
+    )
 
 
 def unique(items: Iterable[T]) -> list[T]:
@@ -86,7 +87,8 @@ def _agreed(
 def _check_names(document: Evaluation) -> None:
     backbones, tasks = {item.name for item in document.backbones}, {item.name for item in document.tasks}
     settings = {(name, item.id) for name, items in document.settings.items() for item in items}
-    for part in (*document.cells, *document.examples):
+    parts: list[Cell | Example] = [*document.cells, *document.examples]
+    for part in parts:
         for what, known in (
             (f"backbone {part.backbone!r}", part.backbone in backbones),
             (f"task {part.task!r}", part.task in tasks),

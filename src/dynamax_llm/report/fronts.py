@@ -10,14 +10,25 @@ from dynamax_llm.evaluation.results import BackboneFacts, Cell, Evaluation, Inte
 from dynamax_llm.report.canvas import Plot, clean
 from dynamax_llm.report.markup import slug
 from dynamax_llm.report.palette import Palette
-from dynamax_llm.report.select import QUIET, Line, full_cell, lines, metric_name, primary
+from dynamax_llm.report.select import QUIET, Line, full_cell, lines, metric_name, paired
 
-SIZE = (5.4, 3.75)
+SIZE = (4.8, 3.3)
 #: Where the drawing area ends and the lines' names begin, as shares of the figure.
-LEFT, RIGHT, BOTTOM, TOP = 0.115, 0.76, 0.135, 0.895
+LEFT, RIGHT, BOTTOM, TOP = 0.125, 0.7, 0.155, 0.88
 #: Least distance between two names, as a share of the axes' height.
-APART = 0.062
-_MARKERS = {"c0": "o", "c1": "s", "c2": "^", "c3": "D", "c4": "v", "c5": "P", "c6": "X", "c7": "p", "b0": "o", "b1": "s"}
+APART = 0.07
+_MARKERS = {
+    "c0": "o",
+    "c1": "s",
+    "c2": "^",
+    "c3": "D",
+    "c4": "v",
+    "c5": "P",
+    "c6": "X",
+    "c7": "p",
+    "b0": "o",
+    "b1": "s",
+}
 
 
 @dataclass(frozen=True)
@@ -28,22 +39,24 @@ class Axis:
     title: str
     value: Callable[[Cell], Interval | None]
     scale: float = 1.0
-    neutral: float | None = None  # where the full model stands
+    neutral: float = 1.0  # where the full model stands
     unit: str = ""
+    better: str = "better"
 
 
 COSTS = (
-    Axis("counted", "counted reduction", lambda cell: cell.counted_reduction, 100.0, 0.0, " %"),
-    Axis("speed-up", "speed-up (wall clock)", lambda cell: cell.speed_up, 1.0, 1.0, "×"),
+    Axis("counted", "counted reduction", lambda cell: cell.counted_reduction, 100.0, 0.0, "%", "cheaper"),
+    Axis("speed-up", "speed-up", lambda cell: cell.speed_up, 1.0, 1.0, "×", "faster"),
 )
-AGREEMENT = Axis("agreement", "agreement with the full model", lambda cell: cell.agreement, neutral=1.0)
+AGREEMENT = Axis("agreement", "agreement", lambda cell: cell.agreement)
 
 Point = tuple[Interval, Interval]
+Drawn = list[tuple[Line, list[Point]]]
 
 
 def fronts(document: Evaluation, backbone: BackboneFacts, task: TaskFacts, cells: Sequence[Cell]) -> list[Plot]:
     """The plots of one backbone on one task: those for which there is anything to draw."""
-    quality = Axis(metric_name(task.primary), metric_name(task.primary), lambda cell: primary(cell, task))
+    quality = Axis(slug(task.primary), metric_name(task.primary), lambda cell: paired(cell, task))
     families = lines(document, cells)
     full = full_cell(document, cells)
     found = []
@@ -65,7 +78,7 @@ def _plot(
     task: TaskFacts,
     x: Axis,
     y: Axis,
-    drawn: list[tuple[Line, list[Point]]],
+    drawn: Drawn,
     reference: Interval | None,
 ) -> Plot:
     def draw(figure: Any, palette: Palette) -> None:
@@ -73,14 +86,14 @@ def _plot(
         for line, points in reversed(drawn):  # what is worth looking at lies on top
             _draw_line(axes, line, points, x, y, palette)
         level = reference.value if reference else y.neutral
+        _frame(axes, x, y, drawn, level)
         if level is not None:
             axes.axhline(level * y.scale, color=palette["ink"], linewidth=1, dashes=(1, 2.5), zorder=2)
-        if x.neutral is not None:
-            axes.axvline(x.neutral * x.scale, color=palette["muted"], linewidth=0.9, zorder=1.5)
-            if level is not None:
-                axes.plot(x.neutral * x.scale, level * y.scale, "*", color=palette["ink"], markersize=11, zorder=6)
-        _dress(axes, x, y)
-        figure.text(LEFT, 0.945, f"{clean(y.title, 34)} × {x.title}", color=palette["ink"], fontsize=10.5, weight="bold")
+            star = {"markersize": 12, "markeredgewidth": 0, "clip_on": False, "zorder": 6}
+            axes.plot(x.neutral * x.scale, level * y.scale, "*", color=palette["ink"], **star)
+        axes.axvline(x.neutral * x.scale, color=palette["muted"], linewidth=0.9, zorder=1.5)
+        title = f"{clean(y.title.partition(' (')[0], 24)} against {x.title}"
+        figure.text(0.02, 0.935, title, color=palette["ink"], fontsize=10.5, weight="bold")
         _name_lines(axes, drawn, x, y, palette, level)
 
     says = (
@@ -105,7 +118,7 @@ def _draw_line(axes: Any, line: Line, points: list[Point], x: Axis, y: Axis, pal
         fmt="none",
         ecolor=colour,
         elinewidth=0.7 if quiet else 1.0,
-        alpha=0.35 if quiet else 0.5,
+        alpha=0.22 if quiet else 0.32,
         zorder=2.5,
         **{key: list(zip(*value, strict=True)) for key, value in errors.items()},
     )
@@ -125,61 +138,67 @@ def _draw_line(axes: Any, line: Line, points: list[Point], x: Axis, y: Axis, pal
 
 def _whisker(interval: Interval, scale: float) -> tuple[float, float]:
     """How far an interval reaches below and above its value; nothing where it has no ends."""
-    if interval.low is None or interval.high is None:
-        return (0.0, 0.0)
-    return (max(interval.value - interval.low, 0.0) * scale, max(interval.high - interval.value, 0.0) * scale)
+    low, high = _ends(interval)
+    return ((interval.value - low) * scale, (high - interval.value) * scale)
 
 
-def _dress(axes: Any, x: Axis, y: Axis) -> None:
-    axes.margins(0.06, 0.07)
-    axes.set_xlabel(f"{x.title}, {x.unit.strip()}    → cheaper" if x.name == "counted" else f"{x.title}    → faster")
+def _ends(interval: Interval) -> tuple[float, float]:
+    """Both ends, the value itself where there are none or where an end lies on its wrong side."""
+    value = interval.value
+    return (
+        min(value if interval.low is None else interval.low, value),
+        max(value if interval.high is None else interval.high, value),
+    )
+
+
+def _frame(axes: Any, x: Axis, y: Axis, drawn: Drawn, level: float | None) -> None:
+    """Limits around the lines worth looking at (baselines may leave them), and what stands along the axes."""
+    loud = [points for line, points in drawn if line.kind not in QUIET] or [points for _, points in drawn]
+    shown = [point for points in loud for point in points]
+    across = [x.neutral, *(point[0].value for point in shown)]
+    upward = [end for point in shown for end in _ends(point[1])] + ([level] if level is not None else [])
+    for axis, values, set_limits, below in ((x, across, axes.set_xlim, 0.05), (y, upward, axes.set_ylim, 0.14)):
+        low, high = min(values), max(values)
+        room = max(high - low, 0.02)
+        set_limits((low - below * room) * axis.scale, (high + 0.06 * room) * axis.scale)
+    axes.set_xlabel(f"{x.title}{', %' if x.unit == '%' else ''}  → {x.better}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}{'×' if x.unit == '×' else ''}".replace("-", "−"))
-    axes.locator_params(axis="x", nbins=6)
-    axes.locator_params(axis="y", nbins=6)
-    axes.set_autoscale_on(False)
-    axes.autoscale_view()
+    axes.locator_params(axis="both", nbins=6)
 
 
-def _name_lines(
-    axes: Any,
-    drawn: list[tuple[Line, list[Point]]],
-    x: Axis,
-    y: Axis,
-    palette: Palette,
-    level: float | None,
-) -> None:
-    """Every line's name at the right edge, moved apart where they would overlap, and led to the line's last point."""
-    wanted = []
-    low, high = axes.get_ylim()
-    left, right = axes.get_xlim()
+def _name_lines(axes: Any, drawn: Drawn, x: Axis, y: Axis, palette: Palette, level: float | None) -> None:
+    """Every line's name at the right edge, moved apart where they would overlap, and led to the line's last point.
+
+    A line that leaves the frame is led to its last point inside and carries an arrow.
+    """
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    wanted: list[tuple[tuple[float, float], str, str, bool]] = []
     for line, points in drawn:
-        end = max(points, key=lambda point: point[0].value)
-        place = ((end[0].value * x.scale - left) / (right - left), (end[1].value * y.scale - low) / (high - low))
-        wanted.append((place, clean(line.family, 16), line.role, line.kind in QUIET))
+        places = [
+            ((a.value * x.scale - left) / (right - left), (b.value * y.scale - low) / (high - low)) for a, b in points
+        ]
+        inside = [place for place in places if place[0] <= 1 and 0 <= place[1] <= 1]
+        arrow = " ↓" if min(place[1] for place in places) < 0 else " →" if places[-1][0] > 1 else ""
+        end = inside[-1] if inside else (1.0, 0.0 if arrow == " ↓" else min(max(places[-1][1], 0.0), 1.0))
+        wanted.append((end, clean(line.family, 16) + arrow, line.role, line.kind in QUIET))
     if level is not None:
-        wanted.append(((1.0, (level * y.scale - low) / (high - low)), "full model", "ink", False))
+        wanted.append(((1.0, (level * y.scale - low) / (high - low)), "full model", "ink", True))
     wanted.sort(key=lambda item: item[0][1])
     heights = spaced([place[1] for place, *_ in wanted], APART)
     for (place, name, role, quiet), height in zip(wanted, heights, strict=True):
+        leader = {"arrowstyle": "-", "color": palette[role], "linewidth": 0.7, "alpha": 0.5, "shrinkA": 1, "shrinkB": 3}
         axes.annotate(
             name,
             xy=place,
             xycoords="axes fraction",
-            xytext=(1.045, height),
+            xytext=(1.05, height),
             textcoords="axes fraction",
             va="center",
             color=palette[role],
-            fontsize=8.5 if quiet else 9.5,
-            weight="normal" if quiet or role == "ink" else "bold",
+            fontsize=8.5 if quiet else 9,
+            weight="normal" if quiet else "bold",
             annotation_clip=False,
-            arrowprops={
-                "arrowstyle": "-",
-                "color": palette[role],
-                "linewidth": 0.6,
-                "alpha": 0.45,
-                "shrinkA": 1,
-                "shrinkB": 3,
-            },
+            arrowprops=leader,
         )
 
 

@@ -17,12 +17,12 @@ class Markup(str):
     __slots__ = ()
 
 
-Child: TypeAlias = "str | int | None | Iterable[Child]"
+Child: TypeAlias = "str | int | Iterable[Child] | None"
 Attribute: TypeAlias = "str | int | float | bool | None"
 
 
 def tag(name: str, /, *children: Child, **attributes: Attribute) -> Markup:
-    """``<name …>children</name>``. ``class_`` stands for class and ``data_x`` for data-x; None and False are left out."""
+    """``<name …>children</name>``. ``class_`` is class, ``data_x`` is data-x; None and False are left out."""
     given = (item for item in attributes.items() if item[1] is not None and item[1] is not False)
     opened = f"<{name}{''.join(_attribute(key, value) for key, value in given)}>"
     return Markup(opened if name in _VOID else f"{opened}{join(children)}</{name}>")

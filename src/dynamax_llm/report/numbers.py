@@ -9,6 +9,8 @@ from typing import Any
 from dynamax_llm.evaluation.results import Interval
 
 DASH, MINUS = "–", "−"
+#: Never at the beginning of a line.
+PERCENT = "\u00a0%"
 
 
 def number(value: Any, digits: int = 3) -> str:
@@ -26,7 +28,7 @@ def difference(value: Any) -> str:
 
 def percent(value: Any) -> str:
     """A share as ``14.2 %``."""
-    return f"{_signed(f'{100 * value:.1f}')} %" if is_number(value) else DASH
+    return f"{_signed(f'{100 * value:.1f}')}{PERCENT}" if is_number(value) else DASH
 
 
 def times(value: Any) -> str:
@@ -44,7 +46,7 @@ def spread(interval: Interval | None, shown: Any = number) -> str:
     if interval is None or interval.low is None or interval.high is None:
         return ""
     low, high = shown(interval.low), shown(interval.high)
-    low = low.removesuffix(" %").removesuffix("×") if low != DASH else low
+    low = low.removesuffix(PERCENT).removesuffix("×") if low != DASH else low
     return f"{low} … {high}"
 
 

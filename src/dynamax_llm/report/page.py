@@ -50,9 +50,7 @@ def page(document: Evaluation, keep: Callable[[Plot], None]) -> str:
         "Runs": ("Runs", _runs(document)),
     }
     links = [tag("li", tag("a", name, href=f"#{slug(name)}")) for name in sections]
-    body = [
-        tag("section", tag("h2", title), content, id=slug(name)) for name, (title, content) in sections.items()
-    ]
+    body = [tag("section", tag("h2", title), content, id=slug(name)) for name, (title, content) in sections.items()]
     script = _file("page.js")
     toggle = tag("button", "Dark", id="theme", type="button", aria_pressed="false", title="Light or dark")
     return "<!doctype html>\n" + tag(
@@ -87,12 +85,12 @@ def _head(title: str, script: str) -> Markup:
 
 
 def _styles() -> str:
-    dark = variables(DARK)
+    dark = f"color-scheme:dark;{variables(DARK)}"
     tints = "".join(f".t.d{step}{{background:var(--t{step})}}" for step in range(DEPTHS))
     return (
         f":root{{color-scheme:light;{variables(LIGHT)}}}"
-        f"@media screen{{@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{color-scheme:dark;{dark}}}}}"
-        f":root[data-theme=dark]{{color-scheme:dark;{dark}}}}}\n{_file('page.css')}\n{tints}"
+        f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}"
+        f"@media screen{{:root[data-theme=dark]{{{dark}}}}}\n{_file('page.css')}\n{tints}"
     )
 
 
@@ -108,7 +106,9 @@ def _header(document: Evaluation) -> Markup:
     facts = {
         "backbones": who or DASH,
         "tasks": what or DASH,
-        "samples per task": " to ".join(str(item) for item in dict.fromkeys((samples[0], samples[-1]))) if samples else DASH,
+        "samples per task": " to ".join(str(item) for item in dict.fromkeys((samples[0], samples[-1])))
+        if samples
+        else DASH,
         "settings": str(sum(len(items) for items in document.settings.values())),
     }
     verdict = [tag("p", " ".join(sentences(item))) for item in found]
@@ -117,7 +117,14 @@ def _header(document: Evaluation) -> Markup:
         tag("p", "DYNAMAX evaluation", class_="eyebrow"),
         tag("h1", document.title),
         tag("dl", [tag("div", tag("dt", key), tag("dd", value)) for key, value in facts.items()], class_="meta"),
-        tag("div", tag("h2", "Verdict"), verdict, tag("p", caution(found), class_="aside"), class_="verdict", id="verdict"),
+        tag(
+            "div",
+            tag("h2", "Verdict"),
+            verdict,
+            tag("p", caution(found), class_="aside"),
+            class_="verdict",
+            id="verdict",
+        ),
         tag("div", [_tiles(item) for item in found], class_="boards") if found else None,
         tag("div", [tag("p", note) for note in document.notes], class_="notes") if document.notes else None,
     )
@@ -131,7 +138,11 @@ def _tiles(found: Verdict) -> Markup:
         ("agreement", number(found.agreement), f"lowest of {found.tasks} tasks" if found.tasks > 1 else "one task"),
         ("counted reduction", percent(found.reduction), reduction if found.tasks > 1 else "counted, not timed"),
         ("speed-up", times(found.speed_up), clock),
-        ("mean depth", percent(found.depth), f"{found.depth * found.backbone.n_layers:.1f} of {found.backbone.n_layers}"),
+        (
+            "mean depth",
+            percent(found.depth),
+            f"{found.depth * found.backbone.n_layers:.1f} of {found.backbone.n_layers}",
+        ),
     )
     return tag(
         "section",
@@ -152,9 +163,11 @@ def _fronts(document: Evaluation, show: Show) -> Child:
             parts.append(tag("p", "Nothing was timed here, so there is no front against wall clock.", class_="aside"))
         parts.append(tag("div", [show(plot) for plot in plots], class_="grid") if plots else _nothing("front to draw"))
     lead = (
-        "Up and to the right is better. The star is the full model, the dotted line its quality; whiskers are 95 % "
-        "intervals over samples. Baselines are drawn quieter. What is counted and what the clock said are different "
-        "figures: a line may go far to the right in one and not at all in the other."
+        "Up and to the right is better. The star is the full model, the dotted line its quality. Whiskers are "
+        "95\u00a0% intervals over samples, on a task's metric those of the paired difference to the full model. What is "
+        "counted and what the clock said are different figures: a line may go far to the right in one and nowhere in "
+        "the other. Baselines are drawn quieter, and frames around the rest: one that leaves its frame carries an "
+        "arrow, and its numbers stand in the tables."
     )
     return [tag("p", lead), parts] if parts else _nothing("results")
 
@@ -164,7 +177,7 @@ def _tables(document: Evaluation) -> Child:
         (tag("h3", backbone.name, tag("span", " on "), task.name), table(document, backbone, task, cells))
         for backbone, task, cells in pairs(document)
     ]
-    lead = "Press a column's name to sort by it. Under a value: its 95 % interval over samples."
+    lead = "Press a column's name to sort by it. Under a value: its 95\u00a0% interval over samples."
     return [tag("p", lead), parts] if parts else _nothing("results")
 
 
@@ -175,7 +188,7 @@ def _depths(document: Evaluation, show: Show) -> Child:
         own = [plot for owner, plot in plots if plot and owner.name == backbone.name]
         if own:
             parts += [tag("h3", backbone.name), tag("div", [show(plot) for plot in own], class_="grid")]
-    lead = "One bar per setting, from shallow (blue) to full depth (orange)."
+    lead = "One bar per setting, from shallow (blue) to full depth (orange); beside it, its mean depth in layers."
     return [tag("p", lead), parts] if parts else _nothing("depth histograms")
 
 
@@ -194,14 +207,16 @@ def _reliability(document: Evaluation, show: Show) -> Child:
         own = [item for item in document.reliability if item.backbone == backbone.name]
         families = dict.fromkeys(item.family for item in own)
         plots = [
-            reliability(document, backbone, family, sorted((i for i in own if i.family == family), key=lambda i: i.layer))
+            reliability(
+                document, backbone, family, sorted((i for i in own if i.family == family), key=lambda i: i.layer)
+            )
             for family in families
         ]
         if plots:
             parts += [tag("h3", backbone.name), tag("div", [show(plot) for plot in plots], class_="grid")]
     lead = (
-        "On the dashed line, of tokens given confidence p a share p is right. Below it a head is too sure of itself, "
-        "above it too modest. Larger dots hold more tokens."
+        "On the dashed line, of all tokens given confidence p, a share p is right. Below it a head is too sure of "
+        "itself, above it too modest. Larger dots hold more tokens."
     )
     return [tag("p", lead), parts] if parts else _nothing("reliability curves")
 
@@ -234,7 +249,9 @@ def _runs(document: Evaluation) -> Child:
         tag("li", f"{task.name}: {task.source}", f", sha256 {task.sha256}" if task.sha256 else None)
         for task in document.tasks
     ]
-    models = [tag("li", f"{item.name}: {item.model_type}, fingerprint {item.fingerprint}") for item in document.backbones]
+    models = [
+        tag("li", f"{item.name}: {item.model_type}, fingerprint {item.fingerprint}") for item in document.backbones
+    ]
     return [
         cards or _nothing("runs"),
         tag("h3", "Where documents came from") if sources else None,
@@ -250,5 +267,3 @@ def _nothing(what: str) -> Markup:
 
 def _size(parameters: int) -> str:
     return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
-
-

@@ -7,7 +7,7 @@ from typing import Any
 
 from dynamax_llm.evaluation.results import BackboneFacts, Shift
 from dynamax_llm.report.markup import Markup, join, scrolling, tag
-from dynamax_llm.report.numbers import DASH, number, percent, share, spread
+from dynamax_llm.report.numbers import DASH, PERCENT, is_number, number, percent, share, spread
 
 Promise = Mapping[str, Any]
 
@@ -27,7 +27,7 @@ def in_words(promise: Promise) -> str:
     measure, bound, unit = str(promise.get("measure", "")), promise.get("bound"), promise.get("unit", "samples")
     about = _ABOUT.get(measure, "the measure stays within {bound}")
     if measure.startswith("risk:"):
-        about = f"the full model's {measure.removeprefix('risk:')} falls by at most " "{bound}"
+        about = f"the full model's {measure.removeprefix('risk:')} falls by at most {{bound}}"
     about = about.replace("{bound}", number(bound))
     drawn = f"{promise.get('n', DASH)} {unit} of {_source(promise)}"
     if promise.get("method") == "crc":
@@ -36,7 +36,7 @@ def in_words(promise: Promise) -> str:
             "control: an expectation, with no confidence attached to the one draw that was made."
         )
     return (
-        f"With {percent(promise.get('confidence'))} confidence over the draw of the {drawn}, {about}, on average over "
+        f"With {_sure(promise.get('confidence'))} confidence over the draw of the {drawn}, {about}, on average over "
         f"{unit} of that kind of text (Learn-then-Test)."
     )
 
@@ -46,8 +46,8 @@ def not_said(promise: Promise) -> str:
     measure = str(promise.get("measure", ""))
     silent = _SILENT.get(measure, "nor of what the metric does not see")
     return (
-        f"It speaks of an average, not of every text {silent}. It holds for text like that it was calibrated on, for this "
-        f"backbone, judge, readout {promise.get('readout', DASH)}, state policy {promise.get('policy', DASH)} "
+        f"It speaks of an average, not of every text {silent}. It holds for text like that it was calibrated on, for "
+        f"this backbone, judge, readout {promise.get('readout', DASH)}, state policy {promise.get('policy', DASH)} "
         f"and window {promise.get('window', DASH)}. It says nothing about time."
     )
 
@@ -75,7 +75,11 @@ def card(promise: Promise, figure: Markup | None) -> Markup:
         tag("p", in_words(promise), class_="lead"),
         tag("p", "It is kept by never leaving early: no threshold passed the test.", class_="lead") if closed else None,
         tag("p", tag("b", "What it does not say. "), not_said(promise)),
-        tag("dl", [(tag("dt", key), tag("dd", str(value))) for key, value in facts.items()], class_="facts-list"),
+        tag(
+            "dl",
+            [tag("div", tag("dt", key), tag("dd", str(value))) for key, value in facts.items()],
+            class_="facts-list",
+        ),
         tag("div", figure, _evidence(promise), class_="beside"),
         class_="promise",
     )
@@ -117,8 +121,8 @@ def shifts(found: Sequence[Shift], backbones: Sequence[BackboneFacts]) -> Markup
     heads = ("backbone", "promise", "calibrated on", "measured on", "samples", "measured", "mean depth", "there")
     summary = (
         f"{len(found)} measurements of promises on text of a named kind: {len(found) - broken} within the bound, "
-        f"{broken} outside it. A promise is about the text it was calibrated on; elsewhere it may break, and this shows "
-        "whether it did."
+        f"{broken} outside it. A promise is about the text it was calibrated on; elsewhere it may break, and this "
+        "shows whether it did."
     )
     return join(
         [
@@ -151,6 +155,10 @@ def _shift(item: Shift, n_layers: int | None) -> Markup:
     )
 
 
+def _sure(confidence: Any) -> str:
+    return f"{100 * confidence:g}{PERCENT}" if is_number(confidence) else "unstated"
+
+
 def _data(promise: Promise) -> Mapping[str, Any]:
     data = promise.get("data")
     return data if isinstance(data, Mapping) else {}
@@ -167,6 +175,3 @@ def _one(unit: str) -> str:
 def _brief(digest: Any) -> str:
     text = str(digest or DASH)
     return text if len(text) <= 14 else f"{text[:12]}…"
-
-
-

@@ -37,7 +37,9 @@ def cells_of(document: Evaluation, backbone: str, task: str) -> list[Cell]:
 
 def pairs(document: Evaluation) -> list[tuple[BackboneFacts, TaskFacts, list[Cell]]]:
     """Every backbone and task that has cells."""
-    all_pairs = ((one, task, cells_of(document, one.name, task.name)) for one in document.backbones for task in document.tasks)
+    all_pairs = (
+        (one, task, cells_of(document, one.name, task.name)) for one in document.backbones for task in document.tasks
+    )
     return [(backbone, task, cells) for backbone, task, cells in all_pairs if cells]
 
 
@@ -89,23 +91,28 @@ def label(setting: Setting) -> str:
     if not given:
         return f"{setting.family}, never"
     if len(set(given)) == 1 and len(given) == len(setting.thresholds):
-        return f"{setting.family} ≥ {share(given[0])}"
-    return f"{setting.family} ≥ {' / '.join(share(value) if value is not None else DASH for value in setting.thresholds)}"
+        return f"{setting.family} ≥\u00a0{share(given[0])}"
+    each = " / ".join(DASH if value is None else share(value) for value in setting.thresholds)
+    return f"{setting.family} ≥\u00a0{each}"
 
 
-def primary(cell: Cell, task: TaskFacts) -> Interval | None:
-    """The task's primary metric with its interval; None where the cell has none."""
+def paired(cell: Cell, task: TaskFacts) -> Interval | None:
+    """The task's primary metric, with the interval of its paired difference to the full model around it.
+
+    Two settings answer the same questions: what tells them apart is the difference, whose interval is much narrower
+    than that of either score. None where the cell has no such metric.
+    """
     metric = cell.metrics.get(task.primary)
-    return Interval(value=metric.value, low=metric.low, high=metric.high) if metric else None
+    if metric is None:
+        return None
+    ends = (
+        None if end is None else metric.value + end - metric.delta.value
+        for end in (metric.delta.low, metric.delta.high)
+    )
+    return Interval(value=metric.value, low=next(ends), high=next(ends))
 
 
 def metric_name(name: str) -> str:
     """The harness's name for reading: its filter, if it says anything, in brackets."""
     metric, _, chosen = name.partition(",")
     return metric if chosen in ("", "none") else f"{metric} ({chosen})"
-
-
-def anchors(document: Evaluation, setting: Setting, n_layers: int) -> tuple[int, int]:
-    """First exit and last layer: what the depth scale of this backbone spans."""
-    places = [place for item in document.settings.values() if setting in item for other in item for place in other.layers]
-    return (min(places, default=n_layers), n_layers)

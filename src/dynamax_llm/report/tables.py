@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynamax_llm.evaluation.results import BackboneFacts, Cell, Evaluation, Interval, TaskFacts
+from dynamax_llm.evaluation.results import BackboneFacts, Cell, Evaluation, Interval, Setting, TaskFacts
 from dynamax_llm.report.markup import Markup, scrolling, tag
 from dynamax_llm.report.numbers import DASH, difference, number, percent, share, spread, times
 from dynamax_llm.report.select import QUIET, colour_roles, label, metric_name, setting_of
@@ -39,18 +39,18 @@ def table(document: Evaluation, backbone: BackboneFacts, task: TaskFacts, cells:
             "th",
             tag("i", class_="dot", style=f"background:var(--{role})"),
             label(setting),
-            tag("small", _describe(setting.policy, setting.kind, cell)),
+            tag("small", _describe(setting, cell, task)),
             scope="row",
         )
         values = [*(item for metric in metrics for item in _metric(cell, metric)), *_figures(cell, backbone.n_layers)]
         quiet = "quiet" if setting.kind in QUIET else "reference" if setting.kind == "full" else None
         rows.append(tag("tr", name, [_data(value) for value in values], class_=quiet))
-    caption = f"{backbone.name} on {task.name}: {task.samples} samples, {_shots(task)}"
+    caption = f"{task.samples} samples, {_shots(task)}"
     return scrolling(
-        caption,
+        f"{backbone.name} on {task.name}",
         tag(
             "table",
-            tag("caption", caption),
+            tag("caption", tag("span", caption)),
             tag("thead", tag("tr", tag("th", "setting", scope="col"), [_head(text) for text in heads])),
             tag("tbody", rows),
             class_="results",
@@ -67,9 +67,19 @@ def _data(value: Value) -> Markup:
     return tag("td", value.shown, under, data_v=value.key, class_=value.tone or None)
 
 
-def _describe(policy: str, kind: str, cell: Cell) -> str:
-    samples = f"{cell.samples} samples"
-    return samples if kind in ("full", "pruned") else f"{kind} · {policy} · {samples}"
+def _describe(setting: Setting, cell: Cell, task: TaskFacts) -> str:
+    """What the label leaves out: kind, policy if it matters, and how many samples if not the task's."""
+    decides = setting.kind not in ("full", "pruned")
+    own = (
+        [setting.kind, setting.policy]
+        if decides
+        else ["stock, every layer"]
+        if setting.kind == "full"
+        else ["no exits"]
+    )
+    if cell.samples != task.samples:
+        own.append(f"{cell.samples} samples")
+    return " · ".join(own)
 
 
 def _shots(task: TaskFacts) -> str:

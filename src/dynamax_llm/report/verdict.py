@@ -58,8 +58,7 @@ def _best(document: Evaluation, backbone: BackboneFacts) -> Verdict | None:
     candidates = [
         found
         for setting in document.settings.get(backbone.name, ())
-        if setting.kind != "full" and setting.kind not in QUIET
-        and (found := _judge(document, backbone, setting))
+        if setting.kind != "full" and setting.kind not in QUIET and (found := _judge(document, backbone, setting))
     ]
     widest = max((item.tasks for item in candidates), default=0)
     candidates = [item for item in candidates if item.tasks == widest]

@@ -21,7 +21,7 @@ MEASURED = {
     "pass reduction": "Share of full-depth decoding's passes over a layer's weights that were not made. Counted too.",
     "speed-up": "Wall clock against the full model in the same engine and the same run, batch 1, in pairs; above 1× "
     "is faster. It holds for the hardware named below and for no other.",
-    "intervals": "95 % bootstrap intervals over samples, not over tokens: tokens of one text are not independent.",
+    "intervals": "95\u00a0% bootstrap intervals over samples, not over tokens: tokens of one text are not independent.",
     "reliability": "Tokens binned by the confidence a head gave; the share of them that the exit got right stands "
     "against it. The expected calibration error (ECE) is the mean gap, weighted by tokens.",
     "static, pruned": "Baselines. static: every token leaves at one exit. pruned: layers before the last are removed "
