@@ -35,15 +35,20 @@ def histogram(document: Evaluation, backbone: BackboneFacts, task: TaskFacts, ce
     height = 0.86 + 0.215 * len(counted)
 
     def draw(figure: Any, palette: Palette) -> None:
+        from matplotlib import collections
+
         axes = figure.add_axes((0.365, 0.36 / height, 0.52, (height - 0.86) / height))
+        boxes, colours = [], []
         for row, cell in enumerate(counted):
             total, left = sum(cell.histogram.values()), 0.0
             for depth, tokens in sorted(cell.histogram.items()):
-                width = 100 * tokens / total
-                axes.barh(row, width, 0.72, left, color=palette[f"d{step(depth, first, last)}"], linewidth=0)
-                left += width
+                right = left + 100 * tokens / total
+                boxes.append([(left, row - 0.36), (right, row - 0.36), (right, row + 0.36), (left, row + 0.36)])
+                colours.append(palette[f"d{step(depth, first, last)}"])
+                left = right
             mean = f"{cell.mean_depth.value * last:.1f}"
             axes.text(103, row, mean, va="center", ha="left", color=palette["muted"], fontsize=8.5)
+        axes.add_collection(collections.PolyCollection(boxes, facecolors=colours, linewidths=0))
         axes.set_yticks(range(len(counted)), names)
         axes.set_ylim(len(counted) - 0.45, -0.55)
         axes.set_xlim(0, 100)

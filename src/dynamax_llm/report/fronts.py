@@ -108,20 +108,10 @@ def _draw_line(axes: Any, line: Line, points: list[Point], x: Axis, y: Axis, pal
     colour = palette[line.role]
     xs = [point[0].value * x.scale for point in points]
     ys = [point[1].value * y.scale for point in points]
-    errors = {
-        "xerr": [_whisker(point[0], x.scale) for point in points],
-        "yerr": [_whisker(point[1], y.scale) for point in points],
-    }
-    axes.errorbar(
-        xs,
-        ys,
-        fmt="none",
-        ecolor=colour,
-        elinewidth=0.7 if quiet else 1.0,
-        alpha=0.22 if quiet else 0.32,
-        zorder=2.5,
-        **{key: list(zip(*value, strict=True)) for key, value in errors.items()},
-    )
+    across, upward = [_ends(point[0]) for point in points], [_ends(point[1]) for point in points]
+    whisker = {"colors": colour, "linewidth": 0.7 if quiet else 1.0, "alpha": 0.22 if quiet else 0.32, "zorder": 2.5}
+    axes.hlines(ys, [x.scale * low for low, _ in across], [x.scale * high for _, high in across], **whisker)
+    axes.vlines(xs, [y.scale * low for low, _ in upward], [y.scale * high for _, high in upward], **whisker)
     axes.plot(
         xs,
         ys,
@@ -134,12 +124,6 @@ def _draw_line(axes: Any, line: Line, points: list[Point], x: Axis, y: Axis, pal
         markerfacecolor="none" if quiet else colour,
         zorder=3 if quiet else 4,
     )
-
-
-def _whisker(interval: Interval, scale: float) -> tuple[float, float]:
-    """How far an interval reaches below and above its value; nothing where it has no ends."""
-    low, high = _ends(interval)
-    return ((interval.value - low) * scale, (high - interval.value) * scale)
 
 
 def _ends(interval: Interval) -> tuple[float, float]:
@@ -186,20 +170,11 @@ def _name_lines(axes: Any, drawn: Drawn, x: Axis, y: Axis, palette: Palette, lev
     wanted.sort(key=lambda item: item[0][1])
     heights = spaced([place[1] for place, *_ in wanted], APART)
     for (place, name, role, quiet), height in zip(wanted, heights, strict=True):
-        leader = {"arrowstyle": "-", "color": palette[role], "linewidth": 0.7, "alpha": 0.5, "shrinkA": 1, "shrinkB": 3}
-        axes.annotate(
-            name,
-            xy=place,
-            xycoords="axes fraction",
-            xytext=(1.05, height),
-            textcoords="axes fraction",
-            va="center",
-            color=palette[role],
-            fontsize=8.5 if quiet else 9,
-            weight="normal" if quiet else "bold",
-            annotation_clip=False,
-            arrowprops=leader,
-        )
+        leader = {"color": palette[role], "linewidth": 0.7, "alpha": 0.5, "clip_on": False, "zorder": 2}
+        axes.plot((place[0] + 0.012, 1.03), (place[1], height), transform=axes.transAxes, **leader)
+        size, weight = (8.5, "normal") if quiet else (9, "bold")
+        name_at = {"transform": axes.transAxes, "va": "center", "color": palette[role]}
+        axes.text(1.045, height, name, fontsize=size, weight=weight, **name_at)
 
 
 def spaced(heights: Sequence[float], apart: float) -> list[float]:

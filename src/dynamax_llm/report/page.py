@@ -164,9 +164,9 @@ def _fronts(document: Evaluation, show: Show) -> Child:
         parts.append(tag("div", [show(plot) for plot in plots], class_="grid") if plots else _nothing("front to draw"))
     lead = (
         "Up and to the right is better. The star is the full model, the dotted line its quality. Whiskers are "
-        "95\u00a0% intervals over samples, on a task's metric those of the paired difference to the full model. What is "
-        "counted and what the clock said are different figures: a line may go far to the right in one and nowhere in "
-        "the other. Baselines are drawn quieter, and frames around the rest: one that leaves its frame carries an "
+        "95\u00a0% intervals over samples, on a task's metric those of the paired difference to the full model. What "
+        "is counted and what the clock said are different figures: a line may go far to the right in one and nowhere "
+        "in the other. Baselines are drawn quieter, and frames around the rest: one that leaves its frame carries an "
         "arrow, and its numbers stand in the tables."
     )
     return [tag("p", lead), parts] if parts else _nothing("results")
