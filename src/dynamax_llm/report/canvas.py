@@ -60,7 +60,7 @@ def inline(plot: Plot) -> Markup:
     drawn = re.sub(
         r"<metadata>.*?</metadata>|<!--.*?-->|<style type=\"text/css\">.*?</style>", "", drawn, flags=re.DOTALL
     )
-    drawn = re.sub(r' id="[a-z0-9]+_\d+"', "", drawn)  # groups; only hashed ids are referred to
+    drawn = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", drawn)  # groups; only hashed ids are referred to
     drawn = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", drawn)
     drawn = re.sub(r"<[^>]+>", lambda found: _rounded(found[0]), drawn)  # coordinates only: text keeps its digits
     drawn = re.sub(r"\n\s*", "\n", drawn)
