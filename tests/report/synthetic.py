@@ -69,7 +69,9 @@ def evaluation(*, timed: bool = True, backbones: tuple[BackboneFacts, ...] = BAC
             cell(item, setting, task, timed) for item in backbones for setting in settings(item) for task in TASKS
         ),
         examples=tuple(example(item, kind) for item in backbones for kind in range(3)),
-        reliability=tuple(curve(item, family, at) for item in backbones for family in FIT for at in range(4)),
+        reliability=tuple(
+            curve(item, family, at) for item in backbones for family in ("mamba", "linear") for at in range(4)
+        ),
         promises={item.name: promises(item) for item in backbones},
         shifts=tuple(
             shift(item, where, value)

@@ -63,7 +63,7 @@ def opened(browser, page) -> Iterator[Any]:
     noise: list[str] = []
     contexts = []
 
-    def open_at(viewport: dict[str, int], scheme: str = "light") -> Any:
+    def open_at(viewport: dict[str, int] = DESK, scheme: str = "light") -> Any:
         context = browser.new_context(viewport=viewport, color_scheme=scheme)
         contexts.append(context)
         tab = context.new_page()
@@ -79,34 +79,37 @@ def opened(browser, page) -> Iterator[Any]:
     assert noise == []
 
 
-@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_overflows_and_everything_can_be_read(opened, viewport, scheme):
-    tab = opened(viewport, scheme)
-    assert tab.evaluate("document.documentElement.scrollWidth") == viewport["width"]
-    assert all(tab.locator(f"#{name}").is_visible() for name in SECTIONS)
-    contrasts = tab.evaluate(CONTRASTS)
-    assert {"p.", "svg text", "small.", "td.", "td.bad", "th.", "dt."} <= contrasts.keys()
-    assert sum(name.startswith("span.t d") for name in contrasts) >= 5
-    assert {name: value for name, value in contrasts.items() if value < 4.5} == {}
+def test_nothing_overflows_and_everything_can_be_read(opened):
+    tab = opened()
+    for viewport in (DESK, PHONE):
+        tab.set_viewport_size(viewport)
+        assert tab.evaluate("document.documentElement.scrollWidth") == viewport["width"]
+        assert all(tab.locator(f"#{name}").is_visible() for name in SECTIONS)
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        contrasts = tab.evaluate(CONTRASTS)
+        assert {"p.", "svg text", "small.", "td.", "td.bad", "th.", "dt."} <= contrasts.keys()
+        assert sum(name.startswith("span.t d") for name in contrasts) >= 5
+        assert {name: value for name, value in contrasts.items() if value < 4.5} == {}
 
 
 def test_light_and_dark_differ_and_the_button_changes_them(opened):
     ground = "getComputedStyle(document.body).backgroundColor"
-    light, dark = opened(DESK, "light"), opened(DESK, "dark")
-    white, black = light.evaluate(ground), dark.evaluate(ground)
-    assert white != black
-    button = light.locator("#theme")
+    ink = "getComputedStyle(document.querySelector('svg.plot text')).fill"
+    tab = opened()
+    white, written = tab.evaluate(ground), tab.evaluate(ink)
+    tab.emulate_media(color_scheme="dark")
+    black, chalk = tab.evaluate(ground), tab.evaluate(ink)
+    assert white != black and written != chalk
+    tab.emulate_media(color_scheme="light")
+    button = tab.locator("#theme")
     assert (button.inner_text(), button.get_attribute("aria-pressed")) == ("Dark", "false")
     button.click()
-    assert light.evaluate(ground) == black
+    assert (tab.evaluate(ground), tab.evaluate(ink)) == (black, chalk)
     assert (button.inner_text(), button.get_attribute("aria-pressed")) == ("Light", "true")
-    line = "getComputedStyle(document.querySelector('svg.plot text')).fill"
-    assert light.evaluate(line) == dark.evaluate(line)
     button.click()
-    assert light.evaluate(ground) == white
-    light.reload()
-    assert light.evaluate(ground) == white and light.evaluate("document.cookie") == ""
+    assert (tab.evaluate(ground), tab.evaluate(ink)) == (white, written)
+    assert tab.evaluate("document.cookie") == ""
 
 
 def test_a_token_shows_the_full_models_word(opened):
@@ -136,7 +139,7 @@ def test_a_token_shows_the_full_models_word(opened):
 
 
 def test_tables_sort(opened):
-    tab = opened(DESK)
+    tab = opened()
     head = tab.locator("table.results").first.locator("th[aria-sort]").filter(has_text="speed-up")
     column = """(head) => [...head.closest("table").tBodies[0].rows]
         .map((row) => parseFloat(row.cells[head.cellIndex].dataset.v))"""

@@ -83,7 +83,7 @@ def test_ids_are_unique_and_figures_speak(root):
     used = {item.attributes["xlink:href"] for item in root.all("use")}
     assert sorted(used - {f"#{name}" for name in ids}) == []
     figures = root.all("figure")
-    assert len(figures) == 20 + 6 + 8 + 2
+    assert len(figures) == 20 + 6 + 4 + 2
     assert all(len(item.all("svg")) == 1 and item.all("svg")[0].attributes["aria-label"] for item in figures)
     assert not any(value in item.text for item in figures for value in SENTINELS.values())
 
