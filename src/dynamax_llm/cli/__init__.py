@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dynamax_llm.cli import calibrate, demo, eval, generate, train
+from dynamax_llm.cli import calibrate, demo, eval, generate, paper, report, train
 from dynamax_llm.errors import DynamaxError
 
 REFUSED, INTERRUPTED = 2, 130
@@ -26,6 +26,8 @@ app.command()(train.train)
 app.command()(calibrate.calibrate)
 app.command()(generate.generate)
 app.command(name="eval")(eval.evaluate)
+app.command()(report.report)
+app.command()(paper.paper)
 
 
 def _show_version(wanted: bool) -> None:

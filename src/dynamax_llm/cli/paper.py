@@ -26,7 +26,9 @@ def paper(
             metavar="[MODEL]...", help="Backbones to compare. Default: Mistral 7B v0.3 and Codestral Mamba 7B v0.1."
         ),
     ] = None,
-    heads: Annotated[str, typer.Option(help="Comma list: linear, mlp, transformer, mamba.")] = "linear,transformer,mamba",
+    heads: Annotated[
+        str, typer.Option(help="Comma list: linear, mlp, transformer, mamba.")
+    ] = "linear,transformer,mamba",
     tasks: Annotated[
         str, typer.Option(help="Comma list of lm-evaluation-harness tasks.")
     ] = "triviaqa,coqa,truthfulqa_gen",
@@ -59,14 +61,14 @@ def paper(
 
     import torch
 
-    from dynamax_llm.cli.eval import show, watched
-    from dynamax_llm.cli.options import quiet
+    from dynamax_llm.cli.eval import _Bar, _print
+    from dynamax_llm.cli.options import _quiet
     from dynamax_llm.evaluation.evaluate import Plan
     from dynamax_llm.paper import MODELS, PaperPlan, run
-    from dynamax_llm.report import write_report
+    from dynamax_llm.report import check_targets, write_report
     from dynamax_llm.training.settings import TrainSettings
 
-    quiet()
+    _quiet()
     plan = PaperPlan(
         models=tuple(models or MODELS),
         heads=_items("heads", heads),
@@ -82,11 +84,13 @@ def paper(
         dtype=dtype,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
-    with watched() as progress:
-        found = run(plan, out, command=command, on_progress=progress)
-    write_report([found], out / "report.html", figures=out / "figures")
-    show(found, out)
-    typer.echo(f"Report: {out / 'report.html'}")
+    page, figures = out / "report.html", out / "figures"
+    check_targets(page, figures)
+    with _Bar() as bar:
+        found = run(plan, out, command=command, on_progress=bar.show)
+    write_report([found], page, figures)
+    _print(found, out)
+    typer.echo(f"Report: {page}")
 
 
 def _items(name: str, text: str) -> tuple[str, ...]:

@@ -74,9 +74,7 @@ class PaperPlan:
         """What each model is called in the document: the end of its path, or all of it where two ends are the same."""
         ends = [Path(model).name for model in self.models]
         short = len(set(ends)) == len(ends)
-        return {
-            model: end if short else model.replace("/", "--") for model, end in zip(self.models, ends, strict=True)
-        }
+        return {model: end if short else model.replace("/", "--") for model, end in zip(self.models, ends, strict=True)}
 
 
 def run(plan: PaperPlan, out: str | Path, *, command: str = "", on_progress: OnProgress | None = None) -> Evaluation:
