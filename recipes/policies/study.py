@@ -23,11 +23,11 @@ from bench import JUDGES, MEASURE, RUNS
 from cells import Group, part_of
 from prompts import prepare, sha256
 from records import Settings
-from report import collect, render, summarise
 from timing import measure_times
 from transformers.utils import logging
 
 from dynamax_llm.backbones.loading import DEFAULT_HEAD, REFERENCE_BACKBONES
+from report import collect, render, summarise
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = HERE.parents[1] / ".carry" / "policies" / "prompts.jsonl.xz"

@@ -30,7 +30,9 @@ def test_the_best_close_setting_is_found():
             if cell.backbone == found.backbone.name and "@" in cell.setting and not cell.setting.startswith("static"):
                 lowest[cell.setting] = min(lowest.get(cell.setting, 1.0), cell.agreement.value)
                 saved[cell.setting] = saved.get(cell.setting, 0.0) + cell.counted_reduction.value / 3
-        best = max((name for name in lowest if lowest[name] >= 0.98), key=lambda name: saved[name])
+        close = [name for name in lowest if lowest[name] >= 0.98]
+        best = max(close, key=lambda name: saved[name])
+        assert not found.pays and found.rivals == len(close) - 1
         assert found.setting.id == best
         assert found.agreement == pytest.approx(lowest[best])
         assert found.reduction == pytest.approx(saved[best])
@@ -47,7 +49,7 @@ def test_without_a_close_setting_the_nearest_is_named():
     ("speed_up", "said"),
     [
         (clock(1.05, 1.2), "It pays: faster on 3 of 3 timed tasks, slower on none."),
-        (clock(0.8, 0.9), "It does not pay here: slower on 3 of 3 timed tasks."),
+        (clock(0.8, 0.9), "Slower on 3 of 3 timed tasks: it does not pay here."),
         (clock(0.95, 1.1), "No task shows a difference in time beyond chance: it does not pay here."),
         (None, "nothing was timed"),
     ],
@@ -57,6 +59,25 @@ def test_the_clock_decides_whether_it_pays(speed_up, said):
     text = " ".join(sentences(found))
     assert said in text and "fewer multiply-accumulates" in text
     assert found.pays == (said.startswith("It pays"))
+
+
+def test_a_setting_that_pays_comes_before_one_that_saves_more():
+    document = synthetic.evaluation(backbones=synthetic.BACKBONES[:1])
+    cells = [item.model_copy(update={"agreement": Interval(value=0.99)}) for item in document.cells]
+    slow, fast = {"speed_up": clock(0.8, 0.9)}, {"speed_up": clock(1.1, 1.2)}
+    changed = [item.model_copy(update=fast if item.setting == "linear@0.95" else slow) for item in cells]
+    (found,) = verdicts(document.model_copy(update={"cells": tuple(changed)}))
+    assert found.setting.id == "linear@0.95" and found.speed_up == pytest.approx(1.15)
+    assert "the fastest setting that pays" in sentences(found)[0]
+    (found,) = verdicts(document.model_copy(update={"cells": tuple(item.model_copy(update=slow) for item in cells)}))
+    assert found.setting.id == "mamba@0.5" and "nor do the 19 other timed settings" in sentences(found)[1]
+
+
+def test_one_task_shows_its_interval():
+    document = with_cells(agreement=Interval(value=0.99), speed_up=clock(0.9, 0.98))
+    (found,) = verdicts(document.model_copy(update={"cells": document.cells[3:4]}))
+    assert (found.tasks, found.speed_ups) == (1, (0.9, 0.98))
+    assert "Slower on the timed task: it does not pay here." in sentences(found)[1]
 
 
 def test_a_loss_of_agreement_never_pays():

@@ -143,7 +143,9 @@ def _frame(axes: Any, x: Axis, y: Axis, drawn: Drawn, level: float | None) -> No
     upward = [end for point in shown for end in _ends(point[1])] + ([level] if level is not None else [])
     for axis, values, set_limits, below in ((x, across, axes.set_xlim, 0.05), (y, upward, axes.set_ylim, 0.14)):
         low, high = min(values), max(values)
-        room = max(high - low, 0.02)
+        short = max(0.02 - (high - low), 0.0) / 2  # equal values get a frame too
+        low, high = low - short, high + short
+        room = high - low
         set_limits((low - below * room) * axis.scale, (high + 0.06 * room) * axis.scale)
     axes.set_xlabel(f"{x.title}{', %' if x.unit == '%' else ''}  → {x.better}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}{'×' if x.unit == '×' else ''}".replace("-", "−"))

@@ -46,7 +46,7 @@ def not_said(promise: Promise) -> str:
     measure = str(promise.get("measure", ""))
     silent = _SILENT.get(measure, "nor of what the metric does not see")
     return (
-        f"It speaks of an average, not of every text {silent}. It holds for text like that it was calibrated on, for "
+        f"It speaks of an average, not of every text, {silent}. It holds for text like that it was calibrated on, for "
         f"this backbone, judge, readout {promise.get('readout', DASH)}, state policy {promise.get('policy', DASH)} "
         f"and window {promise.get('window', DASH)}. It says nothing about time."
     )
@@ -66,7 +66,7 @@ def card(promise: Promise, figure: Markup | None) -> Markup:
         "calibrated on": f"{promise.get('n', DASH)} {promise.get('unit', '')} (path: {promise.get('n_path', DASH)})",
         "data": f"{_source(promise)} · sha256 {_brief(_data(promise).get('sha256'))}",
         "backbone": _brief(promise.get("fingerprint")),
-        "made": f"DYNAMAX {promise.get('dynamax', DASH)}, {promise.get('date', DASH)}",
+        "made": f"DYNAMAX {promise.get('dynamax', DASH)}, {str(promise.get('date', DASH))[:10]}",
     }
     closed = bool(thresholds) and all(value is None for value in thresholds)
     return tag(
@@ -101,12 +101,13 @@ def _evidence(promise: Promise) -> Markup | None:
         )
         cells = [tag("th", number(item.get("parameter")), scope="row"), *(tag("td", value) for value in values)]
         rows.append(tag("tr", cells, class_="chosen" if chosen else None))
+    expected, tested = promise.get("method") == "crc", "; testing stops at the first that does not pass"
     heads = ("λ", "estimate", "p-value", "mean depth", "test")
     return scrolling(
         f"evidence for {promise.get('text')}",
         tag(
             "table",
-            tag("caption", "The path, from safe to risky; testing stops at the first that does not pass"),
+            tag("caption", "The path, from safe to risky", None if expected else tested),
             tag("thead", tag("tr", [tag("th", text, scope="col") for text in heads])),
             tag("tbody", rows),
         ),
@@ -118,7 +119,8 @@ def shifts(found: Sequence[Shift], backbones: Sequence[BackboneFacts]) -> Markup
     layers = {item.name: item.n_layers for item in backbones}
     rows = [_shift(item, layers.get(item.backbone)) for item in found]
     broken = sum(not item.kept for item in found)
-    heads = ("backbone", "promise", "calibrated on", "measured on", "samples", "measured", "mean depth", "there")
+    heads = ("backbone", "promise", "calibrated on", "measured on")
+    figures = ("samples", "measured", "mean depth", "there")
     summary = (
         f"{len(found)} measurements of promises on text of a named kind: {len(found) - broken} within the bound, "
         f"{broken} outside it. A promise is about the text it was calibrated on; elsewhere it may break, and this "
@@ -132,7 +134,14 @@ def shifts(found: Sequence[Shift], backbones: Sequence[BackboneFacts]) -> Markup
                 tag(
                     "table",
                     tag("caption", "Promises on other text"),
-                    tag("thead", tag("tr", [tag("th", text, scope="col") for text in heads])),
+                    tag(
+                        "thead",
+                        tag(
+                            "tr",
+                            [tag("th", text, scope="col", class_="words") for text in heads],
+                            [tag("th", text, scope="col") for text in figures],
+                        ),
+                    ),
                     tag("tbody", rows),
                 ),
             ),

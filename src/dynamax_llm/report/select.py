@@ -71,7 +71,8 @@ def colour_roles(document: Evaluation) -> dict[tuple[str, str], str]:
         for setting in settings
         if setting.kind != "full"
     }
-    named = {key: KNOWN[key[0]] for key in found if key[1] not in QUIET and key[0] in KNOWN}
+    known = {key: KNOWN.get(key[0].removesuffix(" head")) for key in found if key[1] not in QUIET}
+    named = {key: role for key, role in known.items() if role}
     spare = [role for role in CATEGORIES if role not in named.values()] or list(CATEGORIES)
     loud = [key for key in found if key[1] not in QUIET and key not in named]
     quiet = [key for key in found if key[1] in QUIET]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from dynamax_llm.evaluation.results import BackboneFacts, Cell, Evaluation, Interval, Setting
@@ -19,8 +19,9 @@ class Verdict:
     """A backbone's best setting over the tasks it was evaluated on. All means weigh tasks equally.
 
     ``agreement`` is the lowest over tasks, ``close`` whether it reaches ``CLOSE``. ``faster`` and ``slower`` count the
-    tasks whose whole interval of the speed-up lies above or below 1. ``worse`` names tasks whose primary metric fell
-    by more than chance, ``better`` those where it rose.
+    tasks whose whole interval of the speed-up lies above or below 1. Ranges are over tasks; one task shows its own
+    interval. ``rivals`` are other timed settings as close. ``worse`` names tasks whose primary metric fell by more
+    than chance, ``better`` those where it rose.
     """
 
     backbone: BackboneFacts
@@ -38,6 +39,7 @@ class Verdict:
     slower: int
     worse: tuple[str, ...]
     better: tuple[str, ...]
+    rivals: int = 0
 
     @property
     def pays(self) -> bool:
@@ -51,7 +53,8 @@ def verdicts(document: Evaluation) -> list[Verdict]:
 
 
 def _best(document: Evaluation, backbone: BackboneFacts) -> Verdict | None:
-    """The largest mean counted reduction among close settings; without any, the highest agreement.
+    """Among close settings the fastest that pays, or without one the largest mean counted reduction; without any
+    close setting, the highest agreement.
 
     Only settings that decide token by token are candidates, and only those measured on as many tasks as any.
     """
@@ -64,7 +67,9 @@ def _best(document: Evaluation, backbone: BackboneFacts) -> Verdict | None:
     candidates = [item for item in candidates if item.tasks == widest]
     close = [item for item in candidates if item.close]
     if close:
-        return max(close, key=lambda item: (item.reduction, item.agreement))
+        paying = [item for item in close if item.pays]
+        found = max(paying, key=_speed) if paying else max(close, key=lambda item: (item.reduction, item.agreement))
+        return replace(found, rivals=sum(item.timed > 0 and item is not found for item in close))
     return max(candidates, key=lambda item: (item.agreement, item.reduction), default=None)
 
 
@@ -88,15 +93,27 @@ def _judge(document: Evaluation, backbone: BackboneFacts, setting: Setting) -> V
         close=agreement >= CLOSE,
         depth=fmean(cell.mean_depth.value for cell in cells),
         reduction=fmean(reductions),
-        reductions=(min(reductions), max(reductions)),
+        reductions=_range([cell.counted_reduction for cell in cells]),
         speed_up=fmean(clock.value for clock in clocks) if clocks else None,
-        speed_ups=(min(clock.value for clock in clocks), max(clock.value for clock in clocks)) if clocks else None,
+        speed_ups=_range(clocks) if clocks else None,
         timed=len(clocks),
         faster=sum(clock.low is not None and clock.low > 1 for clock in clocks),
         slower=sum(clock.high is not None and clock.high < 1 for clock in clocks),
         worse=tuple(task for task, change in changes.items() if change.high is not None and change.high < 0),
         better=tuple(task for task, change in changes.items() if change.low is not None and change.low > 0),
     )
+
+
+def _speed(found: Verdict) -> float:
+    return found.speed_up or 0.0
+
+
+def _range(intervals: Sequence[Interval]) -> tuple[float, float]:
+    """From the lowest to the highest value; of a single one, its own ends."""
+    values = [interval.value for interval in intervals]
+    if len(intervals) == 1 and intervals[0].low is not None and intervals[0].high is not None:
+        values = [intervals[0].low, intervals[0].high]
+    return min(values), max(values)
 
 
 def _change(document: Evaluation, cell: Cell) -> Interval | None:
@@ -109,7 +126,12 @@ def sentences(found: Verdict) -> list[str]:
     """A verdict in plain sentences; counted reduction and wall clock always side by side."""
     tasks = _tasks(found.tasks)
     name, setting = found.backbone.name, label(found.setting)
-    if found.close:
+    if found.pays:
+        opening = (
+            f"{name}: the fastest setting that pays at an agreement of at least {CLOSE:g} on {tasks} is {setting} "
+            f"(lowest agreement {number(found.agreement)})."
+        )
+    elif found.close:
         opening = (
             f"{name}: the most work saved at an agreement of at least {CLOSE:g} on {tasks} is with {setting} "
             f"(lowest agreement {number(found.agreement)})."
@@ -134,12 +156,14 @@ def _counted(reduction: float) -> str:
 def _pays(found: Verdict) -> str:
     """Whether wall clock bears the counted saving out, said no more strongly than its intervals allow."""
     if found.pays:
-        return f"It pays: faster on {found.faster} of {_tasks(found.timed, 'timed ')}, slower on none."
+        return f"It pays: faster on {_of(found.faster, found.timed)}, slower on none."
+    others = f", nor do the {found.rivals} other timed settings at this agreement" if found.rivals > 1 else ""
+    others = ", nor does the other timed setting at this agreement" if found.rivals == 1 else others
     if not found.faster and not found.slower:
-        return "No task shows a difference in time beyond chance: it does not pay here."
+        return f"No task shows a difference in time beyond chance: it does not pay here{others}."
     if not found.faster:
-        return f"It does not pay here: slower on {found.slower} of {_tasks(found.timed, 'timed ')}."
-    timing = f"faster on {found.faster} of {_tasks(found.timed, 'timed ')}, slower on {found.slower}"
+        return f"Slower on {_of(found.slower, found.timed)}: it does not pay here{others}."
+    timing = f"faster on {_of(found.faster, found.timed)}, slower on {found.slower}"
     return f"In time it is {timing}" + ("." if found.close else ", at an agreement below the mark.")
 
 
@@ -155,6 +179,10 @@ def _quality(found: Verdict) -> str:
 
 def _tasks(count: int, kind: str = "") -> str:
     return f"the {kind}task" if count == 1 else f"{count} {kind}tasks"
+
+
+def _of(count: int, timed: int) -> str:
+    return "the timed task" if timed == 1 else f"{count} of {timed} timed tasks"
 
 
 def caution(found: Sequence[Verdict]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dynamax_llm.report.markup import Markup, tag
 
 MEASURED = {
-    "depth": "Layers run for a token, 1 to L; mean depth is shown as a share of L. The prompt always runs at full "
-    "depth, and so does the first new token; both count where the generation counts them.",
+    "depth": "Layers run for a token, 1 to L; mean depth is shown as a share of L. The prompt runs at full depth and "
+    "is not in these means; the first new token comes out of its pass and counts at full depth.",
     "task metric": "The score that lm-evaluation-harness gives, under its own name. Δ is the paired difference to the "
     "full model on the same samples; ▴ and ▾ mark differences whose whole interval lies on one side of zero.",
     "agreement": "Share of tokens equal to the full model's, given the same prefix (teacher-forced on the full "
