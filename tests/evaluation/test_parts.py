@@ -55,7 +55,7 @@ def test_few_prompts_are_kept():
     assert len(shared._kept) == KEPT
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "mamba2", "qwen2"])
+@pytest.mark.parametrize("model_type", ["mistral", "mamba2", "qwen2", "bamba", "zamba2"])
 def test_a_pruned_model_is_the_backbone_without_some_layers(model_type):
     model = tiny_model(model_type, layers=7)
     ids, backbone = random_ids(2, 9), adapt(model)
@@ -74,14 +74,10 @@ def test_a_pruned_model_is_the_backbone_without_some_layers(model_type):
     assert new.shape == (2, 13)  # with a cache whose layers are numbered anew
 
 
-def test_a_stack_whose_layers_are_told_by_position_is_pruned_right_or_refused():
-    """Jamba's period puts attention at layers 1 and 4; without layers 3 to 5 the last one, a mixer, would be 3."""
-    model = tiny_model("jamba", layers=5)
-    assert adapt(model).kinds == ("mamba", "attention", "mamba", "mamba", "attention")
+def test_a_stack_whose_layers_are_told_by_a_rule_is_refused():
+    """Jamba's period puts attention at layers 1 and 4 of seven; of layers 0-3 and 6 the last is none, and would be."""
     with pytest.raises(UsageError, match=r"'jamba' cannot be pruned.*--no-baselines"):
-        pruned(model, 2)
-    short = pruned(tiny_model("bamba", layers=7), 2)  # attention at layers 1 and 4, of which 1 stays
-    assert adapt(short).kinds == ("mamba", "attention", "mamba", "mamba", "mamba")
+        pruned(tiny_model("jamba", layers=7), 2)
 
 
 @pytest.mark.parametrize("removed", [0, 4, -1])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from dynamax_llm.backbones import adapt
@@ -42,7 +41,7 @@ def pruned(model: PreTrainedModel, removed: int) -> PreTrainedModel:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
     _trim(shorter.config, n_layers, kept)
-    if _kinds(shorter) != tuple(whole.kinds[index] for index in kept):
+    if _told(shorter.config) != [[told[index] for index in kept] for told in _told(model.config)]:
         raise UsageError(
             f"layers of {whole.model_type!r} cannot be pruned: its configuration says by position what each layer is. "
             "Leave the pruned baseline out: --no-baselines."
@@ -61,8 +60,7 @@ def _trim(config: Any, n_layers: int, kept: list[int]) -> None:
         config.num_hidden_layers = len(kept)
 
 
-def _kinds(model: nn.Module) -> tuple[str, ...]:
-    try:
-        return adapt(model).kinds
-    except (IndexError, ValueError, AssertionError):  # a configuration that no longer fits its layers
-        return ()
+def _told(config: Any) -> list[list[str]]:
+    """What the configuration says of each layer; in some families a rule of positions says it."""
+    told = (getattr(config, name, None) for name in ("layer_types", "layers_block_type"))
+    return [list(item) for item in told if item is not None]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ from dynamax_llm.evaluation.timing import pair
 
 #: Characters of a prompt that an example shows, its end.
 SHOWN_PROMPT = 400
+#: How tokenizers decode the first bytes of a character.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 #: Called as the work goes on: what is being done, samples done, samples in all (resumed ones are done).
 OnProgress = Callable[[str, int, int], None]
@@ -299,15 +300,20 @@ def _record(task: EvalTask, doc: Doc, responses: Sequence[Any], answers: Sequenc
 
 
 def _shown(tokenizer: Any, record: dict[str, Any]) -> Iterator[ShownToken]:
-    """The text in pieces that join to it, and what the full model would have said at each place."""
+    """The text in pieces that join to it, and what the full model would have said at each place.
+
+    A character of several tokens is the last one's: the others' pieces are empty.
+    """
     tokens: list[int] = record["tokens"]
-    texts = [tokenizer.decode(tokens[:end]) for end in range(len(tokens) + 1)]
-    for place, (before, after) in enumerate(pairwise(texts)):
-        piece = after[len(before) :] if after.startswith(before) else tokenizer.decode([tokens[place]])
-        full = record["full"][place]
-        own = {"text": piece, "layers": record["layers"][place]}
-        said_too = full == tokens[place]
-        yield ShownToken(**own, full=piece if said_too else tokenizer.decode([full]), agrees=said_too)
+    given = ""
+    for place, (token, full) in enumerate(zip(tokens, record["full"], strict=True)):
+        text = tokenizer.decode(tokens[: place + 1])
+        whole = place + 1 == len(tokens) or not text.endswith(_INCOMPLETE)
+        piece = text[len(given) :] if whole else ""
+        given = text if whole else given
+        said_too = full == token
+        other = piece if said_too else tokenizer.decode([full])
+        yield ShownToken(text=piece, layers=record["layers"][place], full=other, agrees=said_too)
 
 
 def merge(parts: Sequence[Evaluation], *, title: str | None = None, notes: Sequence[str] = ()) -> Evaluation:
