@@ -65,7 +65,7 @@ def _add_unseen(document: dict[str, Any], texts: Path) -> None:
         error = losses[unseen].std() / unseen.sum() ** 0.5
         print(
             f"{document['model']}, {name}, point {COMPARED + 1}: {losses[unseen].mean():.4f} of the tokens differ in "
-            f"{unseen.sum()} held-out sequences (standard error {error:.4f}), {losses[~unseen].mean():.4f} in the others"
+            f"{unseen.sum()} held-out sequences (standard error {error:.4f}), {losses[~unseen].mean():.4f} in others"
         )
 
 
