@@ -40,7 +40,7 @@ def calibrate(
     model: Model,
     data: Data,
     promise: Annotated[
-        str, typer.Option(help="agreement>=0.98, consistency>=0.9, risk[f1]<=0.02 or risk[exact_match]<=0.02.")
+        str, typer.Option(help=r"agreement>=0.98, consistency>=0.9, risk\[f1]<=0.02 or risk\[exact_match]<=0.02.")
     ],
     exits: ExitsIn = None,
     out: Out = None,
