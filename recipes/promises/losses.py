@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from simulation import pool_of, simulate
+from texts import load_texts
 
 from dynamax_llm.backbones.loading import REFERENCE_BACKBONES, load
 from dynamax_llm.calibration.bounds import crc_sequence, fixed_sequence, p_value, prompts_needed
@@ -19,6 +20,8 @@ from dynamax_llm.metrics import rouge_l
 #: Losses of texts are kept in so many parts, those of tokens in tokens.
 PARTS = 10_000
 PROMISES = {"agreement": (0.98, 0.95), "consistency": (0.95, 0.9)}
+#: The point at which held-out sequences and others are compared.
+COMPARED = 8
 SIZES, DRAWS, CONFIDENCE = (100, 200, 400), 2000, 0.95
 BOUND, CALIBRATED = 0.98, 400
 
@@ -46,9 +49,24 @@ def pool(args: argparse.Namespace) -> None:
             document[measure] = {"family": path["family"], "points": points, "kinds": {}}
         _add_agreement(document, [record for record in records if record["record"] == "agreement"])
         _add_texts(document, model, [record for record in records if record["record"] == "generated"])
+        _add_unseen(document, args.data)
         target = args.results / f"pool-{model}.json"
         target.write_text(json.dumps(document, separators=(",", ":")) + "\n")
         print(target, {m: {k: len(v["losses"]) for k, v in document[m]["kinds"].items()} for m in paths})
+
+
+def _add_unseen(document: dict[str, Any], texts: Path) -> None:
+    """Which sequences the backbones never saw either, and whether these differ from the others: printed."""
+    for name, items in load_texts(texts).items():
+        kind = document["agreement"]["kinds"][name]
+        kind["held_out"] = [int(item["held_out"]) for item in items][-len(kind["losses"][0]) :]
+        unseen = np.array(kind["held_out"], dtype=bool)
+        losses = pool_of(document, "agreement", name)[0][:, COMPARED]
+        error = losses[unseen].std() / unseen.sum() ** 0.5
+        print(
+            f"{document['model']}, {name}, point {COMPARED + 1}: {losses[unseen].mean():.4f} of the tokens differ in "
+            f"{unseen.sum()} held-out sequences (standard error {error:.4f}), {losses[~unseen].mean():.4f} in others"
+        )
 
 
 def _add_agreement(document: dict[str, Any], records: list[dict[str, Any]]) -> None:

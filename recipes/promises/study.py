@@ -61,6 +61,7 @@ def main() -> int:
     else:
         import losses
 
+        args.data = args.data or TEXTS
         {"pool": losses.pool, "simulate": losses.simulate_all, "shift": losses.shift}[args.stage](args)
     return 0
 

@@ -14,31 +14,36 @@ if TYPE_CHECKING:
     from dynamax_llm.exits.artifact import Exits
     from dynamax_llm.exits.promise import Promise
 
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Text like that to come: a .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id; "
+        "for a risk, .jsonl with question and answers.",
+        metavar="PATH|ID",
+    ),
+]
+ExitsIn = Annotated[
+    str | None,
+    typer.Option(
+        "--exits",
+        help="The folder that dynamax train wrote (or a hub id). Default: what ships with a shipped backbone.",
+        metavar="DIR",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the exits with the promise. Default: the folder of --exits; shipped need one."),
+]
+
 
 def calibrate(
     model: Model,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Text like that to come: a .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id; "
-            "for a risk, .jsonl with question and answers.",
-            metavar="PATH|ID",
-        ),
-    ],
+    data: Data,
     promise: Annotated[
-        str, typer.Option(help="agreement>=0.98, consistency>=0.9, risk[f1]<=0.02 or risk[exact_match]<=0.02.")
+        str, typer.Option(help=r"agreement>=0.98, consistency>=0.9, risk\[f1]<=0.02 or risk\[exact_match]<=0.02.")
     ],
-    exits: Annotated[
-        str | None,
-        typer.Option(
-            help="The folder that dynamax train wrote (or a hub id). Default: what ships with a shipped backbone.",
-            metavar="DIR",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the exits with the promise. Default: the folder of --exits; shipped need one."),
-    ] = None,
+    exits: ExitsIn = None,
+    out: Out = None,
     confidence: Annotated[float, typer.Option(help="How sure to be, over draws of the prompts; ltt only.")] = 0.95,
     method: Annotated[
         str,
