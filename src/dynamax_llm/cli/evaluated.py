@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dynamax_llm.evaluation.results import Evaluation, Interval
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from dynamax_llm.evaluation.results import Cell, Evaluation, Interval
+
+#: Columns of a terminal from which on intervals stand beside their means.
+WIDE = 150
 
 
 class Bar:
@@ -21,61 +28,50 @@ class Bar:
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task("evaluating", total=None)
 
-    def show(self, what: str, done: int, total: int) -> None:
-        self._progress.update(self._task, description=what, completed=done, total=total)
-
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-
-def show(found: Evaluation, out: Path) -> None:
-    """One table per task: settings as rows, figures with their intervals."""
+    def show(found: Evaluation, out: Path) -> None:
+    """One table per backbone and task: settings as rows, figures with their intervals where there is room."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False, markup=False)
-    for task in found.tasks:
-        head = (
-            "setting",
-            task.primary,
-            "Δ to full",
-            "agreement",
-            "ROUGE-L",
-            "degenerate",
-            "mean depth",
-            "counted",
-            "speed-up",
-        )
-        table = Table(title=f"{task.name}, {task.shots}-shot, {task.samples} documents", title_justify="left")
-        for name in head:
-            table.add_column(name, justify="left" if name == "setting" else "right")
-        for cell in found.cells:
-            if cell.task != task.name:
-                continue
-            metric = cell.metrics[task.primary]
-            table.add_row(
-                cell.setting,
-                f"{metric.value:.3f}",
-                _shown(metric.delta, "+.3f"),
-                _shown(cell.agreement),
-                _shown(cell.rouge_l),
-                _shown(cell.degenerate),
-                _shown(cell.mean_depth),
-                f"{cell.counted_reduction.value:.1%}",
-                _shown(cell.speed_up, ".2f"),
-            )
-        console.print(table)
-    console.print("Intervals: 95 %, bootstrap over documents. Counted: multiply-accumulates not spent, no speed-up.")
+    wide = console.width >= WIDE
+    for backbone in found.backbones:
+        for task in found.tasks:
+            cells = [cell for cell in found.cells if (cell.backbone, cell.task) == (backbone.name, task.name)]
+            if cells:
+                name = f"{task.name} on {backbone.name}, {task.shots}-shot, {task.samples} documents"
+                console.print(_table(f"{name}; score: {task.primary}", task.primary, cells, wide))
+    said = "Intervals: 95 %, bootstrap over documents." if wide else f"Intervals: {out / 'eval.json'}, or a report."
+    console.print(f"{said} Depth: share of the layers. Counted: multiply-accumulates not spent, which is no speed-up.")
     console.print(f"Saved in {out}.", soft_wrap=True)
 
 
-def _shown(value: Interval | None, form: str = ".3f") -> str:
+def _table(title: str, primary: str, cells: Sequence[Cell], wide: bool) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("setting", overflow="fold")
+    for name in ("score", "Δ", "agree", "ROUGE-L", "degen.", "depth", "counted", "speed-up"):
+        table.add_column(name, justify="right", overflow="fold")
+    for cell in cells:
+        metric = cell.metrics[primary]
+        table.add_row(
+            cell.setting,
+            f"{metric.value:.3f}",
+            _shown(metric.delta, wide, "+.3f"),
+            _shown(cell.agreement, wide),
+            _shown(cell.rouge_l, wide),
+            _shown(cell.degenerate, wide),
+            _shown(cell.mean_depth, wide),
+            f"{cell.counted_reduction.value:.1%}",
+            _shown(cell.speed_up, wide, ".2f"),
+        )
+    return table
+
+
+def _shown(value: Interval | None, wide: bool, form: str = ".3f") -> str:
     if value is None:
         return "–"
-    if value.low is None or value.high is None:
+    if not wide or value.low is None or value.high is None:
         return format(value.value, form)
     return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
