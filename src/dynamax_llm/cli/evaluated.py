@@ -28,7 +28,18 @@ class Bar:
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task("evaluating", total=None)
 
-    def show(found: Evaluation, out: Path) -> None:
+    def show(self, what: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=what, completed=done, total=total)
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+
+def show(found: Evaluation, out: Path) -> None:
     """One table per backbone and task: settings as rows, figures with their intervals where there is room."""
     from rich.console import Console
 
