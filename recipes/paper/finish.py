@@ -1,0 +1,66 @@
+"""The committed report: what ``dynamax paper`` found, with promises that were calibrated and measured elsewhere.
+
+python recipes/paper/finish.py --eval DIR [--exits NAME=DIR …] [--shifts FILE] --out DIR
+
+``--exits`` names exits that ``dynamax calibrate`` wrote, by backbone; their promises and evidence join the document.
+``--shifts`` is recipes/promises/results/shift.json. Writes OUT/eval.json, OUT/report.html and OUT/figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dynamax_llm.evaluation.results import Evaluation, Shift
+from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.report import check_targets, write_report
+
+
+def main() -> None:
+    """Read, join, write."""
+    options = arguments()
+    page, figures = options.out / "report.html", options.out / "figures"
+    options.out.mkdir(parents=True, exist_ok=True)
+    check_targets(page, figures)
+    found = joined(Evaluation.load(options.eval), dict(options.exits), options.shifts)
+    found.save(options.out)
+    write_report([found], page, figures)
+    print(f"{page}: {page.stat().st_size / 1e6:.2f} MB, {len(found.cells)} cells")
+
+
+def joined(found: Evaluation, exits: dict[str, Path], shifts: Path | None) -> Evaluation:
+    """The document with the promises of ``exits`` by backbone, and with shifts."""
+    unknown = sorted(exits.keys() - {backbone.name for backbone in found.backbones})
+    if unknown:
+        raise SystemExit(f"no backbone {', '.join(unknown)} in the evaluation")
+    promises = {
+        name: tuple(promise.to_json() for promise in Exits.from_pretrained(folder).promises)
+        for name, folder in exits.items()
+    }
+    rows: list[dict[str, Any]] = [] if shifts is None else json.loads(shifts.read_text(encoding="utf-8"))
+    moved = tuple(Shift.model_validate(row) for row in rows)
+    return found.model_copy(update={"promises": {**found.promises, **promises}, "shifts": (*found.shifts, *moved)})
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--eval", type=Path, required=True, help="what dynamax paper wrote")
+    parser.add_argument("--exits", type=named, action="append", default=[], metavar="NAME=DIR")
+    parser.add_argument("--shifts", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def named(text: str) -> tuple[str, Path]:
+    """NAME=DIR as a pair."""
+    name, sign, folder = text.partition("=")
+    if not sign or not name or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR")
+    return name, Path(folder)
+
+
+if __name__ == "__main__":
+    main()
