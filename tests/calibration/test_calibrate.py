@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from dynamax_llm.calibration.prompts import Item, draw, draw_questions
 from dynamax_llm.calibration.risks import AgreementRisk, TextRisk, best, exact_match, f1, inconsistency, shortfall
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.teacher_forced import step_by_step
+from dynamax_llm.errors import PromiseError
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.promise import METHODS
+from dynamax_llm.exits.promise import METHODS, Promise
 from dynamax_llm.metrics import rouge_l
 from dynamax_llm.testing import zero_tail
 from dynamax_llm.training.sources import find_source
@@ -121,6 +123,9 @@ def test_one_sequence_per_document_and_none_twice(tmp_path):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = draw_questions(find_source(path), tokenizer, 9, 64).items
+    path.write_text(json.dumps({"prompt": "Q: Where?\nA:", "answers": ["Paris"]}) + "\n")
+    (whole,) = draw_questions(find_source(path), tokenizer, 9, 64).items
+    assert tokenizer.decode(whole.ids) == "Q: Where?\nA:" and whole.answers == ("Paris",)
     assert sorted(item.answers for item in found) == [("Curie", "Marie Curie"), ("Paris", "paris")]
     assert {tokenizer.decode(item.ids) for item in found} == {f"Question: {q}\nAnswer:" for q in ("Where?", "Who?")}
 
@@ -139,6 +144,30 @@ def test_a_backbone_whose_tail_does_nothing_keeps_every_promise(method, promise)
     depths = [test["mean_depth"] for test in found.evidence]
     assert depths == sorted(depths, reverse=True)
     assert (found.p_value is None) == (found.confidence is None) == (method == "crc")
+
+
+def test_a_risk_names_the_full_models_score_and_is_refused_where_silence_would_keep_it(tmp_path):
+    model, tokenizer = load(model_folder())
+    backbone = adapt(zero_tail(model, 2))
+    exits = Exits.untrained(backbone, (2, 3))
+    rows = [{"prompt": f"The cat {place}", "answers": ["never said"]} for place in range(12)]
+    source = tmp_path / "questions.jsonl"
+
+    def asked() -> Promise:
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = replace(SHORT, prompt_tokens=16)
+        given = {"measure": "softmax_max", "settings": settings, "method": "ltt"}
+        return calibrate(backbone, tokenizer, exits, find_source(source), "risk<=0.5", **given)
+
+    with pytest.raises(PromiseError, match=r"own mean f1 is 0\.0000 there, so that an empty answer would keep it"):
+        asked()
+    for row in rows:  # what it says itself is the reference
+        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
+        new = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+        row["answers"] = [tokenizer.decode(new, skip_special_tokens=True)]
+    found = asked()
+    assert found.measure == "risk:f1" and found.estimate == 0.0
+    assert found.data["full_score"] > 0.9
 
 
 def test_the_command_records_what_generation_uses(tmp_path, capsys):

@@ -11,8 +11,8 @@ is at most δ, on average over the draws of the sequences too. A single calibrat
 does; there is no confidence to speak of. For that it makes do with fewer sequences.
 
 Learn then Test takes sequences to be drawn independently from one source; for conformal risk control it is enough that
-they are exchangeable. Tokens of one sequence are neither. ``tokenwise_bound`` treats them as if they were; it is here to
-be shown to fail, and nothing uses it.
+they are exchangeable. Tokens of one sequence are neither. ``tokenwise_bound`` treats them as if they were; it is here
+to be shown to fail, and nothing uses it.
 """
 
 from __future__ import annotations

@@ -166,6 +166,7 @@ def calibrate(
     n_path = settings.split(len(drawn.items))
     path_risk = _risk(request.target, backbone, tokenizer, drawn.items[:n_path], settings)
     risk = _risk(request.target, backbone, tokenizer, drawn.items[n_path:], settings)
+    score = _full_score(exits, request, risk)
     path = fit_path(exits, path_risk, request.target.limit, request.how, PARAMETERS)
     evidence: list[dict[str, Any]] = []
     for test, losses in _tests(exits, request, path.points, path_risk, risk):
@@ -190,12 +191,27 @@ def calibrate(
         window=window,
         readout=exits.config.readout,
         judge=measure or str(exits.config.head),
-        data=_facts(source, drawn, settings, path.family),
+        data={**_facts(source, drawn, settings, path.family), **score},
         fingerprint=digest(exits.fingerprint),
         dynamax=installed_version(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         evidence=tuple(evidence),
     )
+
+
+def _full_score(exits: Exits, request: Request, risk: Risk) -> dict[str, float]:
+    """The full model's mean score, of a risk alone. Raises PromiseError if no text could lose more than the limit."""
+    target = request.target
+    if not (isinstance(risk, TextRisk) and target.measure.startswith("risk:")):
+        return {}
+    score = risk.of_silence(EarlyExit(exits, threshold="never", **request.how))
+    if score <= target.limit:
+        raise PromiseError(
+            f"{target.text} says nothing on these {len(risk.items)} prompts: the full model's own mean "
+            f"{target.measure.removeprefix('risk:')} is {score:.4f} there, so that an empty answer would keep it. Give "
+            "prompts that this model can answer, or a smaller bound. Nothing was saved."
+        )
+    return {"full_score": score}
 
 
 def _tests(

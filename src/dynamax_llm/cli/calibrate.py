@@ -18,7 +18,7 @@ Data = Annotated[
     str,
     typer.Option(
         help="Text like that to come: a .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id; "
-        "for a risk, .jsonl with question and answers.",
+        "for a risk, .jsonl with question (or a whole prompt) and answers.",
         metavar="PATH|ID",
     ),
 ]
@@ -170,9 +170,11 @@ def report(promise: Promise, exits: Exits, model: str, out: Path) -> None:
         f"{'never' if bar is None else f'{bar:.5f}'} after layer {layer}"
         for bar, layer in zip(promise.thresholds, exits.config.layers, strict=True)
     )
+    score = promise.data.get("full_score")
+    beside = "" if score is None else f", where the full model scores {score:.4f},"
     console.print(
-        f"Seen on them: {promise.estimate:.4f} at a mean depth of {promise.mean_depth:.3f} of the layers; thresholds "
-        f"{bars}.",
+        f"Seen on them: {promise.estimate:.4f}{beside} at a mean depth of {promise.mean_depth:.3f} of the layers; "
+        f"thresholds {bars}.",
         soft_wrap=True,
     )
     weaker = (
