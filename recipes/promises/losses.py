@@ -128,6 +128,23 @@ def simulate_all(args: argparse.Namespace) -> None:
                 ]
                 print("|" + "|".join(f" {cell} " for cell in [*map(str, about.values()), *cells]) + "|")
     (args.results / "simulate.json").write_text(json.dumps(rows, indent=1) + "\n")
+    _print_gains(rows)
+
+
+def _print_gains(rows: list[dict[str, Any]]) -> None:
+    """How much less depth betting takes than the other methods, where either promises anything."""
+    depth = {(row["backbone"], row["promise"], row["n"], row["method"]): row["depth"] for row in rows}
+    for other, measure, n in itertools.product(METHODS[1:], PROMISES, SIZES):
+        known = [key[:2] for key in depth if key[2:] == (n, other) and key[1].startswith(measure)]
+        pairs = {about: (depth[*about, n, other], depth[*about, n, METHODS[0]]) for about in known}
+        pairs = {about: pair for about, pair in pairs.items() if min(pair) < 1}
+        gains = [theirs - ours for theirs, ours in pairs.values()]
+        times = ", ".join(f"{(1 - ours) / (1 - theirs):.1f}" for theirs, ours in pairs.values() if theirs < 1)
+        about = ", ".join(map(" ".join, pairs))
+        print(
+            f"{measure}, n = {n}: {METHODS[0]} is {min(gains):+.3f} to {max(gains):+.3f} of the depth below {other} "
+            f"and saves {times} times as much ({about})"
+        )
 
 
 def _simulated(losses: np.ndarray, depth: np.ndarray, n: int, method: str, limit: float) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -11,10 +12,19 @@ import torch
 from dynamax_llm import cli
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load
-from dynamax_llm.calibration.calibrate import CalibrationSettings, calibrate
-from dynamax_llm.calibration.path import Trace, learn_path
+from dynamax_llm.calibration.calibrate import CalibrationSettings, Request, _tests, calibrate
+from dynamax_llm.calibration.path import Point, Trace, learn_path
 from dynamax_llm.calibration.prompts import Item, draw, draw_questions
-from dynamax_llm.calibration.risks import AgreementRisk, TextRisk, best, exact_match, f1, inconsistency, shortfall
+from dynamax_llm.calibration.risks import (
+    AgreementRisk,
+    Measured,
+    TextRisk,
+    best,
+    exact_match,
+    f1,
+    inconsistency,
+    shortfall,
+)
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.teacher_forced import step_by_step
 from dynamax_llm.errors import PromiseError
@@ -144,6 +154,27 @@ def test_a_backbone_whose_tail_does_nothing_keeps_every_promise(method, promise)
     depths = [test["mean_depth"] for test in found.evidence]
     assert depths == sorted(depths, reverse=True)
     assert (found.p_value is None) == (found.confidence is None) == (method == "crc")
+
+
+def test_tests_come_near_by_halves_in_case_the_path_split_hopes_too_much(monkeypatch):
+    points = [Point(place / 16, (place / 16,), 0.0, 1.0) for place in range(16)]
+
+    def measured(exits, request, point, risk):
+        fails = risk == "proof" and point.parameter > 13 / 16
+        return Measured(torch.full((200,), float(fails), dtype=torch.float64), torch.ones(200))
+
+    monkeypatch.setattr("dynamax_llm.calibration.calibrate._measure", measured)
+    for method, limit in itertools.product(METHODS, ("0.98", "0.5")):
+        request = Request.of(f"agreement>={limit}", 0.95, method, "propagate", 16, None)
+        found = [test for test, _ in _tests(None, request, points, Split("path"), Split("proof"))]
+        assert [test["parameter"] * 16 for test in found] == [8, 12, 14]
+        assert [test["kept"] for test in found] == [True, True, False]
+
+
+class Split(str):
+    """A name that has 200 items."""
+
+    items = [None] * 200
 
 
 def test_a_risk_names_the_full_models_score_and_is_refused_where_silence_would_keep_it(tmp_path):

@@ -230,7 +230,9 @@ def _tests(
         middle = (low + high) // 2
         low, high = (middle + 1, high) if safe(middle) else (low, middle)
     start = max(low - 1, 0)
-    order = [*dict.fromkeys((start // 2, start)), *range(start + 1, len(points))]
+    # The path split may be wrong about ``start``, and nothing counts after the first that fails: come near by halves.
+    nearer = (start - (start >> halved) for halved in range(1, start.bit_length() + 1))
+    order = [*dict.fromkeys((*nearer, start)), *range(start + 1, len(points))]
     worst: torch.Tensor | None = None  # per sequence, the greatest loss so far: what conformal risk control asks of
 
     def found() -> Iterator[tuple[tuple[Point, Measured], float]]:
