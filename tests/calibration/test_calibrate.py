@@ -38,13 +38,6 @@ from tests.folders import corpus, exits_folder, model_folder
 SHORT = CalibrationSettings(prompts=40, prompt_tokens=6, new_tokens=6)
 
 
-@pytest.fixture(autouse=True)
-def few_points(monkeypatch):
-    """Paths of a few points: whatever is shown of them does not need fifty."""
-    monkeypatch.setattr("dynamax_llm.calibration.calibrate.PARAMETERS", (0.25, 0.5, 0.75, 1.0))
-    monkeypatch.setattr("dynamax_llm.calibration.path.LEVELS", 64)
-
-
 def trace(disturbance: tuple[float, ...] = ()) -> Trace:
     """Confidences that mean what they say, at two exits of four layers."""
     generator = torch.Generator().manual_seed(0)
@@ -54,7 +47,8 @@ def trace(disturbance: tuple[float, ...] = ()) -> Trace:
 
 
 @pytest.mark.parametrize("disturbance", [(), (0.5, 0.0), (0.0, 0.5)])
-def test_thresholds_never_rise_and_depth_never_falls_back(disturbance):
+def test_thresholds_never_rise_and_depth_never_falls_back(disturbance, monkeypatch):
+    monkeypatch.setattr("dynamax_llm.calibration.path.LEVELS", 64)
     path = learn_path(trace(disturbance), 0.05, [step / 20 for step in range(1, 21)])
     assert len(path.points) >= 10
     for safe, risky in zip(path.points, path.points[1:], strict=False):
@@ -63,16 +57,17 @@ def test_thresholds_never_rise_and_depth_never_falls_back(disturbance):
             assert (1e9 if one is None else one) >= (1e9 if other is None else other)
 
 
-def test_a_path_avoids_an_exit_that_harms_later_tokens():
+def test_a_path_avoids_an_exit_that_harms_later_tokens(monkeypatch):
+    monkeypatch.setattr("dynamax_llm.calibration.path.LEVELS", 64)
     first = learn_path(trace((2.0, 0.0)), 0.05, [0.1]).points[0]
     assert learn_path(trace((2.0, 0.0)), 0.05, [0.1]).family == "balanced"
     assert first.thresholds[0] is None and first.thresholds[1] is not None
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mamba2"])
-@pytest.mark.parametrize("policy", ["propagate", "defer", "slow"])
+@pytest.mark.parametrize(
+    ("model_type", "policy"), [("llama", "propagate"), ("llama", "copy"), ("mamba2", "defer"), ("mamba2", "stale")]
+)
 def test_agreement_is_the_share_of_equal_tokens(model_type, policy):
-    policy = {"slow": "copy" if model_type == "llama" else "stale"}.get(policy, policy)
     model, tokenizer = load(model_folder(model_type))
     exits = Exits.from_pretrained(exits_folder(model_type))
     items = draw(find_source(corpus()), tokenizer, 3, 6, 6).items
@@ -140,9 +135,11 @@ def test_one_sequence_per_document_and_none_twice(tmp_path):
     assert {tokenizer.decode(item.ids) for item in found} == {f"Question: {q}\nAnswer:" for q in ("Where?", "Who?")}
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("promise", ["agreement>=0.8", "consistency>=0.6"])
-def test_a_backbone_whose_tail_does_nothing_keeps_every_promise(method, promise):
+@pytest.mark.parametrize(
+    ("promise", "method"),
+    [*(("agreement>=0.8", method) for method in METHODS), ("consistency>=0.6", "ltt"), ("consistency>=0.6", "crc")],
+)
+def test_a_backbone_whose_tail_does_nothing_keeps_every_promise(promise, method):
     model, tokenizer = load(model_folder())
     backbone = adapt(zero_tail(model, 2))
     exits = Exits.untrained(backbone, (2, 3))

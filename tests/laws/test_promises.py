@@ -137,9 +137,7 @@ def pool(model: str) -> dict:
 
 
 @pytest.mark.parametrize("model", ["transformer-ee", "mamba-ee"])
-@pytest.mark.parametrize(
-    ("measure", "bound"), [("agreement", 0.98), ("agreement", 0.95), ("consistency", 0.95), ("consistency", 0.9)]
-)
+@pytest.mark.parametrize(("measure", "bound"), [("agreement", 0.98), ("consistency", 0.9)])
 def test_promises_on_the_reference_backbones_hold(model, measure, bound):
     losses, depth = pool_of(pool(model), measure)
     limit, draws = 1.0 - bound, 300
