@@ -7,16 +7,16 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dynamax_llm.cli.deciding import Policy, Window, saved_exits
+from dynamax_llm.cli.deciding import Policy, Promised, Window, saved_exits
+from dynamax_llm.cli.evaluated import Bar, show
 from dynamax_llm.cli.options import Device, Dtype, Model, load_backbone, peek_backbone
 from dynamax_llm.errors import UsageError
 
 if TYPE_CHECKING:
-    from dynamax_llm.evaluation.results import Evaluation, Interval
     from dynamax_llm.evaluation.settings import Subject, Variant
     from dynamax_llm.exits.artifact import Exits
 
@@ -59,8 +59,9 @@ def evaluate(
             metavar="NAMES",
         ),
     ] = None,
-    policy: Policy = "propagate",
-    window: Window = 16,
+    policy: Policy = None,
+    window: Window = None,
+    promise: Promised = None,
     baselines: Annotated[
         bool,
         typer.Option("--baselines/--no-baselines", help="Margin rule, static depth at every exit, pruned layers."),
@@ -87,26 +88,33 @@ def evaluate(
     measures = _items("measure", measure) if measure else ["softmax_margin"] if baselines else []
     peek_backbone(model)
 
+    from dynamax_llm.decoding.loop import DEFAULT_POLICY
+    from dynamax_llm.decoding.state import DEFAULT_WINDOW
     from dynamax_llm.evaluation.evaluate import Plan
     from dynamax_llm.evaluation.evaluate import evaluate as run
-    from dynamax_llm.evaluation.settings import Subject
+    from dynamax_llm.evaluation.settings import Subject, by_promise
     from dynamax_llm.evaluation.tasks import load_tasks
 
     # Whatever can be wrong is found before the backbone is loaded and the first document is asked.
     plan = Plan(batch=batch, timed=timed, seed=seed)
     trained, places = _trained(model, exits, measure)
+    promised = _promised(trained, promise)
     _check_decisions(thresholds, measures)
     loaded = load_tasks(names, data_dir=data_dir, shots=shots, limit=limit, max_new_tokens=max_new_tokens, seed=seed)
     lm, tokenizer = load_backbone(model, dtype, device)
     subject = Subject(Path(model).name, lm, tokenizer)
-    settings = _settings(subject, trained, places, thresholds, measures, policy, window, baselines)
-    with _Bar() as bar:
+    how = {"policy": policy or DEFAULT_POLICY, "window": window or DEFAULT_WINDOW}
+    settings = _settings(subject, trained, places, thresholds, measures, how, baselines)
+    settings += [by_promise(subject, exits, text) for exits, text in promised]
+    with Bar() as bar:
         found = run(subject, settings, loaded, plan, out, command=command, on_progress=bar.show)
+    kept = {subject.name: tuple(item.to_json() for exits in trained.values() for item in exits.promises)}
+    found = found.model_copy(update={"promises": kept})
     found.save(out)
     if as_json:
         typer.echo(found.model_dump_json(indent=1))
         return
-    _print(found, out)
+    show(found, out)
 
 
 def _items(name: str, text: str) -> list[str]:
@@ -141,6 +149,25 @@ def _trained(model: str, exits: Sequence[str] | None, measure: str | None) -> tu
     return found, None
 
 
+def _promised(trained: dict[str, Exits], promise: str | None) -> list[tuple[Exits, str]]:
+    """The exits that keep this promise, with its text. Raises UsageError without trained exits, PromiseError."""
+    from dynamax_llm.errors import PromiseError
+
+    if promise is None:
+        return []
+    if not trained:
+        raise UsageError(f"promise {promise!r} belongs to exits. Give the folder dynamax calibrate wrote: --exits DIR.")
+    kept, problems = [], []
+    for exits in trained.values():
+        try:
+            kept.append((exits, exits.promise(promise).text))
+        except PromiseError as error:
+            problems.append(error)
+    if not kept:
+        raise problems[0]
+    return kept
+
+
 def _family(exits: Exits) -> str:
     return f"{exits.config.head} head"
 
@@ -161,8 +188,7 @@ def _settings(
     places: str | None,
     thresholds: Sequence[str],
     measures: Sequence[str],
-    policy: str,
-    window: int,
+    how: dict[str, Any],
     baselines: bool,
 ) -> list[Variant]:
     from dynamax_llm.evaluation.settings import grid
@@ -170,76 +196,4 @@ def _settings(
 
     heads = {name: exits for name, exits in trained.items() if exits.heads is not None}
     at = Exits.untrained(subject.backbone, places) if places else next(iter(trained.values()), None)
-    return grid(subject, heads, thresholds, measures=measures, at=at, policy=policy, window=window, baselines=baselines)
-
-
-class _Bar:
-    """Samples done, on stderr, where that is a terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("evaluating", total=None)
-
-    def show(self, what: str, done: int, total: int) -> None:
-        self._progress.update(self._task, description=what, completed=done, total=total)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-
-def _print(found: Evaluation, out: Path) -> None:
-    """One table per task: settings as rows, figures with their intervals."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False, markup=False)
-    for task in found.tasks:
-        head = (
-            "setting",
-            task.primary,
-            "Δ to full",
-            "agreement",
-            "ROUGE-L",
-            "degenerate",
-            "mean depth",
-            "counted",
-            "speed-up",
-        )
-        table = Table(title=f"{task.name}, {task.shots}-shot, {task.samples} documents", title_justify="left")
-        for name in head:
-            table.add_column(name, justify="left" if name == "setting" else "right")
-        for cell in found.cells:
-            if cell.task != task.name:
-                continue
-            metric = cell.metrics[task.primary]
-            table.add_row(
-                cell.setting,
-                f"{metric.value:.3f}",
-                _shown(metric.delta, "+.3f"),
-                _shown(cell.agreement),
-                _shown(cell.rouge_l),
-                _shown(cell.degenerate),
-                _shown(cell.mean_depth),
-                f"{cell.counted_reduction.value:.1%}",
-                _shown(cell.speed_up, ".2f"),
-            )
-        console.print(table)
-    console.print("Intervals: 95 %, bootstrap over documents. Counted: multiply-accumulates not spent, no speed-up.")
-    console.print(f"Saved in {out}.", soft_wrap=True)
-
-
-def _shown(value: Interval | None, form: str = ".3f") -> str:
-    if value is None:
-        return "–"
-    if value.low is None or value.high is None:
-        return format(value.value, form)
-    return f"{value.value:{form}} [{value.low:{form}}, {value.high:{form}}]"
+    return grid(subject, heads, thresholds, measures=measures, at=at, baselines=baselines, **how)

@@ -27,7 +27,7 @@ def peek_backbone(model: str) -> PreTrainedConfig:
     """The model's configuration: a wrong name or an unsupported type is refused before anything slow happens."""
     from dynamax_llm.backbones.loading import peek
 
-    _quiet()
+    quiet()
     return peek(model)
 
 
@@ -37,11 +37,11 @@ def load_backbone(model: str, dtype: str, device: str | None) -> tuple[PreTraine
 
     from dynamax_llm.backbones.loading import load
 
-    _quiet()
+    quiet()
     return load(model, dtype=dtype, device_map=device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Bars, warnings and retries of the libraries below off: what matters is said by DYNAMAX's errors."""
     import logging as standard
 

@@ -10,9 +10,13 @@ from typing import Annotated
 import typer
 
 from dynamax_llm.cli.deciding import Policy
-from dynamax_llm.cli.options import Device, Dtype
+from dynamax_llm.cli.evaluated import Bar, show
+from dynamax_llm.cli.options import Device, Dtype, quiet
 from dynamax_llm.cli.train import count
 from dynamax_llm.errors import UsageError
+
+#: The paper's, as the author's public code has them.
+_HEADS = ("linear", "transformer", "mamba")
 
 
 def paper(
@@ -26,9 +30,7 @@ def paper(
             metavar="[MODEL]...", help="Backbones to compare. Default: Mistral 7B v0.3 and Codestral Mamba 7B v0.1."
         ),
     ] = None,
-    heads: Annotated[
-        str, typer.Option(help="Comma list: linear, mlp, transformer, mamba.")
-    ] = "linear,transformer,mamba",
+    heads: Annotated[str, typer.Option(help="Comma list: linear, mlp, transformer, mamba.")] = ",".join(_HEADS),
     tasks: Annotated[
         str, typer.Option(help="Comma list of lm-evaluation-harness tasks.")
     ] = "triviaqa,coqa,truthfulqa_gen",
@@ -39,7 +41,7 @@ def paper(
     batch: Annotated[int, typer.Option(help="Rows at a time; the texts do not depend on it.")] = 32,
     timed: Annotated[int, typer.Option(help="Documents per task whose decoding is timed, at batch 1; 0: none.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 32,
-    policy: Policy = "propagate",
+    policy: Policy = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of local task files (triviaqa_dev.jsonl …), for use offline.")
     ] = None,
@@ -61,14 +63,13 @@ def paper(
 
     import torch
 
-    from dynamax_llm.cli.eval import _Bar, _print
-    from dynamax_llm.cli.options import _quiet
+    from dynamax_llm.decoding.loop import DEFAULT_POLICY
     from dynamax_llm.evaluation.evaluate import Plan
     from dynamax_llm.paper import MODELS, PaperPlan, run
     from dynamax_llm.report import check_targets, write_report
     from dynamax_llm.training.settings import TrainSettings
 
-    _quiet()
+    quiet()
     plan = PaperPlan(
         models=tuple(models or MODELS),
         heads=_items("heads", heads),
@@ -80,16 +81,16 @@ def paper(
         train_data=train_data,
         training=TrainSettings(max_tokens=count(train_tokens), seed=seed),
         how=Plan(batch=batch, timed=timed, seed=seed),
-        policy=policy,
+        policy=policy or DEFAULT_POLICY,
         dtype=dtype,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
     page, figures = out / "report.html", out / "figures"
     check_targets(page, figures)
-    with _Bar() as bar:
+    with Bar() as bar:
         found = run(plan, out, command=command, on_progress=bar.show)
     write_report([found], page, figures)
-    _print(found, out)
+    show(found, out)
     typer.echo(f"Report: {page}")
 
 

@@ -107,6 +107,17 @@ def by_measure(
     return _judged(subject, exits, threshold, "measure", family or measure, measure, policy, window, None)
 
 
+def by_promise(subject: Subject, exits: Exits, promise: str) -> Variant:
+    """The thresholds, policy, window and judge with which ``exits`` keep a recorded promise. Raises PromiseError."""
+    record = exits.promise(promise)
+    bars = [NEVER if bar is None else bar for bar in record.thresholds]
+    how: dict[str, Any] = {"policy": record.policy, "window": record.window}
+    measure = None if record.judge == exits.config.head else record.judge
+    family = measure or f"{exits.config.head} head"
+    kind = "head" if measure is None else "measure"
+    return _judged(subject, exits, bars, kind, family, measure, promise=record.text, **how)
+
+
 def static(subject: Subject, layer: int, policy: str = "propagate") -> Variant:
     """Every token but the first, which the prompt's own pass gives, leaves after ``layer`` layers; nothing is asked."""
     exits = _ready(subject, Exits.untrained(subject.backbone, (layer,)))

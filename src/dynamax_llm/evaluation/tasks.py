@@ -131,12 +131,13 @@ def load_tasks(
     for name in unknown:
         _check_name(name, manager)
     loaded = []
-    for name in dict.fromkeys(names):
-        files = _files(name, folder)
-        used = manager or _manager(LOCAL[name].folder)
-        count = shots if shots is not None or name not in LOCAL else LOCAL[name].shots
-        task = _task(used, name, files, count, seed)
-        loaded.append(_ready(name, task, files, limit, max_new_tokens, seed))
+    with _quiet():
+        for name in dict.fromkeys(names):
+            files = _files(name, folder)
+            used = manager or _manager(LOCAL[name].folder)
+            count = shots if shots is not None or name not in LOCAL else LOCAL[name].shots
+            task = _task(used, name, files, count, seed)
+            loaded.append(_ready(name, task, files, limit, max_new_tokens, seed))
     return loaded
 
 
@@ -196,7 +197,7 @@ def _task(manager: Any, name: str, files: Mapping[str, Path], shots: int | None,
         splits = {split: _rows(path) for split, path in files.items()}
         random.Random(seed).shuffle(splits["validation"])
         changes["custom_dataset"] = lambda **_: _datasets(splits)
-    with _quiet(), stand_in():
+    with stand_in():
         try:
             # In a group the harness lays these changes over its own configuration of the task.
             task = manager.load([{"group": "dynamax", "task": [changes]}])["tasks"][name]
@@ -256,8 +257,7 @@ def _ready(
         )
     if generates:
         task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
-    with _quiet():
-        task.build_all_requests(limit=limit)
+    task.build_all_requests(limit=limit)
     by_doc: dict[int, list[Any]] = {}
     for instance in task.instances:
         by_doc.setdefault(int(instance.doc_id), []).append(instance)

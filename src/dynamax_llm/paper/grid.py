@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load, peek
+from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.evaluate import OnProgress, Plan, evaluate, merge
@@ -68,6 +69,7 @@ class PaperPlan:
             BANKS.lookup(head)
         for value in self.thresholds:
             Thresholds.parse(value, 1)
+        POLICIES.lookup(self.policy)
 
     @property
     def names(self) -> dict[str, str]:

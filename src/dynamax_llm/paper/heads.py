@@ -1,4 +1,4 @@
-"""The exits that the grid compares: those that ship with a backbone, those already trained in the folder, or new ones."""
+"""The exits that the grid compares: shipped with a backbone, trained into the folder before, or trained now."""
 
 from __future__ import annotations
 
