@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dynamax_llm.calibration.bounds import crc_limit, fixed_sequence, p_value
+from dynamax_llm.calibration.proof import Proof
+
+#: Calibrations whose losses are held at once.
+AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -23,20 +26,13 @@ class Outcomes:
         return float((self.loss > limit).mean())
 
 
-def simulate(
-    losses: np.ndarray, depth: np.ndarray, n: int, limit: float, confidence: float | None, draws: int, seed: int = 0
-) -> Outcomes:
+def simulate(losses: np.ndarray, depth: np.ndarray, n: int, proof: Proof, draws: int, seed: int = 0) -> Outcomes:
     """``draws`` calibrations on ``n`` sequences drawn with replacement from ``losses`` (pool, points), safe to risky.
 
-    With ``confidence`` None by conformal risk control. ``depth`` (points,) is the mean depth at each point.
+    ``depth`` (points,) is the mean depth at each point.
     """
-    rng, pool = np.random.default_rng(seed), len(losses)
-    counts = rng.multinomial(n, np.full(pool, 1.0 / pool), size=draws).astype(np.float64)
-    if confidence is None:
-        risen = np.maximum.accumulate(losses, axis=1)
-        kept = fixed_sequence(crc_limit(counts @ risen / n, n), limit)
-    else:
-        kept = fixed_sequence(p_value(counts @ losses / n, n, limit), 1.0 - confidence)
+    rows = np.random.default_rng(seed).integers(0, len(losses), (draws, n))
+    kept = np.concatenate([proof.kept(losses[some]) for some in np.array_split(rows, -(-draws // AT_ONCE))])
     truth = np.concatenate(([0.0], losses.mean(0)))
     return Outcomes(kept, truth[kept], np.concatenate(([1.0], depth))[kept])
 

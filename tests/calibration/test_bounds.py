@@ -8,17 +8,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dynamax_llm.calibration.bounds import (
-    crc_limit,
-    crc_sequence,
-    fixed_sequence,
-    greatest_loss,
-    p_value,
-    passes,
-    prompts_needed,
-    rejected,
-    tokenwise_bound,
-)
+from dynamax_llm.calibration.betting import BOLDEST, betting_p_value
+from dynamax_llm.calibration.bounds import crc_limit, fixed_sequence, p_value, rejected, tokenwise_bound
+from dynamax_llm.calibration.proof import Proof
+from dynamax_llm.exits.promise import METHODS
 
 
 def test_no_loss_has_the_p_value_of_never_losing():
@@ -43,6 +36,45 @@ def test_p_values_are_valid_for_coins():
         assert chance[p <= level].sum() <= level
 
 
+def capital(losses: list[float], bets: list[float], limit: float) -> float:
+    """The most that is held, step by step."""
+    held = most = 1.0
+    for loss, bet in zip(losses, bets, strict=True):
+        held *= 1.0 - bet * (loss - limit)
+        most = max(most, held)
+    return most
+
+
+def test_the_highest_bet_is_placed_while_nothing_is_lost():
+    highest = BOLDEST / 0.98
+    for n in (10, 150):
+        p = 1.0 / capital([0.0] * n, [highest] * n, 0.02)
+        assert betting_p_value(np.zeros((n, 1)), 0.02) == pytest.approx(p)
+    # Two lost tokens of 64 at the end: the capital of before counts.
+    losses = np.zeros((150, 1))
+    losses[-1] = 2 / 64
+    assert betting_p_value(losses, 0.02) == pytest.approx(1.0 / capital([0.0] * 149, [highest] * 149, 0.02))
+
+
+def test_bets_look_at_earlier_losses_only():
+    rng = np.random.default_rng(0)
+    losses = rng.random((3, 80, 4)) ** 6
+    cut = losses[:, :50]
+    early = betting_p_value(np.concatenate((cut, np.ones((3, 30, 4))), axis=1), 0.2)
+    better = betting_p_value(np.concatenate((cut, np.zeros((3, 30, 4))), axis=1), 0.2)
+    assert early.shape == (3, 4) and (better <= early).all() and (better < early).any()
+    one = betting_p_value(losses[1, :, 2:3], 0.2)
+    assert one == pytest.approx(betting_p_value(losses, 0.2)[1, 2:3])
+
+
+def test_little_variance_pays():
+    n, limit = 400, 0.02
+    steady = np.tile([0.0, 0.02], n // 2)[:, None]  # a mean of .01, as 1 % of the sequences losing all has
+    rare = (np.arange(n) % 100 == 50).astype(float)[:, None]
+    assert betting_p_value(steady, limit) < 0.03 < p_value(0.01, n, limit) < betting_p_value(rare, limit)
+    assert betting_p_value(np.full((n, 1), limit), limit) == 1.0
+
+
 def test_fixed_sequence_stops_at_the_first_that_is_not_rejected():
     assert fixed_sequence([0.01, 0.02, 0.2, 0.01], 0.05) == 2
     assert fixed_sequence([[0.2, 0.0], [0.0, 0.0]], 0.05).tolist() == [0, 2]
@@ -50,31 +82,51 @@ def test_fixed_sequence_stops_at_the_first_that_is_not_rejected():
     assert tests == [("a", 0.01, True), ("b", 0.2, False)]
 
 
+def proof(method: str, limit: float, confidence: float = 0.95) -> Proof:
+    return Proof(method, limit, None if method == "crc" else confidence)
+
+
 def test_conformal_risk_control_counts_one_more_loss_and_never_lets_losses_fall():
     assert crc_limit(0.0, 49) == pytest.approx(0.02)
     falling = np.array([[0.0, 1.0, 0.0]] * 3)
-    assert crc_sequence(falling, 0.5) == 1
+    assert proof("crc", 0.5).kept(falling) == 1
+    assert proof("crc", 0.5).value(falling).tolist() == pytest.approx([0.25, 1.0, 0.25])
 
 
-@pytest.mark.parametrize("confidence", [0.9, 0.95, None])
+def test_learn_then_test_keeps_up_to_the_first_that_is_not_rejected():
+    losses = np.stack([np.zeros((200, 3)), np.zeros((200, 3))])
+    losses[1, ::2, 1] = 1.0
+    for method in ("ltt", "ltt-hb"):
+        assert proof(method, 0.02).kept(losses).tolist() == [3, 1]
+        assert proof(method, 0.02).value(losses).shape == (2, 3)
+        assert proof(method, 0.02).keeps(losses[0, :, 0]) and not proof(method, 0.02).keeps(losses[1, :, 1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
 @pytest.mark.parametrize(("limit", "loss"), [(0.02, 0.0), (0.1, 0.0), (0.1, 0.04), (0.02, 0.011)])
-def test_the_prompts_needed_are_enough_and_fewer_are_not_at_loss_0(confidence, limit, loss):
-    n = prompts_needed(limit, confidence, loss)
-    assert passes(loss, n, limit, confidence)
-    if loss == 0.0:
-        assert n == 1 or not passes(loss, n - 1, limit, confidence)
+def test_the_prompts_needed_are_enough_and_fewer_are_not(method, confidence, limit, loss):
+    asked = proof(method, limit, confidence)
+    n = asked.prompts_needed([loss])
+    assert asked.keeps(np.full(n, loss))
+    if method == "ltt" or loss == 0.0:
+        assert n == 1 or not asked.keeps(np.full(n - 1, loss))
 
 
-def test_nothing_is_enough_where_the_loss_is_the_limit():
-    assert prompts_needed(0.02, 0.95, 0.02) is None
-    assert prompts_needed(0.02, 0.95, 0.01999999) is None
-    assert (prompts_needed(0.02, 0.95), prompts_needed(0.02, None)) == (149, 49)
+def test_what_varies_needs_more_prompts_only_where_betting_sees_it():
+    losses = {"steady": [0.01], "rare": [0.0] * 99 + [1.0]}  # of equal mean
+    needed = {(m, kind): proof(m, 0.02).prompts_needed(seen) for m in METHODS for kind, seen in losses.items()}
+    assert needed["ltt", "rare"] > 2 * needed["ltt", "steady"]
+    assert needed["ltt", "steady"] < needed["ltt-hb", "steady"] == needed["ltt-hb", "rare"]
+    assert needed["crc", "steady"] == needed["crc", "rare"]
 
 
-def test_the_greatest_loss_is_at_the_edge():
-    edge = greatest_loss(400, 0.02, 0.95)
-    assert passes(edge, 400, 0.02, 0.95) and not passes(edge + 1e-4, 400, 0.02, 0.95)
-    assert greatest_loss(100, 0.02, 0.95) == -1.0
+def test_nothing_is_enough_where_the_loss_is_the_limit(monkeypatch):
+    monkeypatch.setattr("dynamax_llm.calibration.proof.MOST_PROMPTS", 10_000)
+    for method in METHODS:
+        assert proof(method, 0.02).prompts_needed([0.02]) is None
+        assert proof(method, 0.02).prompts_needed([0.01999]) is None
+    assert [proof(method, 0.02).prompts_needed() for method in METHODS] == [150, 149, 49]
 
 
 def test_the_tokenwise_bound_is_clopper_and_pearsons():

@@ -12,7 +12,7 @@ from dynamax_llm.backbones.loading import load
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.errors import PolicyMismatch, PromiseError, UsageError
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.promise import Promise, Target, digest
+from dynamax_llm.exits.promise import METHODS, Promise, Target, digest
 from tests.calibration.promised import promised_folder, record
 from tests.folders import exits_folder, model_folder
 
@@ -98,3 +98,12 @@ def test_the_dtype_is_no_part_of_who_a_backbone_is():
     identity = Exits.from_pretrained(exits_folder()).fingerprint
     assert digest({**identity, "dtype": str(torch.bfloat16)}) == digest(identity)
     assert digest({**identity, "weights": "other"}) != digest(identity)
+
+
+def test_records_of_every_method_are_read():
+    exits = Exits.from_pretrained(exits_folder())
+    for method in METHODS:
+        made = record(exits, method=method)
+        assert Promise.from_json(made.to_json()).method == method
+    with pytest.raises(ValueError, match="'method' cannot be 'hope'"):
+        Promise.from_json({**record(exits).to_json(), "method": "hope"})

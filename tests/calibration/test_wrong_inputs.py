@@ -36,7 +36,7 @@ ASKED = {
     "metric": (lambda t: calibrate(promise="risk[bleu]<=0.1"), "'bleu'", "f1, exact_match"),
     "metric of agreement": (lambda t: calibrate(promise="agreement[f1]>=0.1"), "cannot be read", "risk[f1]<=0.02"),
     "confidence": (lambda t: calibrate("--confidence", 1.5), "1.5", "0.95"),
-    "method": (lambda t: calibrate("--method", "hope"), "'hope'", "ltt, crc"),
+    "method": (lambda t: calibrate("--method", "hope"), "'hope'", "ltt, ltt-hb, crc"),
     "policy": (lambda t: calibrate("--policy", "hope"), "'hope'", "propagate"),
     "verify": (lambda t: calibrate("--policy", "verify"), "'verify'", "nothing to calibrate"),
     "policy of another family": (lambda t: calibrate("--policy", "stale"), "'stale'", "Use 'propagate'"),
@@ -44,7 +44,7 @@ ASKED = {
     "five prompts": (
         lambda t: calibrate(prompts=5, promise="agreement>=0.98"),
         "--prompts 5: 1 beside the 4",
-        "That takes 149, so at least 186 prompts in all",
+        "That takes 150, so at least 187 prompts in all",
     ),
     "five prompts, in expectation": (
         lambda t: calibrate("--method", "crc", prompts=5, promise="agreement>=0.98"),
@@ -54,7 +54,7 @@ ASKED = {
     "too little data": (
         lambda t: calibrate(promise="agreement>=0.98", prompts=500),
         "gives 60 prompts: 48 beside",
-        "That takes 149",
+        "That takes 150",
     ),
     "no threshold keeps it": (
         lambda t: calibrate(promise="agreement>=0.92"),

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes" / "promises"))
 from simulation import pool_of, simulate
 
-from dynamax_llm.calibration.bounds import crc_sequence, fixed_sequence, p_value, tokenwise_bound
+from dynamax_llm.calibration.bounds import fixed_sequence, tokenwise_bound
+from dynamax_llm.calibration.proof import Proof
 
 DRAWS, N, TOKENS = 2000, 200, 64
 DELTA = 0.05  # 1 - confidence
@@ -55,15 +56,20 @@ def draws_of(correlation: float) -> tuple[np.ndarray, np.ndarray]:
     return losses, np.concatenate(([0.0], RATES if correlation == 0.0 else table.mean(0)))
 
 
-def means_of(losses: np.ndarray) -> np.ndarray:
-    return losses.mean(1, dtype=np.float64)
+def proof(method: str, limit: float = LIMIT) -> Proof:
+    return Proof(method, limit, None if method == "crc" else 1.0 - DELTA)
 
 
-@pytest.mark.parametrize("correlation", CORRELATIONS)
-@pytest.mark.parametrize("n", [60, N])
-def test_learn_then_test_breaks_at_most_its_share(correlation, n):
-    losses, truth = draws_of(correlation)
-    kept = fixed_sequence(p_value(means_of(losses[:, :n]), n, LIMIT), DELTA)
+@cache
+def kept_by(method: str, correlation: float, n: int) -> np.ndarray:
+    """Candidates that each of the simulated calibrations keeps."""
+    return proof(method).kept(draws_of(correlation)[0][:, :n])
+
+
+@pytest.mark.parametrize("method", ["ltt", "ltt-hb"])
+@pytest.mark.parametrize(("correlation", "n"), [*((correlation, N) for correlation in CORRELATIONS), (0.99, 70)])
+def test_learn_then_test_breaks_at_most_its_share(method, correlation, n):
+    truth, kept = draws_of(correlation)[1], kept_by(method, correlation, n)
     assert (truth > LIMIT).sum() >= 3
     assert (truth[kept] > LIMIT).mean() <= most(DELTA, DRAWS)
     if n == N:
@@ -71,14 +77,46 @@ def test_learn_then_test_breaks_at_most_its_share(correlation, n):
 
 
 @pytest.mark.parametrize("correlation", CORRELATIONS)
+def test_betting_keeps_more_than_hoeffding_and_bentkus(correlation):
+    truth = draws_of(correlation)[1]
+    betting, bentkus = (truth[kept_by(method, correlation, N)].mean() for method in ("ltt", "ltt-hb"))
+    assert betting > (1.5 if correlation < 0.9 else 1.1) * bentkus
+
+
+#: Losses (draws, sequences) whose mean is exactly ``limit``, by the name of their distribution.
+HARD = {
+    "coins": lambda rng, limit, shape: rng.random(shape) < limit,
+    "always the limit": lambda rng, limit, shape: np.full(shape, limit),
+    "none or twice the limit": lambda rng, limit, shape: 2 * limit * (rng.random(shape) < 0.5),
+    "a tenth of the limit, and rarely all": lambda rng, limit, shape: np.where(
+        rng.random(shape) < 0.9 * limit / (1 - 0.1 * limit), 1.0, 0.1 * limit
+    ),
+    "few sequences, each of like tokens": lambda rng, limit, shape: (
+        rng.binomial(TOKENS, rng.beta(limit / 2, (1 - limit) / 2, shape)) / TOKENS
+    ),
+    "independent tokens": lambda rng, limit, shape: rng.binomial(TOKENS, limit, shape) / TOKENS,
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("limit", [0.01, LIMIT])
+def test_a_loss_exactly_at_the_bound_is_taken_for_less_in_at_most_its_share(name, limit):
+    shape = (DRAWS, 100 if limit == LIMIT else 400)
+    losses = np.asarray(HARD[name](np.random.default_rng(1), limit, shape), dtype=np.float64)
+    assert losses.mean() == pytest.approx(limit, rel=0.05)
+    for method in ("ltt", "ltt-hb"):
+        for claimed in (limit, 0.98 * limit):  # the mean is at what is claimed, or just above it
+            p = proof(method, claimed).value(losses[..., None])
+            assert (p <= DELTA).mean() <= most(DELTA, DRAWS)
+
+
+@pytest.mark.parametrize("correlation", CORRELATIONS)
 def test_conformal_risk_control_keeps_the_mean_and_not_every_draw(correlation):
-    losses, truth = draws_of(correlation)
-    kept = crc_sequence(losses, LIMIT)
-    found = truth[kept]
+    found = draws_of(correlation)[1][kept_by("crc", correlation, N)]
     error = stats.norm.ppf(0.999) * found.std() / DRAWS**0.5
     assert found.mean() <= LIMIT + error
-    ltt = fixed_sequence(p_value(means_of(losses), N, LIMIT), DELTA)
-    assert kept.mean() > ltt.mean(), "its weaker promise keeps more"
+    if correlation > 0.9:
+        assert (found > LIMIT).mean() > 3 * DELTA
 
 
 def test_the_tokenwise_bound_breaks_where_tokens_are_alike():
@@ -98,18 +136,19 @@ def pool(model: str) -> dict:
 
 
 @pytest.mark.parametrize("model", ["transformer-ee", "mamba-ee"])
-@pytest.mark.parametrize(
-    ("measure", "bound"), [("agreement", 0.98), ("agreement", 0.95), ("consistency", 0.95), ("consistency", 0.9)]
-)
+@pytest.mark.parametrize(("measure", "bound"), [("agreement", 0.98), ("consistency", 0.9)])
 def test_promises_on_the_reference_backbones_hold(model, measure, bound):
     losses, depth = pool_of(pool(model), measure)
     limit, draws = 1.0 - bound, 300
     assert len(losses) >= 400 and losses.min() >= 0.0 and losses.max() <= 1.0
     assert losses.mean(0).max() > limit, "some points do break this promise"
-    for n in (200, 400):
-        found = simulate(losses, depth, n, limit, 1.0 - DELTA, draws, seed=n)
-        assert found.broken(limit) <= most(DELTA, draws)
-    assert (found.kept > 0).mean() > 0.9
-    assert found.depth.mean() < 1.0
-    expected = simulate(losses, depth, 200, limit, None, draws, seed=1).loss
+    depths = {}
+    for method in ("ltt", "ltt-hb"):
+        for n in (200, 400) if method == "ltt" else (400,):
+            found = simulate(losses, depth, n, proof(method, limit), draws, seed=n)
+            assert found.broken(limit) <= most(DELTA, draws)
+        assert (found.kept > 0).mean() > 0.9
+        depths[method] = found.depth.mean()
+    assert depths["ltt"] < depths["ltt-hb"] < 1.0
+    expected = simulate(losses, depth, 200, proof("crc", limit), draws, seed=1).loss
     assert expected.mean() <= limit + stats.norm.ppf(0.999) * expected.std() / draws**0.5

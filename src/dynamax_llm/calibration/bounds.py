@@ -1,17 +1,18 @@
 """When a mean loss may be promised to stay below a bound, from one loss in [0, 1] per sequence.
 
 Learn then Test (Angelopoulos et al., arXiv 2110.01052): for every candidate, "its mean loss exceeds δ" is a hypothesis
-with the Hoeffding-Bentkus p-value (Bates et al., arXiv 2101.02703); candidates are tested from safe to risky, each at
-1 - confidence, until the first is not rejected (fixed-sequence testing needs no correction for their number). Then,
-with probability at least ``confidence`` over the draw of the sequences, the mean loss of every candidate that was
-rejected is at most δ.
+with a p-value: that of ``betting``, or Hoeffding and Bentkus' here (Bates et al., arXiv 2101.02703). Candidates are
+tested from safe to risky, each at 1 - confidence, until the first is not rejected (fixed-sequence testing needs no
+correction for their number). Then, with probability at least ``confidence`` over the draw of the sequences, the mean
+loss of every candidate that was rejected is at most δ.
 
 Conformal risk control (Angelopoulos et al., arXiv 2208.02814) promises less: the *expected* loss on one more sequence
 is at most δ, on average over the draws of the sequences too. A single calibration may well lie above δ, and often
-does; there is no confidence to speak of. It saves more layers for that reason.
+does; there is no confidence to speak of. For that it makes do with fewer sequences.
 
-All of it holds for sequences drawn independently, or at least exchangeably, from one source. Tokens of one sequence
-are neither. ``tokenwise_bound`` treats them as if they were; it is here to be shown to fail, and nothing uses it.
+Learn then Test takes sequences to be drawn independently from one source; for conformal risk control it is enough that
+they are exchangeable. Tokens of one sequence are neither. ``tokenwise_bound`` treats them as if they were; it is here
+to be shown to fail, and nothing uses it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,6 @@ from scipy import stats
 
 Floats = NDArray[np.float64]
 Found = TypeVar("Found")
-
-#: No number of prompts above this is named: the loss is then too near to the bound.
-MOST_PROMPTS = 10_000_000
 
 
 def p_value(loss: ArrayLike, n: ArrayLike, limit: float) -> Floats:
@@ -62,52 +60,6 @@ def crc_limit(loss: ArrayLike, n: ArrayLike) -> Floats:
     """What conformal risk control holds against δ: (n loss + 1) / (n + 1), the worst that one more sequence can do."""
     count = np.asarray(n, dtype=np.float64)
     return (count * np.asarray(loss, dtype=np.float64) + 1.0) / (count + 1.0)
-
-
-def crc_sequence(losses: ArrayLike, limit: float) -> NDArray[np.int64]:
-    """How many candidates, from the safest on, conformal risk control keeps; losses (…, sequences, candidates).
-
-    The theorem wants losses that never fall towards risk, so each sequence's loss is replaced by the greatest it had
-    so far; that bounds the loss itself.
-    """
-    risen = np.maximum.accumulate(np.asarray(losses, dtype=np.float64), axis=-1)
-    return fixed_sequence(crc_limit(risen.mean(-2), risen.shape[-2]), limit)
-
-
-def passes(loss: ArrayLike, n: ArrayLike, limit: float, confidence: float | None) -> NDArray[np.bool_]:
-    """Whether an observed mean of ``n`` losses keeps ``limit``: by Learn then Test, or with ``confidence`` None by
-    conformal risk control."""
-    if confidence is None:
-        return crc_limit(loss, n) <= limit
-    return p_value(loss, n, limit) <= 1.0 - confidence + 1e-12
-
-
-def prompts_needed(limit: float, confidence: float | None, loss: float = 0.0) -> int | None:
-    """The least number of sequences at which an observed mean ``loss`` would keep ``limit``; at loss 0 the least with
-    which anything can be promised at all. None if no number would, or more than MOST_PROMPTS."""
-    if loss >= limit:
-        return None
-    most = 1
-    while not bool(passes(loss, most, limit, confidence)):
-        most *= 2
-        if most > MOST_PROMPTS:
-            return None
-    least = most // 2
-    while most - least > 1:
-        middle = (least + most) // 2
-        least, most = (least, middle) if bool(passes(loss, middle, limit, confidence)) else (middle, most)
-    return most
-
-
-def greatest_loss(n: int, limit: float, confidence: float | None) -> float:
-    """The greatest observed mean of ``n`` losses that keeps ``limit``; -1 if not even 0 does."""
-    if not bool(passes(0.0, n, limit, confidence)):
-        return -1.0
-    low, high = 0.0, limit
-    for _ in range(40):
-        middle = (low + high) / 2.0
-        low, high = (middle, high) if bool(passes(middle, n, limit, confidence)) else (low, middle)
-    return low
 
 
 def rejected(found: Iterable[tuple[Found, float]], level: float) -> Iterator[tuple[Found, float, bool]]:

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import torch
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.calibration.bounds import crc_limit, greatest_loss, p_value, prompts_needed, rejected
+from dynamax_llm.calibration.bounds import rejected
 from dynamax_llm.calibration.fit import fit_path
 from dynamax_llm.calibration.path import Point
 from dynamax_llm.calibration.prompts import Drawn, Item, draw, draw_questions
+from dynamax_llm.calibration.proof import Proof
 from dynamax_llm.calibration.risks import (
     AgreementRisk,
     Measured,
@@ -43,8 +45,8 @@ from dynamax_llm.training.sources import Source
 PARAMETERS = tuple(step / 50 for step in range(1, 51))
 #: Sequences without which a path cannot be learnt.
 LEAST_PATH = 4
-#: Tests begin where the path split loses this share of what would still be rejected.
-BEGIN = 0.5
+#: Tests begin where the path split could lose this many times as much and the limit would still be kept.
+SPARE = 2.0
 
 
 @dataclass(frozen=True)
@@ -100,11 +102,11 @@ class Request:
         POLICIES.lookup(policy)
         check_policy(policy)
         target = Target.parse(promise)
-        return cls(target, confidence if method == "ltt" else None, method, policy, window, measure)
+        return cls(target, None if method == "crc" else confidence, method, policy, window, measure)
 
     def check_count(self, count: int, settings: CalibrationSettings, given: str) -> None:
         """Raise PromiseError unless ``count`` sequences could prove this promise if none of them lost anything."""
-        n, needed = count - settings.split(count), prompts_needed(self.target.limit, self.confidence)
+        n, needed = count - settings.split(count), self.proof.prompts_needed()
         if needed is None or n >= needed:
             return
         sure = "in expectation (crc)" if self.confidence is None else f"with {100 * self.confidence:.4g} % confidence"
@@ -113,6 +115,11 @@ class Request:
             f"{self.target.text} {sure} even if none lost anything. That takes {needed}, so at least "
             f"{settings.asked(needed)} prompts in all, and more where exits cost something. Give more, or promise less."
         )
+
+    @property
+    def proof(self) -> Proof:
+        """What the losses are held against."""
+        return Proof(self.method, self.target.limit, self.confidence)
 
     @property
     def how(self) -> dict[str, Any]:
@@ -139,9 +146,10 @@ def calibrate(
     """The record of a promise that holds, with the riskiest thresholds on the path that were proved to keep it.
 
     ``source`` holds documents, for a risk questions with answers. ``measure`` judges instead of the trained head.
-    ``method`` "ltt" promises with ``confidence`` over draws of the sequences (Learn then Test, Hoeffding-Bentkus,
-    fixed sequence), "crc" in expectation only (conformal risk control). ``on_test`` is called with every test made.
-    Nothing is saved: ``exits.keep(promise).save(folder)`` does that.
+    ``method`` "ltt" promises with ``confidence`` over draws of the sequences (Learn then Test, fixed sequence, p-values
+    by betting), "ltt-hb" too (p-values of Hoeffding and Bentkus, larger where losses vary little), "crc" in
+    expectation only (conformal risk control). ``on_test`` is called with every test made. Nothing is saved:
+    ``exits.keep(promise).save(folder)`` does that.
 
     Raises PromiseError if there are too few sequences to promise anything, saying how many would do, or if nothing
     keeps the promise; UsageError and PolicyMismatch for what cannot be asked; DataError, ArtifactMismatch.
@@ -158,15 +166,16 @@ def calibrate(
     n_path = settings.split(len(drawn.items))
     path_risk = _risk(request.target, backbone, tokenizer, drawn.items[:n_path], settings)
     risk = _risk(request.target, backbone, tokenizer, drawn.items[n_path:], settings)
+    score = _full_score(exits, request, risk)
     path = fit_path(exits, path_risk, request.target.limit, request.how, PARAMETERS)
-    evidence = []
-    for test in _tests(exits, request, path.points, path_risk, risk):
+    evidence: list[dict[str, Any]] = []
+    for test, losses in _tests(exits, request, path.points, path_risk, risk):
+        if not (evidence or test["kept"]):
+            raise _not_kept(request, test, losses)
         evidence.append(test)
         if on_test is not None:
             on_test(test)
-    kept = [test for test in evidence if test["kept"]]
-    if not kept:
-        raise _not_kept(request, evidence, len(risk.items))
+    best = [test for test in evidence if test["kept"]][-1]
     return Promise(
         text=request.target.text,
         measure=request.target.measure,
@@ -176,13 +185,13 @@ def calibrate(
         n=len(risk.items),
         n_path=n_path,
         unit="sequences",
-        **{name: kept[-1][name] for name in ("parameter", "estimate", "p_value", "mean_depth")},
-        thresholds=tuple(kept[-1]["thresholds"]),
+        **{name: best[name] for name in ("parameter", "estimate", "p_value", "mean_depth")},
+        thresholds=tuple(best["thresholds"]),
         policy=policy,
         window=window,
         readout=exits.config.readout,
         judge=measure or str(exits.config.head),
-        data=_facts(source, drawn, settings, path.family),
+        data={**_facts(source, drawn, settings, path.family), **score},
         fingerprint=digest(exits.fingerprint),
         dynamax=installed_version(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -190,40 +199,53 @@ def calibrate(
     )
 
 
+def _full_score(exits: Exits, request: Request, risk: Risk) -> dict[str, float]:
+    """The full model's mean score, of a risk alone. Raises PromiseError if no text could lose more than the limit."""
+    target = request.target
+    if not (isinstance(risk, TextRisk) and target.measure.startswith("risk:")):
+        return {}
+    score = risk.of_silence(EarlyExit(exits, threshold="never", **request.how))
+    if score <= target.limit:
+        raise PromiseError(
+            f"{target.text} says nothing on these {len(risk.items)} prompts: the full model's own mean "
+            f"{target.measure.removeprefix('risk:')} is {score:.4f} there, so that an empty answer would keep it. Give "
+            "prompts that this model can answer, or a smaller bound. Nothing was saved."
+        )
+    return {"full_score": score}
+
+
 def _tests(
     exits: Exits, request: Request, points: Sequence[Point], path_risk: Risk, risk: Risk
-) -> Iterator[dict[str, Any]]:
-    """The tests from safe to risky, the first that fails included."""
-    n, limit = len(risk.items), request.target.limit
-    enough = BEGIN * greatest_loss(n, limit, request.confidence)
+) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+    """The tests from safe to risky, the first that fails included, each with its losses."""
+    proof = request.proof
 
     @functools.cache
     def safe(place: int) -> bool:
-        return float(_measure(exits, request, points[place], path_risk).losses.mean()) <= enough
+        losses = SPARE * _measure(exits, request, points[place], path_risk).losses
+        return proof.keeps(np.resize(losses.clamp(max=1.0).numpy(), len(risk.items)))
 
     low, high = 0, len(points)  # everything below ``low`` is taken for safe, ``high`` and above for not
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if safe(middle) else (low, middle)
     start = max(low - 1, 0)
-    order = [*dict.fromkeys((start // 2, start)), *range(start + 1, len(points))]
+    # The path split may be wrong about ``start``, and nothing counts after the first that fails: come near by halves.
+    nearer = (start - (start >> halved) for halved in range(1, start.bit_length() + 1))
+    order = [*dict.fromkeys((*nearer, start)), *range(start + 1, len(points))]
     worst: torch.Tensor | None = None  # per sequence, the greatest loss so far: what conformal risk control asks of
 
-    def found() -> Iterator[tuple[dict[str, Any], float]]:
+    def found() -> Iterator[tuple[tuple[Point, Measured], float]]:
         nonlocal worst
         for place in order:
             measured = _measure(exits, request, points[place], risk)
             worst = measured.losses if worst is None else torch.maximum(worst, measured.losses)
-            loss = float(measured.losses.mean())
-            p = float(p_value(loss, n, limit)) if request.confidence is not None else None
-            yield (
-                _record(request.target, points[place], loss, p, measured),
-                (float(crc_limit(float(worst.mean()), n)) if p is None else p),
-            )
+            held = worst if request.method == "crc" else measured.losses
+            yield (points[place], measured), float(proof.value(held.numpy()[:, None])[0])
 
-    level = limit if request.confidence is None else 1.0 - request.confidence
-    for record, _, kept in rejected(found(), level):
-        yield {**record, "kept": kept}
+    for (point, measured), value, kept in rejected(found(), proof.level):
+        p = None if request.method == "crc" else value
+        yield {**_record(request.target, point, p, measured), "kept": kept}, measured.losses
 
 
 def _measure(exits: Exits, request: Request, point: Point, risk: Risk) -> Measured:
@@ -231,8 +253,9 @@ def _measure(exits: Exits, request: Request, point: Point, risk: Risk) -> Measur
     return risk.measure(EarlyExit(exits, threshold=bars, **request.how))
 
 
-def _record(target: Target, point: Point, loss: float, p: float | None, measured: Measured) -> dict[str, Any]:
+def _record(target: Target, point: Point, p: float | None, measured: Measured) -> dict[str, Any]:
     """One entry of the evidence; the estimate is what the promise names."""
+    loss = float(measured.losses.mean())
     return {
         "parameter": round(point.parameter, 6),
         "thresholds": list(point.thresholds),
@@ -273,14 +296,15 @@ def _facts(source: Source, drawn: Drawn, settings: CalibrationSettings, family: 
     return {**facts, **kept, "path_family": family}
 
 
-def _not_kept(request: Request, evidence: Sequence[dict[str, Any]], n: int) -> PromiseError:
-    target, first = request.target, evidence[0]
-    loss = first["estimate"] if target.measure.startswith("risk:") else 1.0 - first["estimate"]
-    more = prompts_needed(target.limit, request.confidence, loss)
+def _not_kept(request: Request, first: dict[str, Any], losses: torch.Tensor) -> PromiseError:
+    """The refusal when the safest thresholds tried, with these losses, were not proved to keep the promise."""
+    more, n = request.proof.prompts_needed(losses.numpy()), len(losses)
     seen = f"the safest thresholds tried, at {first['mean_depth']:.3f} of the depth, gave {first['estimate']:.4f}"
     way = (
-        f"At that loss {more:,} prompts beside the path's would do: raise --prompts; or promise less."
+        f"At such losses {more:,} prompts beside the path's would do: raise --prompts; or promise less."
         if more is not None and more > n
         else "Promise less, use another policy (defer keeps state exact), or exits trained on such text."
     )
-    return PromiseError(f"no threshold keeps {target.text} on these {n} prompts: {seen}. {way} Nothing was saved.")
+    return PromiseError(
+        f"no threshold keeps {request.target.text} on these {n} prompts: {seen}. {way} Nothing was saved."
+    )

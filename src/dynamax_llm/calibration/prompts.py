@@ -71,13 +71,13 @@ def draw(source: Source, tokenizer: Any, count: int, prompt: int, new: int, seed
 
 
 def draw_questions(source: Source, tokenizer: Any, count: int, prompt: int, seed: int = 0) -> Drawn:
-    """At most ``count`` questions with reference answers, as prompts ``Question: …`` and ``Answer:`` of at most
-    ``prompt`` tokens. Raises DataError for a source that is no .jsonl with the fields question and answers."""
+    """At most ``count`` questions with reference answers, of at most ``prompt`` tokens: a record's ``prompt`` as it is,
+    or its ``question`` as ``Question: …`` and ``Answer:``. Raises DataError for a source that is no .jsonl with one of
+    these fields and answers."""
     answers: dict[str, tuple[str, ...]] = {}
 
     def questions() -> Iterator[tuple[str, str]]:
-        for question, references in _questions(source):
-            text = f"Question: {question}\nAnswer:"
+        for text, references in _questions(source):
             answers.setdefault(text, references)
             yield text, json.dumps([text, references], ensure_ascii=False)
 
@@ -111,17 +111,21 @@ def _collect(texts: Iterator[tuple[str, str]], cut: Any, count: int, seed: int) 
 
 
 def _questions(source: Source) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Questions and their reference answers, in file order."""
-    wanted = 'A risk is measured against references: give .jsonl files with the fields "question" and "answers".'
+    """Prompts and their reference answers, in file order."""
+    wanted = (
+        'A risk is measured against references: give .jsonl files with the fields "question" and "answers", or '
+        '"prompt" for the whole prompt instead of "question".'
+    )
     if not source.files or any(path.name.endswith(".txt") for path in source.files):
         raise DataError(f"data {source.spec!r} holds no questions with answers. {wanted}")
     for path in source.files:
         for place, record in json_records(path):
-            question = record.get("question") if isinstance(record, Mapping) else None
-            references = _references(record) if isinstance(question, str) else ()
+            found = record if isinstance(record, Mapping) else {}
+            whole, question = found.get("prompt"), found.get("question")
+            references = _references(found) if isinstance(whole, str) or isinstance(question, str) else ()
             if not references:
                 raise DataError(f"{place}: no question with answers. {wanted}")
-            yield str(question), references
+            yield whole if isinstance(whole, str) else f"Question: {question}\nAnswer:", references
 
 
 def _references(record: Mapping[str, Any]) -> tuple[str, ...]:

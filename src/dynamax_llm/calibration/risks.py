@@ -117,12 +117,25 @@ class TextRisk(Risk):
 
     def measure(self, early: EarlyExit) -> Measured:
         check_policy(early.policy.name)
+        full = self.full(early)
+        tokens, depth = self.generate(early)
+        return Measured(self._losses(self.texts(tokens), full), depth)
+
+    def full(self, early: EarlyExit) -> list[str]:
+        """The full model's texts."""
         if self._texts is None:
             never = EarlyExit(early.exits, threshold="never", measure=early.measure)
             self._texts = self.texts(self.generate(never)[0])
-        tokens, depth = self.generate(early)
-        rows = zip(self.texts(tokens), self._texts, self.items, strict=True)
-        return Measured(torch.tensor([self.loss(*row) for row in rows], dtype=torch.float64), depth)
+        return self._texts
+
+    def of_silence(self, early: EarlyExit) -> float:
+        """The mean loss of saying nothing at all; of a risk, the full model's own mean score."""
+        full = self.full(early)
+        return float(self._losses([""] * len(full), full).mean())
+
+    def _losses(self, texts: Sequence[str], full: Sequence[str]) -> Tensor:
+        rows = zip(texts, full, self.items, strict=True)
+        return torch.tensor([self.loss(*row) for row in rows], dtype=torch.float64)
 
     def texts(self, rows: Sequence[list[int]]) -> list[str]:
         """The texts of rows of new tokens."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
+from typer.main import get_command
 
 from dynamax_llm.cli import calibrate, demo, eval, generate, paper, report, train
 from dynamax_llm.errors import DynamaxError
@@ -50,7 +52,7 @@ def options(
 def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code: 0, 2 after a refusal, 130 after Ctrl-C."""
     try:
-        outcome = app(list(arguments), prog_name="dynamax", standalone_mode=False)
+        outcome = _parser()(list(arguments), prog_name="dynamax", standalone_mode=False)
     except typer.TyperException as error:  # arguments that do not parse
         problem = error.format_message().rstrip(".") + _given(error, arguments)
         return _refuse(f"{problem}. See: dynamax {_verb(arguments)}--help")
@@ -76,6 +78,12 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> None:
     """Entry point of the ``dynamax`` command."""
     sys.exit(run(sys.argv[1:]))
+
+
+@functools.cache
+def _parser() -> Callable[..., object]:
+    """The commands with their options, read from the functions' signatures once: it takes longer than most refusals."""
+    return get_command(app)
 
 
 def _refuse(message: str) -> int:

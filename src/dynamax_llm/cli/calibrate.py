@@ -18,7 +18,7 @@ Data = Annotated[
     str,
     typer.Option(
         help="Text like that to come: a .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id; "
-        "for a risk, .jsonl with question and answers.",
+        "for a risk, .jsonl with question (or a whole prompt) and answers.",
         metavar="PATH|ID",
     ),
 ]
@@ -44,10 +44,14 @@ def calibrate(
     ],
     exits: ExitsIn = None,
     out: Out = None,
-    confidence: Annotated[float, typer.Option(help="How sure to be, over draws of the prompts; ltt only.")] = 0.95,
+    confidence: Annotated[float, typer.Option(help="How sure to be, over draws of the prompts; not for crc.")] = 0.95,
     method: Annotated[
         str,
-        typer.Option(help="ltt: learn then test; crc: conformal risk control, in expectation only.", metavar="NAME"),
+        typer.Option(
+            help="ltt: learn then test, p-values by betting; ltt-hb: those of Hoeffding and Bentkus, larger; "
+            "crc: conformal risk control, in expectation only.",
+            metavar="NAME",
+        ),
     ] = "ltt",
     policy: Annotated[
         str, typer.Option(help="State of skipped layers: propagate, copy, stale or defer.", metavar="NAME")
@@ -149,7 +153,10 @@ def report(promise: Promise, exits: Exits, model: str, out: Path) -> None:
 
     console = Console(highlight=False, markup=False)
     what = "drop" if promise.measure.startswith("risk:") else promise.measure
-    console.print(f"{promise.text}: tests from safe to risky on {promise.n} prompts", soft_wrap=True)
+    how = {"ltt": "learn then test, p-values by betting", "crc": "conformal risk control"}.get(
+        promise.method, "learn then test, p-values of Hoeffding and Bentkus"
+    )
+    console.print(f"{promise.text}: tests from safe to risky on {promise.n} prompts ({how})", soft_wrap=True)
     table = Table()
     for column in ("λ", "mean depth", what, "p-value", "kept"):
         table.add_column(column, justify="right")
@@ -163,9 +170,11 @@ def report(promise: Promise, exits: Exits, model: str, out: Path) -> None:
         f"{'never' if bar is None else f'{bar:.5f}'} after layer {layer}"
         for bar, layer in zip(promise.thresholds, exits.config.layers, strict=True)
     )
+    score = promise.data.get("full_score")
+    beside = "" if score is None else f", where the full model scores {score:.4f},"
     console.print(
-        f"Seen on them: {promise.estimate:.4f} at a mean depth of {promise.mean_depth:.3f} of the layers; thresholds "
-        f"{bars}.",
+        f"Seen on them: {promise.estimate:.4f}{beside} at a mean depth of {promise.mean_depth:.3f} of the layers; "
+        f"thresholds {bars}.",
         soft_wrap=True,
     )
     weaker = (

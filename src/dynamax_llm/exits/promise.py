@@ -20,7 +20,8 @@ from dynamax_llm.errors import PolicyMismatch, PromiseError, UsageError
 MEASURES = ("agreement", "consistency")
 #: The metric of a risk that names none, and those there are.
 DEFAULT_METRIC, METRICS = "f1", ("f1", "exact_match")
-METHODS = ("ltt", "crc")
+#: Learn then Test with p-values by betting or of Hoeffding and Bentkus, and conformal risk control.
+METHODS = ("ltt", "ltt-hb", "crc")
 FORMS = "agreement>=0.98, consistency>=0.9, risk[f1]<=0.02, risk[exact_match]<=0.02"
 
 _FORM = re.compile(r"\s*(agreement|consistency|risk)\s*(?:\[\s*([\w-]+)\s*\])?\s*(>=|<=)\s*([\d.eE+-]+)\s*")

@@ -16,6 +16,8 @@ _ABOUT = {
     "agreement": "the share of tokens that equal the full model's, given the same prefix, is at least {bound}",
     "consistency": "the ROUGE-L of the text to the full model's own text is at least {bound}",
 }
+#: Where p-values come from, by the method's name; conformal risk control has none and is worded apart.
+_BOUNDS = {"ltt": "p-values by betting", "ltt-hb": "Hoeffding-Bentkus p-values"}
 _SILENT = {
     "agreement": "nor of a free generation, which drifts after its first difference",
     "consistency": "nor of tokens one by one: two texts may share most words and still differ where it matters",
@@ -37,7 +39,7 @@ def in_words(promise: Promise) -> str:
         )
     return (
         f"With {_sure(promise.get('confidence'))} confidence over the draw of the {drawn}, {about}, on average over "
-        f"{unit} of that kind of text (Learn-then-Test)."
+        f"{unit} of that kind of text (Learn-then-Test, {_BOUNDS.get(str(promise.get('method')), DASH)})."
     )
 
 
