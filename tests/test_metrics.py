@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynamax_llm.metrics import first_divergence, is_degenerate, rouge_l
+from dynamax_llm.metrics import exact_match, f1, first_divergence, is_degenerate, rouge_l
 
 
 def test_rouge_l_by_hand():
@@ -29,3 +29,10 @@ def test_degenerate_outputs_are_blank_or_repeat_themselves():
     assert not is_degenerate(list(range(30)), "thirty different tokens")
     # Eleven distinct runs of 17: a refrain is no loop.
     assert not is_degenerate([*range(12), *range(8)], "a refrain")
+
+
+def test_squad_scores_by_hand():
+    assert exact_match("beatles", "The  Beatles!") == 1.0
+    assert exact_match("two dogs", "two cats") == 0.0
+    assert f1("a black cat sat", "the black cat") == pytest.approx(0.8)
+    assert (f1("a", "the"), f1("", "cat"), f1("dog", "cat")) == (1.0, 0.0, 0.0)

@@ -1,11 +1,15 @@
 """How far one text is from another, and whether it is text at all: what promises and evaluations measure.
 
-Word-level ROUGE-L is Lin (2004) as computed by the rouge-score package, without stemming.
+Word-level ROUGE-L is Lin (2004) as computed by the rouge-score package, without stemming. Exact match and F1 of answers
+are SQuAD's (Rajpurkar et al., arXiv 1606.05250).
 """
 
 from __future__ import annotations
 
 import functools
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +17,8 @@ from typing import Any
 PIECE = 4
 #: Outputs shorter than this many tokens are never called repetitive.
 SHORTEST_LOOP = 12
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def rouge_l(text: str, reference: str) -> float:
@@ -37,6 +43,25 @@ def is_degenerate(tokens: Sequence[int], text: str) -> bool:
         return True
     pieces = [tuple(tokens[start : start + PIECE]) for start in range(len(tokens) - PIECE + 1)]
     return len(tokens) >= SHORTEST_LOOP and 2 * len(set(pieces)) <= len(pieces)
+
+
+def normalise(answer: str) -> str:
+    """SQuAD's form of an answer: lower case, no punctuation, no articles, single spaces."""
+    plain = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
+    return " ".join(_ARTICLES.sub(" ", plain).split())
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1 iff the two are the same answer after normalisation."""
+    return float(normalise(answer) == normalise(reference))
+
+
+def f1(answer: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of words; without words on either side, 1 if neither has any, else 0."""
+    given, wanted = normalise(answer).split(), normalise(reference).split()
+    if not wanted or not given:
+        return float(wanted == given)
+    return 2.0 * (Counter(given) & Counter(wanted)).total() / (len(given) + len(wanted))
 
 
 @functools.cache

@@ -20,8 +20,6 @@ from dynamax_llm.calibration.risks import (
     Measured,
     TextRisk,
     best,
-    exact_match,
-    f1,
     inconsistency,
     shortfall,
 )
@@ -30,7 +28,7 @@ from dynamax_llm.decoding.teacher_forced import step_by_step
 from dynamax_llm.errors import PromiseError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.promise import METHODS, Promise
-from dynamax_llm.metrics import rouge_l
+from dynamax_llm.metrics import exact_match, f1, rouge_l
 from dynamax_llm.testing import zero_tail
 from dynamax_llm.training.sources import find_source
 from tests.folders import corpus, exits_folder, model_folder

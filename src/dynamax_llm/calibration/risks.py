@@ -14,9 +14,6 @@ case, without punctuation, articles and surplus blanks. Answers end at the first
 from __future__ import annotations
 
 import abc
-import collections
-import re
-import string
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +26,7 @@ from dynamax_llm.calibration.prompts import Item
 from dynamax_llm.decoding.loop import EarlyExit
 from dynamax_llm.decoding.teacher_forced import step_by_step, teacher_forced
 from dynamax_llm.errors import PolicyMismatch
-from dynamax_llm.metrics import rouge_l
+from dynamax_llm.metrics import exact_match, f1, rouge_l
 from dynamax_llm.registry import Registry
 from dynamax_llm.training.data import pad
 
@@ -196,24 +193,6 @@ def best(score: Callable[[str, str], float], text: str, references: Sequence[str
     """The best score over the references, of the text up to its first line end."""
     answer = text.strip().split("\n")[0]
     return max(score(answer, reference) for reference in references)
-
-
-def normalise(text: str) -> str:
-    """SQuAD's form of an answer."""
-    plain = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
-
-
-def exact_match(text: str, reference: str) -> float:
-    """1 iff the two are the same answer."""
-    return float(normalise(text) == normalise(reference))
-
-
-def f1(text: str, reference: str) -> float:
-    """F-measure of the words that the two share, 0..1."""
-    one, other = normalise(text).split(), normalise(reference).split()
-    shared = (collections.Counter(one) & collections.Counter(other)).total()
-    return 2.0 * shared / (len(one) + len(other)) if shared else float(one == other)
 
 
 #: Metrics of ``risk[…]``.
