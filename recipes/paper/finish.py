@@ -3,7 +3,8 @@
 python recipes/paper/finish.py --eval DIR [--exits NAME=DIR …] [--shifts FILE] --out DIR
 
 ``--exits`` names exits that ``dynamax calibrate`` wrote, by backbone; their promises and evidence join the document.
-``--shifts`` is recipes/promises/results/shift.json. Writes OUT/eval.json, OUT/report.html and OUT/figures.
+``--shifts`` is recipes/promises/results/shift.json. Writes OUT/eval.json, OUT/report.html, OUT/figures, and
+OUT/summary.md: every setting's figures as means over tasks.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from dynamax_llm.evaluation.results import Evaluation, Shift
@@ -27,6 +29,7 @@ def main() -> None:
     found = joined(Evaluation.load(options.eval), dict(options.exits), options.shifts)
     found.save(options.out)
     write_report([found], page, figures)
+    (options.out / "summary.md").write_text(summary(found), encoding="utf-8")
     print(f"{page}: {page.stat().st_size / 1e6:.2f} MB, {len(found.cells)} cells")
 
 
@@ -42,6 +45,28 @@ def joined(found: Evaluation, exits: dict[str, Path], shifts: Path | None) -> Ev
     rows: list[dict[str, Any]] = [] if shifts is None else json.loads(shifts.read_text(encoding="utf-8"))
     moved = tuple(Shift.model_validate(row) for row in rows)
     return found.model_copy(update={"promises": {**found.promises, **promises}, "shifts": (*found.shifts, *moved)})
+
+
+def summary(found: Evaluation) -> str:
+    """Means over tasks, each weighing the same; agreement also at its lowest."""
+    lines = [
+        "| backbone | setting | agreement | lowest | ROUGE-L | degenerate | depth | counted reduction | speed-up |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for backbone in found.backbones:
+        for setting in found.settings[backbone.name]:
+            cells = [cell for cell in found.cells if (cell.backbone, cell.setting) == (backbone.name, setting.id)]
+            agreement, rouge, loops, clock = (
+                [value.value for cell in cells if (value := getattr(cell, name)) is not None]
+                for name in ("agreement", "rouge_l", "degenerate", "speed_up")
+            )
+            depth = fmean(cell.mean_depth.value for cell in cells)
+            counted = fmean(cell.counted_reduction.value for cell in cells)
+            lines.append(
+                f"| {backbone.name} | {setting.id} | {fmean(agreement):.3f} | {min(agreement):.3f} | "
+                f"{fmean(rouge):.3f} | {fmean(loops):.3f} | {depth:.3f} | {counted:.1%} | {fmean(clock):.2f} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def arguments() -> argparse.Namespace:

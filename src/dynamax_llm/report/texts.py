@@ -10,14 +10,18 @@ from dynamax_llm.report.markup import Markup, join, tag
 from dynamax_llm.report.numbers import percent
 from dynamax_llm.report.palette import step
 from dynamax_llm.report.select import label
+from dynamax_llm.report.verdict import CLOSE
 
 #: Characters shown of a prompt, its end; few-shot prompts are thousands of characters long.
 PROMPT = 420
 
 
 def texts(document: Evaluation, backbone: BackboneFacts, examples: Sequence[Example]) -> Markup:
-    """All examples of one backbone under one legend."""
+    """Examples of one backbone under one legend; see ``chosen``."""
     first, last = first_depth(document, backbone), backbone.n_layers
+    left_out = len(examples)
+    examples = chosen(document, examples)
+    left_out -= len(examples)
     depths = sorted({token.layers for item in examples for token in item.tokens})
     swatches = [tag("span", depth, class_=f"t d{step(depth, first, last)}") for depth in depths]
     legend = tag(
@@ -29,8 +33,35 @@ def texts(document: Evaluation, backbone: BackboneFacts, examples: Sequence[Exam
         ": the full model would have said something else. Point at a token, tap it, or use Tab and the arrow keys.",
         class_="legend",
     )
+    note = None
+    if left_out:
+        note = tag(
+            "p",
+            f"Of every family the least deep setting with an agreement of at least {CLOSE:g} on that task is shown, "
+            f"or without one the closest. {left_out} texts of other settings are in eval.json.",
+            class_="legend",
+        )
     shown = [_example(document, item, first, last) for item in examples]
-    return join([legend, tag("div", shown, class_="examples")])
+    return join([legend, note, tag("div", shown, class_="examples")])
+
+
+def chosen(document: Evaluation, examples: Sequence[Example]) -> list[Example]:
+    """Of every prompt and family of settings one example, in the order given: a grid has hundreds.
+
+    It is the setting of least depth among those close to the full model on that task, or the closest one.
+    """
+    cells = {(cell.backbone, cell.setting, cell.task): cell for cell in document.cells}
+    families = {(name, one.id): (one.family, one.kind) for name, group in document.settings.items() for one in group}
+    best: dict[tuple[str, ...], tuple[tuple[float, float], int]] = {}
+    for place, item in enumerate(examples):
+        cell = cells.get((item.backbone, item.setting, item.task))
+        agreement = cell.agreement.value if cell is not None and cell.agreement is not None else 0.0
+        depth = cell.mean_depth.value if cell is not None else 1.0
+        rank = (1.0, -depth) if agreement >= CLOSE else (0.0, agreement)
+        key = (item.task, item.prompt, item.full_text, *families[item.backbone, item.setting])
+        if key not in best or rank > best[key][0]:
+            best[key] = (rank, place)
+    return [examples[place] for _, place in sorted(best.values(), key=lambda found: found[1])]
 
 
 def _example(document: Evaluation, example: Example, first: int, last: int) -> Markup:
