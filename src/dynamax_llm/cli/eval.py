@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynamax_llm.cli.deciding import Policy, Promised, Window, saved_exits
-from dynamax_llm.cli.evaluated import Bar, show
+from dynamax_llm.cli.evaluated import Bar, Batch, DataDir, Limit, NewTokens, Timed, show
 from dynamax_llm.cli.options import Device, Dtype, Model, load_backbone, peek_backbone
 from dynamax_llm.errors import UsageError
 
@@ -66,16 +66,14 @@ def evaluate(
         bool,
         typer.Option("--baselines/--no-baselines", help="Margin rule, static depth at every exit, pruned layers."),
     ] = True,
-    limit: Annotated[int, typer.Option(help="Documents per task.")] = 32,
-    batch: Annotated[int, typer.Option(help="Rows at a time; the texts do not depend on it.")] = 16,
-    timed: Annotated[int, typer.Option(help="Documents per task whose decoding is timed, at batch 1; 0: none.")] = 4,
+    limit: Limit = 32,
+    batch: Batch = 16,
+    timed: Timed = 4,
     shots: Annotated[
         int | None, typer.Option(help="Worked examples in a prompt. Default: 2 triviaqa, 0 coqa, 1 truthfulqa.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 32,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of local task files (triviaqa_dev.jsonl …), for use offline.")
-    ] = None,
+    max_new_tokens: NewTokens = 32,
+    data_dir: DataDir = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of documents and of the bootstrap.")] = 0,
     dtype: Dtype = "auto",
     device: Device = None,

@@ -1,9 +1,11 @@
-"""What ``dynamax eval`` and ``dynamax paper`` show while they work, and of what they found."""
+"""What ``dynamax eval`` and ``dynamax paper`` share: options, a bar while they work, tables of what they found."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -11,6 +13,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from dynamax_llm.evaluation.results import Cell, Evaluation, Interval
+
+Limit = Annotated[int, typer.Option(help="Documents per task.")]
+Batch = Annotated[int, typer.Option(help="Rows at a time; the texts do not depend on it.")]
+Timed = Annotated[int, typer.Option(help="Documents per task whose decoding is timed, at batch 1; 0: none.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.")]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder of local task files (triviaqa_dev.jsonl …), for use offline.")
+]
 
 #: Columns of a terminal from which on intervals stand beside their means.
 WIDE = 150

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dynamax_llm.cli.deciding import Policy
-from dynamax_llm.cli.evaluated import Bar, show
+from dynamax_llm.cli.evaluated import Bar, Batch, DataDir, Limit, NewTokens, Timed, show
 from dynamax_llm.cli.options import Device, Dtype, quiet
 from dynamax_llm.cli.train import count
 from dynamax_llm.errors import UsageError
@@ -37,14 +37,12 @@ def paper(
     threshold: Annotated[
         str, typer.Option(help="Comma list; each is one setting of every head and of the margin rule.")
     ] = "0.25,0.4,0.55,0.7,0.85,0.95",
-    limit: Annotated[int, typer.Option(help="Documents per task.")] = 100,
-    batch: Annotated[int, typer.Option(help="Rows at a time; the texts do not depend on it.")] = 32,
-    timed: Annotated[int, typer.Option(help="Documents per task whose decoding is timed, at batch 1; 0: none.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 32,
+    limit: Limit = 100,
+    batch: Batch = 32,
+    timed: Timed = 4,
+    max_new_tokens: NewTokens = 32,
     policy: Policy = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of local task files (triviaqa_dev.jsonl …), for use offline.")
-    ] = None,
+    data_dir: DataDir = None,
     train_data: Annotated[
         str,
         typer.Option(
