@@ -29,10 +29,7 @@ _COLUMNS = ("agreement", "ROUGE-L", "degenerate", "mean depth", "counted", "spee
 
 def evaluate(
     model: Model,
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder for eval.json and records; the same command again goes on where it stopped."),
-    ],
+    out: Annotated[Path, typer.Option(help="Folder for eval.json and records; a killed run goes on where it stopped.")],
     exits: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,9 +45,7 @@ def evaluate(
             "single task of lm-evaluation-harness."
         ),
     ] = _DEFAULT_TASKS,
-    threshold: Annotated[
-        str, typer.Option(help="Comma list of settings, each one threshold for all exits: 0.8,0.9,never.")
-    ] = "0.9",
+    threshold: Annotated[str, typer.Option(help="Comma list of settings, each for all exits: 0.8,0.9,never.")] = "0.9",
     measure: Annotated[
         str | None,
         typer.Option(
@@ -86,8 +81,6 @@ def evaluate(
     measures = _items("measure", measure) if measure else ["softmax_margin"] if baselines else []
     peek_backbone(model)
 
-    from dynamax_llm.decoding.loop import DEFAULT_POLICY
-    from dynamax_llm.decoding.state import DEFAULT_WINDOW
     from dynamax_llm.evaluation.evaluate import Plan
     from dynamax_llm.evaluation.evaluate import evaluate as run
     from dynamax_llm.evaluation.settings import Subject, by_promise
@@ -101,18 +94,14 @@ def evaluate(
     loaded = load_tasks(names, data_dir=data_dir, shots=shots, limit=limit, max_new_tokens=max_new_tokens, seed=seed)
     lm, tokenizer = load_backbone(model, dtype, device)
     subject = Subject(Path(model).name, lm, tokenizer)
-    how = {"policy": policy or DEFAULT_POLICY, "window": window or DEFAULT_WINDOW}
-    settings = _settings(subject, trained, places, thresholds, measures, how, baselines)
+    settings = _settings(subject, trained, places, thresholds, measures, policy, window, baselines)
     settings += [by_promise(subject, exits, text) for exits, text in promised]
     with Bar() as bar:
         found = run(subject, settings, loaded, plan, out, command=command, on_progress=bar.show)
     kept = {subject.name: tuple(item.to_json() for exits in trained.values() for item in exits.promises)}
     found = found.model_copy(update={"promises": kept})
     found.save(out)
-    if as_json:
-        typer.echo(found.model_dump_json(indent=1))
-        return
-    show(found, out)
+    typer.echo(found.model_dump_json(indent=1)) if as_json else show(found, out)
 
 
 def _items(name: str, text: str) -> list[str]:
@@ -186,12 +175,16 @@ def _settings(
     places: str | None,
     thresholds: Sequence[str],
     measures: Sequence[str],
-    how: dict[str, Any],
+    policy: str | None,
+    window: int | None,
     baselines: bool,
 ) -> list[Variant]:
+    from dynamax_llm.decoding.loop import DEFAULT_POLICY
+    from dynamax_llm.decoding.state import DEFAULT_WINDOW
     from dynamax_llm.evaluation.settings import grid
     from dynamax_llm.exits.artifact import Exits
 
     heads = {name: exits for name, exits in trained.items() if exits.heads is not None}
     at = Exits.untrained(subject.backbone, places) if places else next(iter(trained.values()), None)
+    how: dict[str, Any] = {"policy": policy or DEFAULT_POLICY, "window": window or DEFAULT_WINDOW}
     return grid(subject, heads, thresholds, measures=measures, at=at, baselines=baselines, **how)
