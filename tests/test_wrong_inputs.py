@@ -337,7 +337,7 @@ def test_the_list_is_long_enough():
     assert len(CASES) >= 25
 
 
-@pytest.mark.parametrize("name", ["decision: threshold above 1", "syntax: unknown verb"])
+@pytest.mark.parametrize("name", ["decision: threshold above 1"])
 def test_the_installed_command_refuses_the_same_way(name, tmp_path):
     command, value, _ = CASES[name]
     words = [str(word) for word in command(tmp_path)]

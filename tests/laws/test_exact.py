@@ -19,7 +19,7 @@ from dynamax_llm.exits.readout import Readout
 from dynamax_llm.testing import ScriptedJudge, random_ids, tiny_model, zero_tail
 from tests.laws.conftest import EACH_CASES, Case, left_padding, make_case, pattern, random_heads
 
-PROMPT, STEPS = 6, 13
+PROMPT, STEPS = 6, 10
 PATTERNS = ["always", "never", "alternating", "random"]
 WINDOWS = [("always", 3), ("alternating", 16), ("random", 1), ("random", 5)]
 
