@@ -1,6 +1,6 @@
 """Does closing every exit give the harness's stock scores, to the last digit, and does opening them change them?
 
-python recipes/paper/stock.py --data-dir tests/data/tasks [--limit 4] [--new-tokens 16]
+python recipes/paper/stock.py --data-dir tests/data/tasks [--limit 4] [--new-tokens 16] [--models mamba-ee]
 
 Both shipped backbones, all five tasks: ``lm_eval.simple_evaluate`` with the stock class HFLM against ``evaluate`` under
 the full model, the shipped Mamba head at "never", and at 0.5. Prints a Markdown table; exit code 1 if any score of the
@@ -33,12 +33,13 @@ def main() -> int:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=4)
     parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--models", nargs="+", default=REFERENCE_BACKBONES, choices=REFERENCE_BACKBONES)
     options = parser.parse_args()
     tasks = load_tasks(list(LOCAL), data_dir=options.data_dir, limit=options.limit, max_new_tokens=options.new_tokens)
     print("| backbone | task | scores | full model | never | at 0.5: first score, stock |")
     print("|---|---|---|---|---|---|")
     wrong, moved = 0, 0
-    for name in REFERENCE_BACKBONES:
+    for name in options.models:
         model, tokenizer = load(name)
         subject, exits = Subject(name, model, tokenizer), Exits.from_pretrained(name)
         settings = [full(subject, exits), by_head(subject, exits, "never"), by_head(subject, exits, OPEN)]
@@ -56,7 +57,8 @@ def main() -> int:
             moved += task.facts.kind == "loglikelihood" and not same[2]
             first = next(iter(own[2]))
             said = " | ".join("same" if one else "**differs**" for one in same[:2])
-            print(f"| {name} | {task.facts.name} | {len(own[0])} | {said} | {own[2][first]!r}, {expected[first]!r} |")
+            moves = f"{own[2][first]!r}, {float(expected[first])!r}"
+            print(f"| {name} | {task.facts.name} | {len(own[0])} | {said} | {moves} |", flush=True)
     return 1 if wrong or not moved else 0
 
 
