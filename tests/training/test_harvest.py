@@ -155,6 +155,6 @@ def test_forward_keeps_h_and_what_came_before_it(backbone) -> None:
 def test_unpack_puts_tokens_back(backbone) -> None:
     one = batch()
     values = torch.randn(int(one.mask.sum()), 3)
-    full = module.unpack(values, one.mask)
+    full = module.Packing.of(one.mask, torch.device("cpu")).unpack(values)
     assert torch.equal(full[one.mask], values)
     assert full[~one.mask].count_nonzero() == 0

@@ -23,7 +23,7 @@ from dynamax_llm.training import trainer
 from dynamax_llm.training.data import find_source
 from dynamax_llm.training.harvest import Harvest
 from dynamax_llm.training.held_out import HeldOut, apply_threshold, on_policy
-from dynamax_llm.training.objective import NEVER, Balance, Draw, exit_weights, learning_rate, loss, walk
+from dynamax_llm.training.objective import NEVER, Balance, Draw, exit_weights, learning_rate, loss, tally, walk
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.trainer import train, train_many
 
@@ -90,7 +90,7 @@ def test_loss_counts_only_tokens_that_reach_an_exit() -> None:
     harvest, heads = made_up(), heads_for("mlp")
     step = walk(heads, harvest, Draw.fixed(3, 0.5))
     balance = Balance(3)
-    balance.add(harvest.labels, step.reached)
+    balance.add(tally(harvest.labels, step.reached))
     weights = balance.weights()
     expected = 0.0
     for exit in range(3):
@@ -106,7 +106,7 @@ def test_loss_counts_only_tokens_that_reach_an_exit() -> None:
 def test_classes_weigh_the_same_and_the_prior_is_their_log_odds() -> None:
     balance = Balance(1)
     labels = torch.tensor([True] * 6 + [False] * 2).view(1, 1, 8)
-    balance.add(labels, torch.ones(1, 1, 8, dtype=torch.bool))
+    balance.add(tally(labels, torch.ones(1, 1, 8, dtype=torch.bool)))
     disagree, agree = (3.0, 7.0)  # one of each to begin with
     assert balance.counts[:, 0].tolist() == [disagree, agree]
     assert float(balance.weights()[0, 0]) * disagree == pytest.approx(float(balance.weights()[1, 0]) * agree)

@@ -51,27 +51,37 @@ def scan(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tens
         state_t = a_t state_{t-1} + dt_t x_t B_t^T        y_t = state_t C_t
 
     ``x`` (S, B, T, H, P), ``dt`` (S, B, T, H) >= 0, ``decay`` (S, 1, 1, H) < 0, ``b``, ``c`` (S, B, T, N), ``state``
-    (S, B, H, P, N), all float32. In a chunk y is a decayed causal attention (C B^T) x; a loop over chunks, not
-    tokens, carries the state. A token with dt = 0 neither decays nor feeds it.
+    (S, B, H, P, N), all float32. In a chunk y is a decayed causal attention (C B^T) x; between chunks the same form
+    once more carries the states, so the number of operations does not grow with T: on a GPU a loop over chunks is
+    nothing but launches. A token with dt = 0 neither decays nor feeds the state.
     """
-    if x.shape[2] == 1:
+    count = x.shape[2]
+    if count == 1:
         state = advance_cell(x, dt, decay, b, state)
         return (state @ c.unsqueeze(2).transpose(-1, -2)).squeeze(-1).unsqueeze(2), state  # (S, B, 1, H, P)
-    outputs = []
-    for start in range(0, x.shape[2], CHUNK):
-        run = slice(start, start + CHUNK)
-        fed = (x[:, :, run] * dt[:, :, run, :, None]).transpose(2, 3)  # (S, B, H, Q, P)
-        bs, cs = b[:, :, run], c[:, :, run]  # (S, B, Q, N)
-        log_keep = (dt[:, :, run] * decay).cumsum(2).transpose(2, 3)  # (S, B, H, Q): log decay since the chunk began
-        gap = log_keep.unsqueeze(-1) - log_keep.unsqueeze(-2)  # (S, B, H, Q, Q)
-        causal = torch.ones(gap.shape[-2:], dtype=torch.bool, device=gap.device).tril()
-        weights = gap.masked_fill(~causal, float("-inf")).exp() * (cs @ bs.transpose(-1, -2)).unsqueeze(2)
-        inherited = cs.unsqueeze(2) @ state.transpose(-1, -2)  # (S, B, H, Q, P)
-        outputs.append((weights @ fed + inherited * log_keep.exp().unsqueeze(-1)).transpose(2, 3))
-        to_end = (log_keep[..., -1:] - log_keep).exp().unsqueeze(-1)  # (S, B, H, Q, 1)
-        arrived = (fed * to_end).transpose(-1, -2) @ bs.unsqueeze(2)  # (S, B, H, P, N)
-        state = state * log_keep[..., -1].exp()[..., None, None] + arrived
-    return torch.cat(outputs, dim=2), state
+    chunk = min(count, CHUNK)
+    short = -count % chunk
+    if short:
+        x, dt = F.pad(x, (0, 0, 0, 0, 0, short)), F.pad(dt, (0, 0, 0, short))
+        b, c = (F.pad(part, (0, 0, 0, short)) for part in (b, c))
+    fed = (x * dt.unsqueeze(-1)).unflatten(2, (-1, chunk)).transpose(3, 4)  # (S, B, M, H, Q, P): M chunks of Q tokens
+    bs, cs = b.unflatten(2, (-1, chunk)).unsqueeze(3), c.unflatten(2, (-1, chunk)).unsqueeze(3)  # (S, B, M, 1, Q, N)
+    log_keep = (dt * decay).unflatten(2, (-1, chunk)).cumsum(3).transpose(3, 4)  # (S, B, M, H, Q): since the chunk began
+    y = (_decays(log_keep) * (cs @ bs.transpose(-1, -2))) @ fed
+    to_end = (log_keep[..., -1:] - log_keep).exp().unsqueeze(-1)
+    arrived = (fed * to_end).transpose(-1, -2) @ bs  # (S, B, M, H, P, N): what each chunk adds by its end
+    whole = F.pad(log_keep[..., -1].cumsum(2).transpose(2, 3), (1, 0))  # (S, B, H, M + 1): log decay since the start
+    parts = torch.cat((state.unsqueeze(2), arrived), dim=2).transpose(2, 3).flatten(-2)  # (S, B, H, M + 1, P N)
+    states = (_decays(whole) @ parts).unflatten(-1, state.shape[-2:]).transpose(2, 3)  # before each, and after all
+    y = y + (cs @ states[:, :, :-1].transpose(-1, -2)) * log_keep.exp().unsqueeze(-1)
+    return y.transpose(3, 4).flatten(2, 3)[:, :, :count], states[:, :, -1]
+
+
+def _decays(log_keep: Tensor) -> Tensor:
+    """(..., n, n) from log decays (..., n) since a start: how much of what came at j is left at i; 0 where i < j."""
+    gap = log_keep.unsqueeze(-1) - log_keep.unsqueeze(-2)
+    future = torch.ones(gap.shape[-2:], dtype=torch.bool, device=gap.device).triu(1)
+    return gap.masked_fill(future, float("-inf")).exp()
 
 
 def windowed_attention(

@@ -44,7 +44,7 @@ class Forward:
 @torch.no_grad()
 def forward(backbone: Backbone, layers: tuple[int, ...], ids: Tensor) -> Forward:
     """Run ids (B, T) through every layer, keeping h at the exits after ``layers``. Right pads need no mask."""
-    h = backbone.embed(ids.to(backbone.device))
+    h = backbone.embed(ids.to(backbone.device, non_blocking=True))
     ctx = backbone.context(h)
     hidden, before = [], []
     for index in range(backbone.n_layers):
@@ -65,15 +65,15 @@ def harvest(backbone: Backbone, readout: Readout, batch: Batch) -> Harvest:
     """
     config = readout.config
     run = forward(backbone, config.layers, batch.ids)
-    mask = batch.mask.to(run.final.device)
-    target = argmax(backbone, run.final[mask])  # (n,)
+    real = Packing.of(batch.mask, run.final.device)
+    target = argmax(backbone, real.pack(run.final))  # (n,)
     values: list[Tensor] = []
     tokens: list[Tensor] = []
     labels: list[Tensor] = []
     seen: Signals | None = None
     for exit, (h, before) in enumerate(zip(run.hidden, run.before, strict=True)):
-        packed = h[mask].unsqueeze(0)  # (1, n, d)
-        seen, spoken = readout.signals(exit, packed, before[mask].unsqueeze(0), seen)
+        packed = real.pack(h).unsqueeze(0)  # (1, n, d)
+        seen, spoken = readout.signals(exit, packed, real.pack(before).unsqueeze(0), seen)
         assert seen.token is not None  # this readout was read
         values.append(seen.values[0])
         tokens.append(seen.token[0])
@@ -83,25 +83,43 @@ def harvest(backbone: Backbone, readout: Readout, batch: Batch) -> Harvest:
             through = h
             for index in range(backbone.n_layers - config.tail_layers, backbone.n_layers):
                 through = backbone.layer(index, through, None, run.ctx)
-            labels.append(argmax(backbone, through[mask]) == target)
+            labels.append(argmax(backbone, real.pack(through)) == target)
         else:
             labels.append(spoken[0] == target)
     return Harvest(
-        mask=mask,
+        mask=real.mask,
         hidden=run.hidden,
         signals=tuple(
-            Signals(unpack(value, mask), unpack(token, mask)) for value, token in zip(values, tokens, strict=True)
+            Signals(real.unpack(value), real.unpack(token)) for value, token in zip(values, tokens, strict=True)
         ),
-        labels=torch.stack([unpack(label, mask) for label in labels]),
-        target=unpack(target, mask),
+        labels=torch.stack([real.unpack(label) for label in labels]),
+        target=real.unpack(target),
     )
 
 
-def unpack(values: Tensor, mask: Tensor) -> Tensor:
-    """values (n, ...) of the real tokens back into (B, T, ...), zero at pads."""
-    full = values.new_zeros(*mask.shape, *values.shape[1:])
-    full[mask] = values
-    return full
+@dataclass(frozen=True)
+class Packing:
+    """A batch's real tokens side by side, and back. Where they lie is found on the CPU: no device is waited for."""
+
+    mask: Tensor  # (B, T) bool, True at tokens
+    places: Tensor | None  # (n,) of the real tokens among all B T; None where all are real
+
+    @classmethod
+    def of(cls, mask: Tensor, device: torch.device) -> Packing:
+        """For a mask (B, T) on the CPU, and values on ``device``."""
+        places = None if bool(mask.all()) else mask.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+        return cls(mask.to(device, non_blocking=True), places)
+
+    def pack(self, values: Tensor) -> Tensor:
+        """The real tokens (n, ...) of values (B, T, ...)."""
+        rows = values.flatten(0, 1)
+        return rows if self.places is None else rows[self.places]
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """Inverse of ``pack``, zero at pads."""
+        if self.places is not None:
+            values = values.new_zeros(self.mask.numel(), *values.shape[1:]).index_copy_(0, self.places, values)
+        return values.unflatten(0, self.mask.shape)
 
 
 def slices(backbone: Backbone, count: int) -> list[slice]:

@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.training.harvest import Harvest
-from dynamax_llm.training.objective import Balance, Draw, learning_rate, loss, walk
+from dynamax_llm.training.objective import Balance, Draw, learning_rate, loss, tally, walk
 from dynamax_llm.training.settings import TrainSettings
 
 #: Gradients longer than this are shortened to it.
@@ -26,27 +26,34 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.heads = ExitHeads(config, width).to(device)
-        self.optimiser = AdamW(self.heads.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-        self.balance = Balance(len(config.layers))
+        on_gpu = device.type == "cuda"
+        self.optimiser = AdamW(self.heads.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=on_gpu)
+        self.balance = Balance(len(config.layers), device)
         self.best = _copy(self.heads)
         self.best_loss = float("inf")
         self.failures = 0  # evaluations since the best
         self.history: list[dict[str, Any]] = []
-        self.train_loss: float | None = None  # of the last step
+        self._loss: Tensor | float | None = None  # of the last step
 
     @property
     def stopped(self) -> bool:
         """Whether held-out loss has not improved for ``patience`` evaluations."""
         return self.failures >= self.settings.patience
 
+    @property
+    def train_loss(self) -> float | None:
+        """The last step's loss. Reading it waits for the device."""
+        return None if self._loss is None else float(self._loss)
+
     def step(self, harvest: Harvest, draw: Draw, progress: float) -> None:
-        """One optimiser step, at ``progress`` in [0, 1] of the heads' budget."""
+        """One optimiser step, at ``progress`` in [0, 1] of the heads' budget. Nothing in it waits for the device."""
         if not self.optimiser.state:
             self._fit_inputs(harvest)
         with torch.enable_grad():
             step = walk(self.heads, harvest, draw)
-            self.balance.add(harvest.labels, step.reached)
-            value = loss(step, harvest.labels, self.balance.weights())
+            counted = tally(harvest.labels, step.reached)
+            self.balance.add(counted)
+            value = loss(step, harvest.labels, self.balance.weights(), counted.sum(0))
             self.optimiser.zero_grad()
             value.backward()
         nn.utils.clip_grad_norm_(self.heads.parameters(), GRADIENT_NORM)
@@ -54,7 +61,7 @@ class Learner:
             group["lr"] = learning_rate(progress, self.settings.lr, self.settings.warmup)
         self.optimiser.step()
         self.heads.prior.copy_(self.balance.prior())
-        self.train_loss = float(value.detach())
+        self._loss = value.detach()
 
     def _fit_inputs(self, harvest: Harvest) -> None:
         """Standardise the heads' inputs by the first batch they see."""
@@ -89,10 +96,10 @@ class Learner:
         """Inverse of ``tensors`` and ``state``."""
         self.heads.load_state_dict(part(tensors, "heads."))
         self.best = part(tensors, "best.")
-        self.balance.counts = tensors["balance"]
+        self.balance.counts.copy_(tensors["balance"])
         restore_optimiser(self.optimiser, tensors)
-        for name, value in state.items():
-            setattr(self, name, value)
+        self.best_loss, self.failures, self.history = (state[name] for name in ("best_loss", "failures", "history"))
+        self._loss = state["train_loss"]
 
 
 def _copy(module: nn.Module) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class Walk:
 def walk(judge: Judge, harvest: Harvest, draw: Draw) -> Walk:
     """Lead a batch from exit to exit; a token that leaves is seen by later exits as it was when it left."""
     mask = harvest.mask
-    threshold, start = draw.threshold.to(mask.device), draw.start.to(mask.device)
+    threshold, start = (part.to(mask.device, non_blocking=True) for part in (draw.threshold, draw.start))
     may_leave = mask & (torch.arange(mask.shape[1], device=mask.device) >= start)
     left = torch.zeros_like(mask)
     exit_index = torch.full_like(mask, len(harvest.hidden), dtype=torch.int64)
@@ -89,15 +89,18 @@ def walk(judge: Judge, harvest: Harvest, draw: Draw) -> Walk:
 
 
 class Balance:
-    """Running counts, per exit, of tokens that agree and that do not, among those that reach it."""
+    """Running counts, per exit, of tokens that agree and that do not, among those that reach it.
 
-    def __init__(self, n_exits: int) -> None:
-        self.counts = torch.ones(2, n_exits, dtype=torch.float64)  # disagree, agree; one of each to begin with
+    They stay on the device: to read them every step, the host would have to wait for it every step.
+    """
 
-    def add(self, labels: Tensor, reached: Tensor) -> None:
-        """Count the tokens of labels and reached, both (E, B, T) bool."""
-        agree = (labels & reached).sum((1, 2)).cpu()
-        self.counts += torch.stack((reached.sum((1, 2)).cpu() - agree, agree))
+    def __init__(self, n_exits: int, device: torch.device | str = "cpu") -> None:
+        # disagree, agree; one of each to begin with
+        self.counts = torch.ones(2, n_exits, dtype=torch.float64, device=device)
+
+    def add(self, counted: Tensor) -> None:
+        """Add a ``tally`` (2, E)."""
+        self.counts += counted
 
     def prior(self) -> Tensor:
         """Log-odds of agreement (E,) float32."""
@@ -108,27 +111,31 @@ class Balance:
         return (self.counts.sum(0) / (2 * self.counts)).float()
 
 
+def tally(labels: Tensor, reached: Tensor) -> Tensor:
+    """Of the tokens that reach each exit, how many disagree and how many agree there: (2, E) from (E, B, T) bool."""
+    agree = (labels & reached).sum((1, 2))
+    return torch.stack((reached.sum((1, 2)) - agree, agree))
+
+
 def exit_weights(n_exits: int) -> list[float]:
     """Share of each exit in the loss, i / Σj, as CALM (arXiv 2207.07061) weighs layers."""
     return [(exit + 1) / math.fsum(range(1, n_exits + 1)) for exit in range(n_exits)]
 
 
-def loss(step: Walk, labels: Tensor, weights: Tensor) -> Tensor:
+def loss(step: Walk, labels: Tensor, weights: Tensor, reached: Tensor | None = None) -> Tensor:
     """Class-balanced binary cross-entropy over the tokens that reach each exit, averaged over exits by i / Σj.
 
-    ``labels`` (E, B, T) bool, ``weights`` (2, E) from ``Balance``. An exit that no token reaches adds nothing.
+    ``labels`` (E, B, T) bool, ``weights`` (2, E) from ``Balance``; ``reached`` (E,) is how many tokens reach each exit
+    where ``step`` holds only this process's share of them. An exit that no token reaches adds nothing. Tokens are
+    masked, not picked out, because how many there are is known on the device alone.
     """
     assert step.logits is not None
-    weights = weights.to(step.logits.device)
-    total = step.logits.new_zeros(())
-    for exit, share in enumerate(exit_weights(len(labels))):
-        reached = step.reached[exit]
-        if not bool(reached.any()):
-            continue
-        label = labels[exit][reached]
-        losses = F.binary_cross_entropy_with_logits(step.logits[exit][reached], label.float(), reduction="none")
-        total = total + share * (losses * weights[label.long(), exit]).mean()
-    return total
+    truth = labels.to(step.logits.dtype)
+    disagree, agree = weights.to(step.logits.device)[:, :, None, None].unbind()
+    each = torch.lerp(disagree, agree, truth) * step.reached
+    losses = F.binary_cross_entropy_with_logits(step.logits, truth, each, reduction="none").sum((1, 2))
+    means = losses / (step.reached.sum((1, 2)) if reached is None else reached).clamp(min=1)
+    return torch.stack([share * mean for share, mean in zip(exit_weights(len(labels)), means, strict=True)]).sum()
 
 
 def learning_rate(progress: float, peak: float, warmup: float) -> float:
