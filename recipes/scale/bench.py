@@ -31,6 +31,7 @@ from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.evaluation.shapes import SHAPES
 from dynamax_llm.exits.config import ExitConfig, place_exits
 from dynamax_llm.exits.readout import Readout
+from dynamax_llm.training.aside import Aside
 from dynamax_llm.training.data import Batch
 from dynamax_llm.training.harvest import argmax, forward, harvest
 from dynamax_llm.training.learner import Learner
@@ -64,6 +65,7 @@ def steps(backbone: Backbone, head: str, tokens: int) -> dict[str, Step]:
     settings = TrainSettings(sequence=tokens, batch_tokens=tokens)
     learner = Learner(config, backbone.width, settings, backbone.device)
     readout, generator = Readout(backbone, config), torch.Generator().manual_seed(0)
+    aside = Aside(backbone.device)
 
     def document() -> Batch:
         ids = torch.randint(1, backbone.vocab_size, (1, tokens), generator=generator)
@@ -78,7 +80,8 @@ def steps(backbone: Backbone, head: str, tokens: int) -> dict[str, Step]:
 
     def learn() -> None:
         made = harvest(backbone, readout, document())
-        learner.step(made, Draw.sample(made.mask, settings.never, generator), 0.5)
+        draw = Draw.sample(made.mask, settings.never, generator)
+        aside.run(lambda: learner.step(made, draw, 0.5), made)
 
     return {"forward": read, "harvest": gather, "train": learn}
 

@@ -124,8 +124,7 @@ def test_logits_exist_one_slice_at_a_time(backbone, monkeypatch, kind: str) -> N
     sizes = []
     stock = adapter.readout
     monkeypatch.setattr(adapter, "readout", lambda h: sizes.append(h.shape[0] * h.shape[1]) or stock(h))
-    for place in ("dynamax_llm.exits.readout", "dynamax_llm.training.harvest"):
-        monkeypatch.setattr(f"{place}.LOGITS_AT_ONCE", 4 * adapter.vocab_size)
+    monkeypatch.setattr("dynamax_llm.exits.readout.LOGITS_AT_ONCE", 4 * adapter.vocab_size)
     sliced = harvest(adapter, readout, one)
     assert max(sizes) == 4
     assert torch.equal(sliced.labels, whole.labels)

@@ -279,12 +279,11 @@ class ExitHeads(nn.Module, Judge):
             parts.append(signals.values)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def fit_inputs(self, exit: int, raw: Tensor) -> None:
-        """Standardise this exit's inputs by the mean and deviation of a sample (n, D) of ``raw_inputs``.
+    def fit_inputs(self, exit: int, mean: Tensor, deviation: Tensor) -> None:
+        """Standardise this exit's inputs by the mean and deviation (D,) of a sample of ``raw_inputs``.
 
         Channels of h differ by orders of magnitude in large models, and some statistics hardly vary.
         """
-        deviation, mean = torch.std_mean(raw, dim=0)
         scale = torch.where(deviation > 1e-4, 1.0 / deviation.clamp(min=1e-4), 1.0)
         self.scale[exit, 0, 0] = scale
         self.shift[exit, 0, 0] = -mean * scale

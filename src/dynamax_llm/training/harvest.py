@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dynamax_llm.backbones import Backbone, Context
 from dynamax_llm.exits.confidence import Signals
-from dynamax_llm.exits.readout import LOGITS_AT_ONCE, Readout
+from dynamax_llm.exits.readout import Readout, tokens_at_once
 from dynamax_llm.training.data import Batch
 
 
@@ -124,7 +124,7 @@ class Packing:
 
 def slices(backbone: Backbone, count: int) -> list[slice]:
     """Runs of ``count`` tokens whose logits may exist at once."""
-    step = max(1, LOGITS_AT_ONCE // backbone.vocab_size)
+    step = tokens_at_once(backbone)
     return [slice(start, start + step) for start in range(0, count, step)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,18 +20,22 @@ from dynamax_llm.training.curves import auroc, oracle_depth, sweep
 from dynamax_llm.training.data import Batch
 from dynamax_llm.training.harvest import Harvest
 from dynamax_llm.training.objective import NEVER, Draw, Walk, loss, walk
+from dynamax_llm.training.parallel import ALONE, Group
 
 #: A held-out split whose hidden states fit into this is harvested once; a larger one again at every evaluation.
 KEPT_BYTES = 256 * 2**20
 #: Steps of the bisection for the threshold of a recurrent head, whose confidences depend on the threshold.
 BISECTIONS = 12
+#: Where the labels stand among the judges' traces.
+_LABELS = "\0labels"
 
 
 class HeldOut:
-    """The held-out batches, harvested on demand: iterate to get every Harvest."""
+    """The held-out batches, harvested on demand: iterate to get every Harvest of this process's share."""
 
-    def __init__(self, batches: Sequence[Batch], harvest: Callable[[Batch], Harvest]) -> None:
-        self.batches, self._harvest = batches, harvest
+    def __init__(self, batches: Sequence[Batch], harvest: Callable[[Batch], Harvest], group: Group = ALONE) -> None:
+        self.batches, self._harvest, self.group = batches, harvest, group
+        self.own = range(group.rank, len(batches), group.size)
         self._kept: list[Harvest] | None = None
 
     @property
@@ -43,8 +48,8 @@ class HeldOut:
             return
         kept: list[Harvest] = []
         size = 0
-        for batch in self.batches:
-            made = self._harvest(batch)
+        for index in self.own:
+            made = self._harvest(self.batches[index])
             size += sum(h.nbytes for h in made.hidden)
             if size <= KEPT_BYTES:
                 kept.append(made)
@@ -67,25 +72,29 @@ def evaluate(
     ``weights`` are each judge's class weights. Depth at an agreement is exact for a head without memory; for a
     recurrent one the trace is what it says of undisturbed tokens (``on_policy`` is exact, and costs more).
     """
-    losses: dict[str, list[float]] = {name: [] for name in judges}
-    traces: dict[str, list[Tensor]] = {name: [] for name in judges}
-    labels = []
-    tokens = []
+    tokens = [batch.tokens for batch in held.batches]
+    ends = list(accumulate(tokens))
+    device = next(iter(judges.values())).prior.device
+    losses = {name: [0.0] * len(tokens) for name in judges}
+    # Zeros where another process will fill in what it found: a sum then puts the trace together.
+    traces = {name: torch.zeros(len(config.layers), held.tokens, device=device) for name in (*judges, _LABELS)}
     generator = torch.Generator().manual_seed(0)
-    for harvest in held:
-        tokens.append(int(harvest.mask.sum()))
-        labels.append(harvest.labels[:, harvest.mask])
-        draw = Draw.sample(harvest.mask, never, generator)
+    draws = [Draw.sample(batch.mask, never, generator) for batch in held.batches]
+    for index, harvest in zip(held.own, held, strict=True):
+        here = slice(ends[index] - tokens[index], ends[index])
+        traces[_LABELS][:, here] = harvest.labels[:, harvest.mask].float()
         for name, judge in judges.items():
-            losses[name].append(float(loss(walk(judge, harvest, draw), harvest.labels, weights[name])))
-            traces[name].append(undisturbed(judge, harvest).confidence[:, harvest.mask])
-    truth = torch.cat(labels, dim=1)
+            losses[name][index] = float(loss(walk(judge, harvest, draws[index]), harvest.labels, weights[name]))
+            traces[name][:, here] = undisturbed(judge, harvest).confidence[:, harvest.mask]
+    whole = {name: held.group.sum(trace) for name, trace in traces.items()}
+    truth = whole.pop(_LABELS).bool()
+    found = {name: held.group.totals(*losses[name]) for name in judges}
     return {
         name: {
-            "loss": math.fsum(value * count for value, count in zip(losses[name], tokens, strict=True)) / sum(tokens),
-            **_trace_report(torch.cat(traces[name], dim=1), truth, config, agreement),
+            "loss": math.fsum(value * count for value, count in zip(found[name], tokens, strict=True)) / sum(tokens),
+            **_trace_report(trace, truth, config, agreement),
         }
-        for name in judges
+        for name, trace in whole.items()
     }
 
 
@@ -124,7 +133,8 @@ def apply_threshold(judge: Judge, held: HeldOut, config: ExitConfig, threshold: 
         depth += float(shares[where].sum())
         agree += int(truth.gather(0, where[None]).sum())
         tokens += len(where)
-    return depth / tokens, agree / tokens
+    depth, agreed, count = held.group.totals(depth, agree, tokens)
+    return depth / count, agreed / count
 
 
 def on_policy(judge: Judge, held: HeldOut, config: ExitConfig, agreement: float) -> dict[str, float]:

@@ -12,6 +12,7 @@ from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.training.harvest import Harvest
 from dynamax_llm.training.objective import Balance, Draw, learning_rate, loss, tally, walk
+from dynamax_llm.training.parallel import ALONE, Group
 from dynamax_llm.training.settings import TrainSettings
 
 #: Gradients longer than this are shortened to it.
@@ -21,8 +22,10 @@ GRADIENT_NORM = 1.0
 class Learner:
     """Heads of one configuration; several learners can share a harvest."""
 
-    def __init__(self, config: ExitConfig, width: int, settings: TrainSettings, device: torch.device) -> None:
-        self.config, self.settings = config, settings
+    def __init__(
+        self, config: ExitConfig, width: int, settings: TrainSettings, device: torch.device, group: Group = ALONE
+    ) -> None:
+        self.config, self.settings, self.group = config, settings, group
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.heads = ExitHeads(config, width).to(device)
@@ -46,27 +49,32 @@ class Learner:
         return None if self._loss is None else float(self._loss)
 
     def step(self, harvest: Harvest, draw: Draw, progress: float) -> None:
-        """One optimiser step, at ``progress`` in [0, 1] of the heads' budget. Nothing in it waits for the device."""
+        """One optimiser step, at ``progress`` in [0, 1] of the heads' budget. Nothing in it waits for the device.
+
+        ``harvest`` and ``draw`` are this process's share of the batch; the step is the whole batch's.
+        """
         if not self.optimiser.state:
             self._fit_inputs(harvest)
         with torch.enable_grad():
             step = walk(self.heads, harvest, draw)
-            counted = tally(harvest.labels, step.reached)
+            counted = self.group.sum(tally(harvest.labels, step.reached))
             self.balance.add(counted)
             value = loss(step, harvest.labels, self.balance.weights(), counted.sum(0))
             self.optimiser.zero_grad()
             value.backward()
+        self.group.sum_gradients(list(self.heads.parameters()))
         nn.utils.clip_grad_norm_(self.heads.parameters(), GRADIENT_NORM)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(progress, self.settings.lr, self.settings.warmup)
         self.optimiser.step()
         self.heads.prior.copy_(self.balance.prior())
-        self._loss = value.detach()
+        self._loss = self.group.sum(value.detach())
 
     def _fit_inputs(self, harvest: Harvest) -> None:
         """Standardise the heads' inputs by the first batch they see."""
         for exit, (h, signals) in enumerate(zip(harvest.hidden, harvest.signals, strict=True)):
-            self.heads.fit_inputs(exit, self.heads.raw_inputs(h, signals)[harvest.mask])
+            raw = self.heads.raw_inputs(h, signals)[harvest.mask]
+            self.heads.fit_inputs(exit, *self.group.mean_deviation(raw))
 
     def judge_by(self, report: dict[str, Any], tokens: int) -> None:
         """Take note of an evaluation after ``tokens`` training tokens; keep the weights if they are the best yet."""

@@ -18,6 +18,7 @@ from dynamax_llm.training.data import Batch
 from dynamax_llm.training.harvest import forward, slices
 from dynamax_llm.training.learner import optimiser_tensors, part, restore_optimiser
 from dynamax_llm.training.objective import learning_rate
+from dynamax_llm.training.parallel import ALONE, Group
 from dynamax_llm.training.settings import TrainSettings
 
 
@@ -25,18 +26,19 @@ class LensLearner:
     """A lens and its optimiser; the loss is KL(full model || exit) in nats a token."""
 
     def __init__(
-        self, backbone: Backbone, layers: tuple[int, ...], rank: int, settings: TrainSettings, device: torch.device
+        self, backbone: Backbone, layers: tuple[int, ...], rank: int, settings: TrainSettings, group: Group = ALONE
     ) -> None:
-        self.backbone, self.layers, self.settings = backbone, layers, settings
+        self.backbone, self.layers, self.settings, self.group = backbone, layers, settings, group
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.lens = Lens(len(layers), backbone.width, rank).to(device)
+            self.lens = Lens(len(layers), backbone.width, rank).to(backbone.device)
         self.optimiser = AdamW(self.lens.parameters(), lr=settings.lens_lr, weight_decay=0.0)
         self.divergence: list[float] = []  # of the last batch, per exit
 
     def step(self, batch: Batch, progress: float) -> None:
         """One optimiser step, at ``progress`` in [0, 1] of the lens's budget."""
         self.divergence = self._accumulate(batch, learn=True)
+        self.group.sum_gradients(list(self.lens.parameters()))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(progress, self.settings.lens_lr, self.settings.warmup)
         self.optimiser.step()
@@ -48,17 +50,21 @@ class LensLearner:
         return (totals.sum(0) / sum(batch.tokens for batch in batches)).tolist()
 
     def _accumulate(self, batch: Batch, learn: bool) -> list[float]:
-        """Mean divergence per exit; with ``learn``, adds its gradient. One slice of logits exists at a time."""
-        run = forward(self.backbone, self.layers, batch.ids)
-        mask = batch.mask.to(run.final.device)
-        final, count = run.final[mask], batch.tokens
+        """Mean divergence per exit; with ``learn``, adds its gradient. One slice of logits exists at a time.
+
+        The mean is over the whole batch, the gradient of this process's share of it.
+        """
+        share, count = self.group.share(batch), batch.tokens
+        run = forward(self.backbone, self.layers, share.ids)
+        mask = share.mask.to(run.final.device)
+        final = run.final[mask]
         totals = [0.0] * len(self.layers)
-        for piece in slices(self.backbone, count):
+        for piece in slices(self.backbone, len(final)):
             with torch.no_grad():
                 target = torch.log_softmax(self.backbone.readout(final[None, piece])[0], dim=-1)
             for exit, h in enumerate(run.hidden):
                 totals[exit] += self._one(exit, h[mask][None, piece], target, count, learn)
-        return totals
+        return self.group.totals(*totals)
 
     def _one(self, exit: int, h: Tensor, target: Tensor, count: int, learn: bool) -> float:
         """This slice's share of one exit's mean divergence; h (1, n, d), target (n, V)."""

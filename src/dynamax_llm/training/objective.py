@@ -43,6 +43,12 @@ class Draw:
         threshold = torch.where(uniform[0] < never, NEVER, low + (high - low) * uniform[1])
         return cls(threshold, torch.where(uniform[2] < 0.5, 0.0, uniform[3] * length).long())
 
+    def rows(self, rows: slice) -> Draw:
+        """The draw of these rows; where there are none, of one row in which nothing counts."""
+        if rows.start == rows.stop:
+            return Draw.fixed(1, NEVER)
+        return Draw(self.threshold[rows], self.start[rows])
+
     @classmethod
     def fixed(cls, rows: int, threshold: float) -> Draw:
         """One threshold for every token."""

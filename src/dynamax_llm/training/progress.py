@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+#: Seconds between two looks at the figures, which wait for the device.
+PAUSE = 0.5
 
 
 class _Rate(ProgressColumn):
@@ -28,11 +34,17 @@ class TokenBar:
             console=console,
             disable=quiet or not console.is_terminal,
         )
+        self._shown = 0.0
         self._task = self._progress.add_task("training", total=total, completed=done, note="")
 
-    def show(self, tokens: int, phase: str, note: str) -> None:
-        """Move to ``tokens`` tokens done."""
-        self._progress.update(self._task, completed=tokens, description=phase, note=note)
+    def show(self, tokens: int, note: Callable[[], tuple[str, str]]) -> None:
+        """Move to ``tokens`` tokens done, at most once in PAUSE: ``note`` makes phase and figures, and costs time."""
+        now = time.monotonic()
+        if self._progress.disable or now - self._shown < PAUSE:
+            return
+        self._shown = now
+        phase, figures = note()
+        self._progress.update(self._task, completed=tokens, description=phase, note=figures)
 
     def __enter__(self) -> TokenBar:
         self._progress.start()

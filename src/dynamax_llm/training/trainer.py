@@ -2,7 +2,8 @@
 
 Each batch is harvested and used at once; nothing but checkpoints touches the disk. Heads that share exits, readout
 and labels share the harvest, because the frozen forward is the cost. With the ``lens`` readout the translators are
-trained first, on their own share of the budget, and the heads then learn labels that come from them.
+trained first, on their own share of the budget, and the heads then learn labels that come from them. Started by
+``accelerate launch``, several processes share every batch (``parallel``); the first of them writes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dynamax_llm.exits.artifact import MANIFEST, TENSORS, Exits
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.files import prepare_folder
 from dynamax_llm.exits.readout import Readout
+from dynamax_llm.training.aside import Aside
 from dynamax_llm.training.checkpoint import Checkpoint
 from dynamax_llm.training.data import Batch, Position, Split, first_batches
 from dynamax_llm.training.harvest import Harvest, harvest
@@ -31,6 +33,7 @@ from dynamax_llm.training.held_out import HeldOut, evaluate, on_policy
 from dynamax_llm.training.learner import Learner, part
 from dynamax_llm.training.lens import LensLearner
 from dynamax_llm.training.objective import Draw
+from dynamax_llm.training.parallel import Group
 from dynamax_llm.training.progress import TokenBar
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.sources import Source
@@ -48,8 +51,10 @@ def train(
     run, ArtifactError for a folder that cannot be written.
     """
     target = prepare_folder(out, (MANIFEST, TENSORS))
-    exits = _Run(backbone, tokenizer, source, {"": config}, settings, target).finish()[""]
-    exits.save(target)
+    run = _Run(backbone, tokenizer, source, {"": config}, settings, target)
+    exits = run.finish()[""]
+    if run.group.main:
+        exits.save(target)
     return exits
 
 
@@ -63,8 +68,9 @@ def train_many(
 ) -> dict[str, Exits]:
     """Train several configurations in one pass over the data; each is saved in ``out``/name. Otherwise as ``train``."""
     folders = {name: prepare_folder(Path(out) / name, (MANIFEST, TENSORS)) for name in configs}
-    result = _Run(backbone, tokenizer, source, configs, settings, Path(out)).finish()
-    for name, exits in result.items():
+    run = _Run(backbone, tokenizer, source, configs, settings, Path(out))
+    result = run.finish()
+    for name, exits in result.items() if run.group.main else ():
         exits.save(folders[name])
     return result
 
@@ -83,17 +89,20 @@ class _Run:
     ) -> None:
         self.config = _common(configs)
         self.backbone, self.source, self.settings = backbone, source, settings
-        device = backbone.device
-        self.learners = {name: Learner(config, backbone.width, settings, device) for name, config in configs.items()}
+        self.group, self.aside = Group.join(), Aside(backbone.device)
+        sequence = min(settings.sequence, backbone.max_positions() or settings.sequence)
+        self.group.check(sequence, settings.batch_tokens)
+        shape = (backbone.width, settings, backbone.device, self.group)
+        self.learners = {name: Learner(config, *shape) for name, config in configs.items()}
         self.lens: LensLearner | None = None
         if self.config.readout == "lens":
-            self.lens = LensLearner(backbone, self.config.layers, self.config.lens_rank, settings, device)
+            self.lens = LensLearner(backbone, self.config.layers, self.config.lens_rank, settings, self.group)
         self.lens_budget = int(settings.max_tokens * settings.lens_share) if self.lens else 0
         self.readout = Readout(backbone, self.config, self.lens.lens if self.lens else None)
-        sequence = min(settings.sequence, backbone.max_positions() or settings.sequence)
         split = (settings.held_out, sequence, settings.batch_tokens, settings.seed)
         self.stream = Split(source, tokenizer, False, *split)
-        self.held = HeldOut(first_batches(Split(source, tokenizer, True, *split), settings.eval_tokens), self._harvest)
+        held = first_batches(Split(source, tokenizer, True, *split), settings.eval_tokens)
+        self.held = HeldOut(held, self._harvest, self.group)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.position = Position()
         self.tokens, self.steps, self.seconds = 0, 0, 0.0
@@ -109,7 +118,8 @@ class _Run:
         """Train to the end of the budget, or until every head has stopped; returns the best of each."""
         if self.tokens == 0 and self.lens:
             self.divergence["before"] = self.lens.measure(self.held.batches)
-        with TokenBar(self.settings.max_tokens, self.tokens, self.settings.quiet) as bar:
+        quiet = self.settings.quiet or not self.group.main
+        with TokenBar(self.settings.max_tokens, self.tokens, quiet) as bar:
             try:
                 self._loop(bar)
             except KeyboardInterrupt:
@@ -128,7 +138,7 @@ class _Run:
             self.position = position
             now = time.monotonic()
             self.seconds = before + now - begun
-            bar.show(self.tokens, *self._note())
+            bar.show(self.tokens, self._note)
             if now - saved >= self.settings.checkpoint_seconds:
                 self.save()
                 saved = time.monotonic()
@@ -143,12 +153,7 @@ class _Run:
         else:
             if self.lens and "after" not in self.divergence:
                 self.divergence["after"] = self.lens.measure(self.held.batches)
-            made = self._harvest(batch)
-            draw = Draw.sample(made.mask, self.settings.never, self.generator)
-            progress = (self.tokens - self.lens_budget) / (self.settings.max_tokens - self.lens_budget)
-            for learner in self.learners.values():
-                if not learner.stopped:
-                    learner.step(made, draw, progress)
+            self._learn(batch)
         self.tokens += batch.tokens
         self.steps += 1
         if self.tokens >= min(self.next_evaluation, self.settings.max_tokens):
@@ -156,7 +161,21 @@ class _Run:
             while self.next_evaluation <= self.tokens:
                 self.next_evaluation += self.settings.eval_every
 
+    def _learn(self, batch: Batch) -> None:
+        """One step of every head that still learns, from this process's share of the batch."""
+        made = self._harvest(self.group.share(batch))
+        draw = Draw.sample(batch.mask, self.settings.never, self.generator).rows(self.group.rows(len(batch.ids)))
+        progress = (self.tokens - self.lens_budget) / (self.settings.max_tokens - self.lens_budget)
+
+        def work() -> None:
+            for learner in self.learners.values():
+                if not learner.stopped:
+                    learner.step(made, draw, progress)
+
+        self.aside.run(work, made)
+
     def _evaluate(self) -> None:
+        self.aside.join()
         active = {name: learner for name, learner in self.learners.items() if not learner.stopped}
         judges = {name: learner.heads for name, learner in active.items()}
         weights = {name: learner.balance.weights() for name, learner in active.items()}
@@ -166,7 +185,8 @@ class _Run:
             learner.judge_by(reports[name], self.tokens)
 
     def _note(self) -> tuple[str, str]:
-        """What the bar says: the phase, and the latest figures."""
+        """What the bar says: the phase, and the latest figures. Waits for the device."""
+        self.aside.join()
         if self.lens and self.tokens < self.lens_budget:
             return "lens", f"KL {sum(self.lens.divergence) / len(self.lens.divergence):.3f}"
         notes = []
@@ -178,6 +198,9 @@ class _Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
+        if not self.group.main:
+            return
+        self.aside.join()
         tensors: dict[str, Tensor] = {"generator": self.generator.get_state()}
         for name, learner in self.learners.items():
             tensors |= {f"learner.{name}.{key}": value for key, value in learner.tensors().items()}
@@ -206,6 +229,7 @@ class _Run:
             setattr(self, name, state[name])
 
     def _exits(self, name: str) -> Exits:
+        self.aside.join()
         learner = self.learners[name]
         heads = learner.finished()
         best = next((report for report in learner.history if report["loss"] == learner.best_loss), {})
@@ -221,6 +245,7 @@ class _Run:
             "steps": self.steps,
             "seed": self.settings.seed,
             "settings": self.settings.deciding(),
+            "processes": self.group.size,
             "train_loss": learner.train_loss,
             "held_out": held_out,
             "history": learner.history,
