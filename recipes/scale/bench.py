@@ -33,7 +33,8 @@ from dynamax_llm.exits.config import ExitConfig, place_exits
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.training.aside import Aside
 from dynamax_llm.training.data import Batch
-from dynamax_llm.training.harvest import argmax, forward, harvest
+from dynamax_llm.training.harvest import forward, harvest
+from dynamax_llm.training.labels import argmax
 from dynamax_llm.training.learner import Learner
 from dynamax_llm.training.objective import Draw
 from dynamax_llm.training.settings import TrainSettings

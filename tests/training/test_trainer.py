@@ -47,7 +47,8 @@ def made_up(batch: int = 3, count: int = 9, width: int = 12, exits: int = 3) -> 
         Signals(torch.rand(batch, count, len(SIGNALS)), torch.randint(0, 9, (batch, count))) for _ in range(exits)
     )
     hidden = tuple(torch.randn(batch, count, width) for _ in range(exits))
-    return Harvest(mask, hidden, signals, torch.rand(exits, batch, count) < 0.6, torch.zeros(batch, count).long())
+    labels = torch.rand(exits, batch, count) < 0.6
+    return Harvest(mask, hidden, signals, labels, torch.zeros(batch, count).long(), labels.float())
 
 
 def heads_for(kind: str, width: int = 12) -> ExitHeads:
@@ -90,7 +91,7 @@ def test_loss_counts_only_tokens_that_reach_an_exit() -> None:
     harvest, heads = made_up(), heads_for("mlp")
     step = walk(heads, harvest, Draw.fixed(3, 0.5))
     balance = Balance(3)
-    balance.add(tally(harvest.labels, step.reached))
+    balance.add(tally(harvest.aims, step.reached))
     weights = balance.weights()
     expected = 0.0
     for exit in range(3):
@@ -99,14 +100,14 @@ def test_loss_counts_only_tokens_that_reach_an_exit() -> None:
         label = harvest.labels[exit][reached]
         losses = torch.where(label, -p.log() * weights[1, exit], -(1 - p).log() * weights[0, exit])
         expected += exit_weights(3)[exit] * float(losses.mean())
-    assert float(loss(step, harvest.labels, weights)) == pytest.approx(expected, abs=1e-5)
+    assert float(loss(step, harvest.aims, weights)) == pytest.approx(expected, abs=1e-5)
     assert exit_weights(3) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
 
 
 def test_classes_weigh_the_same_and_the_prior_is_their_log_odds() -> None:
     balance = Balance(1)
     labels = torch.tensor([True] * 6 + [False] * 2).view(1, 1, 8)
-    balance.add(tally(labels, torch.ones(1, 1, 8, dtype=torch.bool)))
+    balance.add(tally(labels.float(), torch.ones(1, 1, 8, dtype=torch.bool)))
     disagree, agree = (3.0, 7.0)  # one of each to begin with
     assert balance.counts[:, 0].tolist() == [disagree, agree]
     assert float(balance.weights()[0, 0]) * disagree == pytest.approx(float(balance.weights()[1, 0]) * agree)

@@ -154,10 +154,13 @@ class Backbone(abc.ABC):
         """Float32 logits (B, T, K) of ``tokens`` (B, T, K) alone, from h (B, T, d)."""
         if tokens.numel() >= self.vocab_size:
             return self.readout(h).gather(-1, tokens)
-        head = self.model.get_output_embeddings()
-        rows = head.weight[tokens]  # (B, T, K, d)
+        head, rows = self.model.get_output_embeddings(), self.output_rows(tokens)  # (B, T, K, d)
         logits = torch.matmul(rows, self.final_norm(h).unsqueeze(-1)).squeeze(-1)
         return self._scale(logits if head.bias is None else logits + head.bias[tokens]).float()
+
+    def output_rows(self, tokens: Choices) -> Tensor:
+        """The LM head's rows (B, T, K, d) of ``tokens`` (B, T, K)."""
+        return self.model.get_output_embeddings().weight[tokens]
 
     def _scale(self, logits: Tensor) -> Tensor:
         """What the stock model does to the LM head's output, elementwise; nothing in most families."""

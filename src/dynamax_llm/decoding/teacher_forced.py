@@ -10,16 +10,16 @@ slow twin. Under ``verify`` every token is the full model's, and there is nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dynamax_llm.backbones import Backbone
+from dynamax_llm.backbones import Backbone, Context
 from dynamax_llm.decoding.decoder import ExitPlan
 from dynamax_llm.decoding.deferred import new_decoder
-from dynamax_llm.exits.confidence import Signals, State, observe, select
+from dynamax_llm.exits.confidence import Signals, observe, select
 from dynamax_llm.shapes import Ids, Logits
 
 
@@ -53,6 +53,33 @@ def teacher_forced(
     return _Pass(backbone, plan, ids, prompt_length, padding).run(thresholds, keep_logits, wanted)
 
 
+@dataclass(frozen=True)
+class Visit:
+    """What one exit sees of a text: h (B, T, d) and signals, frozen where a token had left before, and the argmax
+    ``spoken`` (B, T) of its readout there if the judge had it made."""
+
+    h: Tensor
+    signals: Signals
+    spoken: Ids | None
+    ctx: Context
+
+
+@torch.no_grad()
+def visits(
+    backbone: Backbone,
+    plan: ExitPlan,
+    ids: Ids,
+    thresholds: Sequence[float | Tensor | None],
+    *,
+    prompt_length: int | Tensor = 1,
+) -> Iterator[Visit]:
+    """Exit after exit of ``teacher_forced``, without the layers above the last. Thresholds may differ between rows:
+    (B, 1)."""
+    run = _Pass(backbone, plan, ids, prompt_length, None)
+    for index in range(len(plan.layers)):
+        yield run.visit(index, thresholds[index])
+
+
 class _Pass:
     """All tokens of a text on their way through the layers at once."""
 
@@ -70,19 +97,24 @@ class _Pass:
         self.may_leave = torch.arange(ids.shape[1], device=ids.device) >= prompts
         self.exit_index = torch.full(ids.shape, len(plan.layers), device=ids.device)
         self.signals: Signals | None = None
+        self.depth = 0
+        self.states = plan.judge.initial_state(len(self.h), self.h.device)
+
+    def visit(self, index: int, threshold: float | Tensor | None) -> Visit:
+        """Run to exit ``index`` and ask there."""
+        stop = self.plan.layers[index]
+        self._layers(self.depth, stop - 1)
+        before = self.seen
+        self._layers(stop - 1, stop)
+        self.depth = stop
+        return self._ask(index, before, threshold)
 
     def run(self, thresholds: Sequence[float | None], keep_logits: bool, wanted: Tensor | None) -> TeacherForced:
         backbone, plan = self.backbone, self.plan
-        states = plan.judge.initial_state(len(self.h), self.h.device)
-        depth = 0
-        for index, stop in enumerate(plan.layers):
-            self._layers(depth, stop - 1)
-            before = self.seen
-            self._layers(stop - 1, stop)
-            self._ask(index, before, None if states is None else states[index], thresholds[index])
-            depth = stop
+        for index in range(len(plan.layers)):
+            self.visit(index, thresholds[index])
         resumed = backbone.n_layers - plan.readout.tail_layers
-        self._layers(depth, resumed)
+        self._layers(self.depth, resumed)
         for layer in range(resumed, backbone.n_layers):  # a tail runs for every token, left or not
             self.seen = self.h = backbone.layer(layer, self.h, None, self.ctx)
         return self._read(keep_logits, wanted)
@@ -94,18 +126,22 @@ class _Pass:
             self.seen = torch.where(frozen, self.seen, moved)
             self.h = moved if self.exact else self.seen
 
-    def _ask(self, index: int, before: Tensor, state: State | None, threshold: float | None) -> None:
+    def _ask(self, index: int, before: Tensor, threshold: float | Tensor | None) -> Visit:
         judge, readout = self.plan.judge, self.plan.readout
+        spoken = None
         if judge.needs_logits:
-            fresh, _ = readout.signals(index, self.seen, before, self.signals)
+            fresh, spoken = readout.signals(index, self.seen, before, self.signals)
         else:
             fresh = observe(self.seen, before, None, self.signals)
         self.signals = fresh if self.signals is None else select(self.left, self.signals, fresh)
+        visit = Visit(self.seen, self.signals, spoken, self.ctx)
+        state = None if self.states is None else self.states[index]
         confidence, _ = judge.confidence(index, self.seen, self.signals, state, self.padding)
         if threshold is not None:
             leaving = (confidence >= threshold) & self.may_leave & ~self.left
             self.exit_index = torch.where(leaving, index, self.exit_index)
             self.left = self.left | leaving
+        return visit
 
     def _read(self, keep_logits: bool, wanted: Tensor | None) -> TeacherForced:
         tokens = torch.full_like(self.exit_index, -1)

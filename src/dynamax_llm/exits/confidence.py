@@ -46,12 +46,15 @@ State = tuple[Tensor, ...]
 class Signals:
     """Statistics of one exit's readout: ``values`` (B, T, F) float32; ``token`` (B, T) its argmax, if it was read.
 
-    ``candidates`` (B, T, K) are the first exit's likeliest tokens, if later exits look at those alone.
+    ``candidates`` (B, T, K) are the first exit's likeliest tokens, if later exits look at those alone. ``rival``
+    (B, T) is the runner-up of ``token``, ``rows`` (B, T, 2 d) the LM head's rows of both, where a judge reads them.
     """
 
     values: Statistics
     token: Ids | None
     candidates: Choices | None = None
+    rival: Ids | None = None
+    rows: Hidden | None = None
 
 
 def select(mask: Flags, a: Signals, b: Signals) -> Signals:
@@ -59,7 +62,8 @@ def select(mask: Flags, a: Signals, b: Signals) -> Signals:
     values = torch.where(mask.unsqueeze(-1), a.values, b.values)
     if a.token is None or b.token is None:
         return Signals(values, None)
-    return Signals(values, torch.where(mask, a.token, b.token), b.candidates)
+    rows = None if a.rows is None or b.rows is None else torch.where(mask.unsqueeze(-1), a.rows, b.rows)
+    return Signals(values, torch.where(mask, a.token, b.token), b.candidates, rows=rows)
 
 
 def observe(h: Hidden, h_before: Hidden, logits: Logits | None, previous: Signals | None, keep: int = 0) -> Signals:
@@ -80,7 +84,7 @@ def observe(h: Hidden, h_before: Hidden, logits: Logits | None, previous: Signal
     top = best[..., :TOP]  # (B, T, TOP)
     p1, p2, *_ = top.exp().unbind(-1)
     entropy = torch.linalg.vecdot(log_p.exp(), log_p) / -math.log(log_p.shape[-1])
-    token = ids[..., 0] if candidates is None else candidates.gather(-1, ids[..., :1]).squeeze(-1)
+    token, rival = (ids if candidates is None else candidates.gather(-1, ids[..., :2]))[..., :2].unbind(-1)
     if previous is None or previous.token is None:
         history = torch.zeros_like(top[..., :2])
         candidates = ids if keep and previous is None else None
@@ -92,7 +96,7 @@ def observe(h: Hidden, h_before: Hidden, logits: Logits | None, previous: Signal
         history = torch.stack(((token == previous.token).float(), there), dim=-1)
     columns = torch.stack((p1 - p2, entropy), dim=-1)
     values = torch.cat((top.clamp(min=LOG_FLOOR) / LOG_SCALE, columns, history, similarity), dim=-1)
-    return Signals(values, token, candidates)
+    return Signals(values, token, candidates, rival)
 
 
 class Judge(abc.ABC):
@@ -175,8 +179,10 @@ def measure(name: str) -> Measure:
 
 def concatenate(parts: Sequence[Signals]) -> Signals:
     """Signals of consecutive runs of tokens, joined along T."""
-    tokens = [part.token for part in parts if part.token is not None]
-    token = torch.cat(tokens, dim=1) if len(tokens) == len(parts) else None
-    kept = [part.candidates for part in parts if part.candidates is not None]
-    candidates = torch.cat(kept, dim=1) if len(kept) == len(parts) else None
-    return Signals(torch.cat([part.values for part in parts], dim=1), token, candidates)
+
+    def joined(name: str) -> Tensor | None:
+        kept = [value for part in parts if (value := getattr(part, name)) is not None]
+        return torch.cat(kept, dim=1) if len(kept) == len(parts) else None
+
+    values = torch.cat([part.values for part in parts], dim=1)
+    return Signals(values, *(joined(name) for name in ("token", "candidates", "rival", "rows")))

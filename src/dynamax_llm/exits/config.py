@@ -12,8 +12,8 @@ from dynamax_llm.errors import ExitPlacement, UsageError
 DEFAULT_EXITS = ("1/2", "5/8", "3/4", "7/8")
 HEADS = ("linear", "mlp", "transformer", "mamba")
 READOUTS = ("head", "tail", "lens")
-INPUTS = ("hidden", "signals")
-LABELS = ("action", "topk")
+INPUTS = ("hidden", "signals", "tokens")
+LABELS = ("action", "topk", "probability", "overlap")
 #: Signals hold this many top probabilities, so that no fewer candidates make sense.
 LEAST_CANDIDATES = 5
 
@@ -25,8 +25,9 @@ class ExitConfig:
     ``layers`` are depths: an exit at depth e sits after the e-th layer, counted from 1. ``head`` is None for exits
     that are judged by a confidence measure alone. ``width`` is the head's inner width (None: chosen from the
     backbone's). ``candidates``: the first exit reads the whole vocabulary, later ones look only at its so many
-    likeliest tokens (0: every exit reads everything). ``label`` "action" is 1 iff this readout gives the full
-    model's token; "topk" is the paper's. Raises UsageError for values that are not allowed.
+    likeliest tokens (0: every exit reads everything). ``inputs`` are what a head sees: h, the statistics of its readout,
+    and the LM head's rows of the two tokens that lead there. ``label`` "action" is 1 iff this readout gives the full
+    model's token; the others are described in ``training/harvest.py``. Raises UsageError for values not allowed.
     """
 
     layers: tuple[int, ...]
@@ -51,7 +52,7 @@ class ExitConfig:
             if value not in allowed:
                 raise UsageError(f"unknown {name} {value!r}. Available: {', '.join(filter(None, allowed))}.")
         if not self.inputs or any(kind not in INPUTS for kind in self.inputs):
-            raise UsageError(f"head inputs {self.inputs!r}: give one or both of {', '.join(INPUTS)}.")
+            raise UsageError(f"head inputs {self.inputs!r}: give one or more of {', '.join(INPUTS)}.")
         if self.candidates != 0 and self.candidates < LEAST_CANDIDATES:
             raise UsageError(
                 f"candidates {self.candidates!r}: give at least {LEAST_CANDIDATES}, or 0 to read the whole "

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from dynamax_llm.exits.blocks import advance_cell, causal_convolution, scan, windowed_attention
 from dynamax_llm.exits.confidence import SIGNALS, Judge, Signals, State
-from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.config import INPUTS, ExitConfig
 from dynamax_llm.registry import Registry
 
 
@@ -261,8 +261,9 @@ class ExitHeads(nn.Module, Judge):
         """Untrained heads for a backbone of ``width``. Raises UsageError if the configuration names no head."""
         super().__init__()
         self.kind = "none" if config.head is None else config.head
-        self.uses_hidden, self.needs_logits = "hidden" in config.inputs, "signals" in config.inputs
-        inputs = width * self.uses_hidden + len(SIGNALS) * self.needs_logits
+        self.uses_hidden, self.uses_signals, self.uses_tokens = (kind in config.inputs for kind in INPUTS)
+        self.needs_logits = self.uses_signals or self.uses_tokens
+        inputs = width * (self.uses_hidden + 2 * self.uses_tokens) + len(SIGNALS) * self.uses_signals
         self.bank = BANKS.lookup(self.kind)(len(config.layers), inputs, config.width or auto_width(width))
         self.recurrent = self.bank.recurrent
         self.register_buffer("prior", torch.zeros(len(config.layers)))
@@ -273,10 +274,14 @@ class ExitHeads(nn.Module, Judge):
         self.scale: Tensor
 
     def raw_inputs(self, h: Tensor, signals: Signals) -> Tensor:
-        """h (B, T, d), scaled to unit root mean square, and the statistics, side by side (B, T, D)."""
+        """What the heads see, side by side (B, T, D): h (B, T, d), the statistics, the LM head's rows of the leading
+        token and its runner-up; h and rows are scaled to unit root mean square."""
         parts = [unit_rms(h)] if self.uses_hidden else []
-        if self.needs_logits:
+        if self.uses_signals:
             parts.append(signals.values)
+        if self.uses_tokens:
+            assert signals.rows is not None, "a readout whose configuration has other inputs made these signals"
+            parts.append(unit_rms(signals.rows.unflatten(-1, (2, -1))).flatten(-2))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def fit_inputs(self, exit: int, mean: Tensor, deviation: Tensor) -> None:

@@ -11,6 +11,8 @@ Shapes: B batch, T tokens, d width, V vocabulary, E exits, r lens rank.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -77,10 +79,11 @@ class Readout:
         """
         if previous is not None and previous.candidates is not None:
             moved = h if self.lens is None else self.lens(exit, h)
-            return observe(h, h_before, self.backbone.readout_of(moved, previous.candidates), previous), None
+            few = self.backbone.readout_of(moved, previous.candidates)
+            return self._named(observe(h, h_before, few, previous)), None
         logits = self.decision_logits(exit, h)
         seen = observe(h, h_before, logits, previous, self.config.candidates)
-        return seen, logits if self.decision_is_output else None
+        return self._named(seen), logits if self.decision_is_output else None
 
     def signals(self, exit: int, h: Hidden, h_before: Hidden, previous: Signals | None) -> tuple[Signals, Ids]:
         """What ``look`` sees, over a whole sequence h (B, T, d), and the argmax (B, T) of all the logits.
@@ -96,8 +99,15 @@ class Readout:
             tokens.append(logits.argmax(-1))
             if before is not None and before.candidates is not None:
                 logits = logits.gather(-1, before.candidates)
-            parts.append(observe(h[:, run], h_before[:, run], logits, before, self.config.candidates))
+            parts.append(self._named(observe(h[:, run], h_before[:, run], logits, before, self.config.candidates)))
         return parts[0] if len(parts) == 1 else concatenate(parts), torch.cat(tokens, dim=1)
+
+    def _named(self, seen: Signals) -> Signals:
+        """With the LM head's rows of the leading token and its runner-up, if the heads read them."""
+        if "tokens" not in self.config.inputs or seen.token is None or seen.rival is None:
+            return seen
+        rows = self.backbone.output_rows(torch.stack((seen.token, seen.rival), dim=-1))  # (B, T, 2, d)
+        return dataclasses.replace(seen, rows=rows.flatten(-2))
 
     def macs(self, exit: int) -> int:
         """Multiply-accumulates of one readout of one token: LM head, and the lens if there is one."""

@@ -84,7 +84,7 @@ def evaluate(
         here = slice(ends[index] - tokens[index], ends[index])
         traces[_LABELS][:, here] = harvest.labels[:, harvest.mask].float()
         for name, judge in judges.items():
-            losses[name][index] = float(loss(walk(judge, harvest, draws[index]), harvest.labels, weights[name]))
+            losses[name][index] = float(loss(walk(judge, harvest, draws[index]), harvest.aims, weights[name]))
             traces[name][:, here] = undisturbed(judge, harvest).confidence[:, harvest.mask]
     whole = {name: held.group.sum(trace) for name, trace in traces.items()}
     truth = whole.pop(_LABELS).bool()

@@ -57,9 +57,9 @@ class Learner:
             self._fit_inputs(harvest)
         with torch.enable_grad():
             step = walk(self.heads, harvest, draw)
-            counted = self.group.sum(tally(harvest.labels, step.reached))
+            counted = self.group.sum(tally(harvest.aims, step.reached))
             self.balance.add(counted)
-            value = loss(step, harvest.labels, self.balance.weights(), counted.sum(0))
+            value = loss(step, harvest.aims, self.balance.weights(), counted.sum(0))
             self.optimiser.zero_grad()
             value.backward()
         self.group.sum_gradients(list(self.heads.parameters()))

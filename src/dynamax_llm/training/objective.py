@@ -117,9 +117,12 @@ class Balance:
         return (self.counts.sum(0) / (2 * self.counts)).float()
 
 
-def tally(labels: Tensor, reached: Tensor) -> Tensor:
-    """Of the tokens that reach each exit, how many disagree and how many agree there: (2, E) from (E, B, T) bool."""
-    agree = (labels & reached).sum((1, 2))
+def tally(aims: Tensor, reached: Tensor) -> Tensor:
+    """Of the tokens that reach each exit, how many disagree and how many agree there: (2, E) from (E, B, T).
+
+    A soft label counts as that share of a token.
+    """
+    agree = (aims.double() * reached).sum((1, 2))
     return torch.stack((reached.sum((1, 2)) - agree, agree))
 
 
@@ -128,20 +131,19 @@ def exit_weights(n_exits: int) -> list[float]:
     return [(exit + 1) / math.fsum(range(1, n_exits + 1)) for exit in range(n_exits)]
 
 
-def loss(step: Walk, labels: Tensor, weights: Tensor, reached: Tensor | None = None) -> Tensor:
+def loss(step: Walk, aims: Tensor, weights: Tensor, reached: Tensor | None = None) -> Tensor:
     """Class-balanced binary cross-entropy over the tokens that reach each exit, averaged over exits by i / Σj.
 
-    ``labels`` (E, B, T) bool, ``weights`` (2, E) from ``Balance``; ``reached`` (E,) is how many tokens reach each exit
+    ``aims`` (E, B, T) in [0, 1], ``weights`` (2, E) from ``Balance``; ``reached`` (E,) is how many tokens reach each exit
     where ``step`` holds only this process's share of them. An exit that no token reaches adds nothing. Tokens are
     masked, not picked out, because how many there are is known on the device alone.
     """
     assert step.logits is not None
-    truth = labels.to(step.logits.dtype)
     disagree, agree = weights.to(step.logits.device)[:, :, None, None].unbind()
-    each = torch.lerp(disagree, agree, truth) * step.reached
-    losses = F.binary_cross_entropy_with_logits(step.logits, truth, each, reduction="none").sum((1, 2))
+    each = torch.lerp(disagree, agree, aims) * step.reached
+    losses = F.binary_cross_entropy_with_logits(step.logits, aims, each, reduction="none").sum((1, 2))
     means = losses / (step.reached.sum((1, 2)) if reached is None else reached).clamp(min=1)
-    return torch.stack([share * mean for share, mean in zip(exit_weights(len(labels)), means, strict=True)]).sum()
+    return torch.stack([share * mean for share, mean in zip(exit_weights(len(aims)), means, strict=True)]).sum()
 
 
 def learning_rate(progress: float, peak: float, warmup: float) -> float:
