@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import socket
 import subprocess
 import sys
-import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from torch import distributed
 
+from dynamax_llm.backbones import adapt
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.testing import tiny_model
+from dynamax_llm.training import trainer
 from dynamax_llm.training.data import Batch, find_source
 from dynamax_llm.training.parallel import Group
 from dynamax_llm.training.trainer import train_many
+from tests.training.conftest import ByteTokenizer
 from tests.training.test_trainer import CONFIG, SETTINGS
 
 BASE = dataclasses.replace(SETTINGS, max_tokens=2500, eval_every=1000)
@@ -25,56 +31,67 @@ CONFIGS = {
     "head": {kind: dataclasses.replace(CONFIG, head=kind) for kind in ("mlp", "mamba")},
     "lens": {"mamba": dataclasses.replace(CONFIG, readout="lens")},
 }
-SCRIPT = """
+#: What the second process does; the first one is the test's own.
+SECOND = """
 import sys
-import torch
-from dynamax_llm.backbones import adapt
-from dynamax_llm.testing import tiny_model
-from dynamax_llm.training import trainer
-from dynamax_llm.training.data import find_source
-from tests.training.conftest import ByteTokenizer
-from tests.training.test_parallel import BASE, CONFIGS
-
-torch.set_num_threads(1)
-source, out = find_source(sys.argv[1]), sys.argv[2]
-original = trainer._Run._step
-
-
-def step(self, batch):
-    if self.steps == 3 and not resumed:
-        raise KeyboardInterrupt
-    original(self, batch)
-
-
-trainer._Run._step = step
-for name, configs in CONFIGS.items():
-    backbone = adapt(tiny_model("mistral"))
-    for resumed in (name == "lens", True):
-        try:
-            trainer.train_many(backbone, ByteTokenizer(), source, configs, BASE, f"{out}/{name}")
-        except KeyboardInterrupt:
-            print("interrupted")
+from pathlib import Path
+from tests.training.test_parallel import both
+both(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 
 
-@pytest.fixture
-def two(corpus: Path, tmp_path: Path) -> Path:
-    """What two processes made, one run interrupted and started again on the way."""
-    root, out = Path(__file__).parents[2], tmp_path / "two"
-    script = tmp_path / "script.py"
-    script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'src'}", "OMP_NUM_THREADS": "1"}
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
-    command = [sys.executable, *launch, str(script), str(corpus), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("interrupted") == 2
-    return out
+def both(corpus: Path, out: Path) -> None:
+    """One process's part: every run, the first of them interrupted in its fourth step and started again."""
+    torch.set_num_threads(1)
+    original = trainer._Run._step
 
+    def step(self, batch) -> None:
+        if self.steps == 3:
+            raise KeyboardInterrupt
+        original(self, batch)
 
-def test_two_processes_end_where_one_does(backbone, corpus: Path, tokenizer, tmp_path: Path, two: Path) -> None:
     for name, configs in CONFIGS.items():
-        alone = train_many(backbone("mistral"), tokenizer, find_source(corpus), configs, BASE, tmp_path / "one" / name)
+        arguments = (adapt(tiny_model("mistral")), ByteTokenizer(), find_source(corpus), configs, BASE, out / name)
+        if name == "head":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(trainer._Run, "_step", step)
+                with pytest.raises(KeyboardInterrupt):
+                    train_many(*arguments)
+            distributed.barrier()
+        train_many(*arguments)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+@pytest.fixture
+def two(corpus: Path, tmp_path: Path, monkeypatch) -> Iterator[Path]:
+    """What two processes made; the environment is the one that ``accelerate launch`` gives each of them."""
+    root, out = Path(__file__).parents[2], tmp_path / "two"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {**os.environ, **group, "PYTHONPATH": f"{root}:{root / 'src'}", "RANK": "1", "LOCAL_RANK": "1"}
+    second = subprocess.Popen([sys.executable, "-c", SECOND, str(corpus), str(out)], env=environment)
+    try:
+        for name, value in {**group, "RANK": "0", "LOCAL_RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
+        both(corpus, out)
+        assert second.wait(timeout=30) == 0
+        yield out
+    finally:
+        second.kill()
+        PartialState._reset_state()
+
+
+def test_two_processes_end_where_one_does(
+    backbone, corpus: Path, tokenizer, tmp_path: Path, two: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    for name, configs in CONFIGS.items():
+        alone = train_many(
+            backbone("mistral"), ByteTokenizer(), find_source(corpus), configs, BASE, tmp_path / "one" / name
+        )
         for kind, expected in alone.items():
             found = Exits.from_pretrained(two / name / kind)
             assert found.provenance["processes"] == 2
@@ -111,6 +128,6 @@ def test_shares_are_the_whole_batch() -> None:
 
 def test_too_small_a_batch_is_refused() -> None:
     Group(0, 2).check(64, 128)
-    with pytest.raises(UsageError, match="a step of 4096 tokens holds 1 chunks of 4096, too few for 2 processes.*8192"):
+    with pytest.raises(UsageError, match=r"holds 1 chunks of 4096, too few for 2 processes.*8192"):
         Group(0, 2).check(4096, 4096)
-    assert json.dumps(dataclasses.asdict(Group(1, 2))) == '{"rank": 1, "size": 2}'
+    assert [Group(rank, 2).rows(3) for rank in range(2)] == [slice(0, 1), slice(1, 3)]
