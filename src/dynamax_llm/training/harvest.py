@@ -33,6 +33,12 @@ class Harvest:
     target: Tensor  # (B, T) int64: the full model's argmax
     aims: Tensor  # (E, B, T) float32: what heads learn, the labels or their soft kind
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of what grows with the backbone's width."""
+        rows = [signals.rows for signals in self.signals if signals.rows is not None]
+        return sum(part.nbytes for part in (*self.hidden, *rows))
+
 
 @dataclass(frozen=True)
 class Forward:

@@ -50,7 +50,7 @@ class HeldOut:
         size = 0
         for index in self.own:
             made = self._harvest(self.batches[index])
-            size += sum(h.nbytes for h in made.hidden)
+            size += made.nbytes
             if size <= KEPT_BYTES:
                 kept.append(made)
             yield made
@@ -66,11 +66,13 @@ def evaluate(
     config: ExitConfig,
     never: float,
     agreement: float,
+    again: Callable[[Judge, Batch, Draw], Harvest] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Per judge: loss on a fixed draw, and on the trace in which no token leaves: AUROC per exit and depth.
 
-    ``weights`` are each judge's class weights. Depth at an agreement is exact for a head without memory; for a
-    recurrent one the trace is what it says of undisturbed tokens (``on_policy`` is exact, and costs more).
+    ``weights`` are each judge's class weights. With ``again`` the loss is on what that harvests, on policy. Depth at
+    an agreement is exact for a head without memory; for a recurrent one the trace is what it says of undisturbed
+    tokens (``on_policy`` is exact, and costs more).
     """
     tokens = [batch.tokens for batch in held.batches]
     ends = list(accumulate(tokens))
@@ -84,7 +86,8 @@ def evaluate(
         here = slice(ends[index] - tokens[index], ends[index])
         traces[_LABELS][:, here] = harvest.labels[:, harvest.mask].float()
         for name, judge in judges.items():
-            losses[name][index] = float(loss(walk(judge, harvest, draws[index]), harvest.aims, weights[name]))
+            met = harvest if again is None else again(judge, held.batches[index], draws[index])
+            losses[name][index] = float(loss(walk(judge, met, draws[index]), met.aims, weights[name]))
             traces[name][:, here] = undisturbed(judge, harvest).confidence[:, harvest.mask]
     whole = {name: held.group.sum(trace) for name, trace in traces.items()}
     truth = whole.pop(_LABELS).bool()

@@ -84,6 +84,10 @@ class Learner:
         else:
             self.failures += 1
 
+    def begin_again(self) -> None:
+        """Go on with a second pass, in which the best is looked for anew."""
+        self.best, self.best_loss, self.failures = _copy(self.heads), float("inf"), 0
+
     def finished(self) -> ExitHeads:
         """The best heads, frozen and in eval mode."""
         self.heads.load_state_dict(self.best)

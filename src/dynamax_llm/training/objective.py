@@ -134,8 +134,8 @@ def exit_weights(n_exits: int) -> list[float]:
 def loss(step: Walk, aims: Tensor, weights: Tensor, reached: Tensor | None = None) -> Tensor:
     """Class-balanced binary cross-entropy over the tokens that reach each exit, averaged over exits by i / Σj.
 
-    ``aims`` (E, B, T) in [0, 1], ``weights`` (2, E) from ``Balance``; ``reached`` (E,) is how many tokens reach each exit
-    where ``step`` holds only this process's share of them. An exit that no token reaches adds nothing. Tokens are
+    ``aims`` (E, B, T) in [0, 1], ``weights`` (2, E) from ``Balance``; ``reached`` (E,) is how many tokens reach each
+    exit where ``step`` holds only this process's share of them. An exit that no token reaches adds nothing. Tokens are
     masked, not picked out, because how many there are is known on the device alone.
     """
     assert step.logits is not None

@@ -37,7 +37,6 @@ class Packing:
             values = values.new_zeros(self.mask.numel(), *values.shape[1:]).index_copy_(0, self.places, values)
         return values.unflatten(0, self.mask.shape)
 
-
     def unpack_signals(self, signals: Signals) -> Signals:
         """What heads read of signals (1, n, ...), as (B, T, ...)."""
         token, rows = (None if part is None else self.unpack(part[0]) for part in (signals.token, signals.rows))

@@ -20,6 +20,7 @@ class TrainSettings:
     weight_decay: float = 0.01
     warmup: float = 0.05  # share of the budget
     never: float = 1 / 3  # share of rows in which no token leaves early, as in a prompt
+    on_policy: float = 0.0  # share of the heads' budget for a second pass, on texts decoded with the heads in charge
     lens_share: float = 0.3  # share of the budget that trains the lens, before the heads
     lens_lr: float = 1e-3
     held_out: float = 0.05  # share of the documents kept for evaluation
@@ -40,7 +41,7 @@ class TrainSettings:
             self._check(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
         for name in ("weight_decay", "checkpoint_seconds"):
             self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("warmup", "never"):
+        for name in ("warmup", "never", "on_policy"):
             self._check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("lens_share", "held_out", "agreement"):
             self._check(name, 0 < getattr(self, name) < 1, "between 0 and 1, both excluded")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.fingerprint import fingerprint
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import MANIFEST, TENSORS, Exits
-from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.confidence import Judge
+from dynamax_llm.exits.config import INPUTS, ExitConfig
 from dynamax_llm.exits.files import prepare_folder
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.training.aside import Aside
@@ -33,6 +35,7 @@ from dynamax_llm.training.held_out import HeldOut, evaluate, on_policy
 from dynamax_llm.training.learner import Learner, part
 from dynamax_llm.training.lens import LensLearner
 from dynamax_llm.training.objective import Draw
+from dynamax_llm.training.on_policy import harvest_on_policy
 from dynamax_llm.training.parallel import Group
 from dynamax_llm.training.progress import TokenBar
 from dynamax_llm.training.settings import TrainSettings
@@ -108,6 +111,7 @@ class _Run:
         self.tokens, self.steps, self.seconds = 0, 0, 0.0
         self.next_evaluation = self.lens_budget + settings.eval_every
         self.divergence: dict[str, list[float]] = {}
+        self.again = False  # whether the second pass, on policy, has begun
         self.checkpoint = Checkpoint(out, _identity(backbone, source, configs, settings))
         self._restore()
 
@@ -144,7 +148,22 @@ class _Run:
                 saved = time.monotonic()
 
     def _done(self) -> bool:
-        return self.tokens >= self.settings.max_tokens or all(one.stopped for one in self.learners.values())
+        if self.tokens >= self.settings.max_tokens:
+            return True
+        stopped = all(one.stopped for one in self.learners.values())
+        return stopped and (self.again or not self.settings.on_policy)
+
+    def _begin_again(self) -> None:
+        """Begin the second pass when its share of the budget is what is left, or the first has nothing to add."""
+        heads_budget = self.settings.max_tokens - self.lens_budget
+        due = self.tokens >= self.settings.max_tokens - self.settings.on_policy * heads_budget
+        if self.again or not self.settings.on_policy:
+            return
+        if due or all(one.stopped for one in self.learners.values()):
+            self.again = True
+            for learner in self.learners.values():
+                learner.begin_again()
+            self._evaluate()  # what the first pass is worth on policy, to compare with
 
     def _step(self, batch: Batch) -> None:
         """One batch through lens or heads, and an evaluation where one is due."""
@@ -161,16 +180,22 @@ class _Run:
             while self.next_evaluation <= self.tokens:
                 self.next_evaluation += self.settings.eval_every
 
+    def _harvest_again(self, judge: Judge, batch: Batch, draw: Draw) -> Harvest:
+        return harvest_on_policy(self.backbone, self.readout, judge, batch, draw)
+
     def _learn(self, batch: Batch) -> None:
         """One step of every head that still learns, from this process's share of the batch."""
-        made = self._harvest(self.group.share(batch))
+        self._begin_again()
+        own = self.group.share(batch)
+        made = None if self.again else self._harvest(own)
         draw = Draw.sample(batch.mask, self.settings.never, self.generator).rows(self.group.rows(len(batch.ids)))
         progress = (self.tokens - self.lens_budget) / (self.settings.max_tokens - self.lens_budget)
 
         def work() -> None:
             for learner in self.learners.values():
                 if not learner.stopped:
-                    learner.step(made, draw, progress)
+                    met = self._harvest_again(learner.heads, own, draw) if made is None else made
+                    learner.step(met, draw, progress)
 
         self.aside.run(work, made)
 
@@ -180,9 +205,10 @@ class _Run:
         judges = {name: learner.heads for name, learner in active.items()}
         weights = {name: learner.balance.weights() for name, learner in active.items()}
         settings = self.settings
-        reports = evaluate(judges, weights, self.held, self.config, settings.never, settings.agreement)
+        again = self._harvest_again if self.again else None
+        reports = evaluate(judges, weights, self.held, self.config, settings.never, settings.agreement, again)
         for name, learner in active.items():
-            learner.judge_by(reports[name], self.tokens)
+            learner.judge_by({"on_policy": self.again, **reports[name]}, self.tokens)
 
     def _note(self) -> tuple[str, str]:
         """What the bar says: the phase, and the latest figures. Waits for the device."""
@@ -257,11 +283,12 @@ class _Run:
 
 
 #: Attributes of a run that a checkpoint keeps as they are.
-_COUNTERS = ("tokens", "steps", "seconds", "next_evaluation", "divergence")
+_COUNTERS = ("tokens", "steps", "seconds", "next_evaluation", "divergence", "again")
 
 
 def _common(configs: Mapping[str, ExitConfig]) -> ExitConfig:
-    """A configuration that stands for all in what they share. Raises UsageError where they differ."""
+    """A configuration that stands for all in what they share, and reads what any of them does. Raises UsageError
+    where they differ."""
     first = next(iter(configs.values()), None)
     if first is None:
         raise UsageError("no exit configuration to train: give at least one.")
@@ -276,7 +303,8 @@ def _common(configs: Mapping[str, ExitConfig]) -> ExitConfig:
                     f"exits {name!r} have {field} {getattr(config, field)!r}, others {getattr(first, field)!r}. Heads "
                     "that are trained together share exits, readout and labels: train these in a run of their own."
                 )
-    return first
+    inputs = tuple(kind for kind in INPUTS if any(kind in config.inputs for config in configs.values()))
+    return replace(first, inputs=inputs)
 
 
 def _identity(
