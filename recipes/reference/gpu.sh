@@ -12,6 +12,7 @@ CACHE=${CACHE:-/tmp/dynamax-reference}
 PYTHON=${PYTHON:-python3}
 GPUS=$(nvidia-smi -L | wc -l)
 EACH=$((GPUS >= 4 ? 2 : 1))
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 export OMP_NUM_THREADS=8 TOKENIZERS_PARALLELISM=true HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore
 mkdir -p "$OUT"
 nvidia-smi -L

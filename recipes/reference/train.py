@@ -26,12 +26,14 @@ import workers
 from layers import Stack
 from measure import measure, table
 from mixture import prepare
-from objective import MultiExitLoss, exits_for_step
+from objective import MultiExitLoss
 from optim import Optimizer, learning_rate
 from safetensors.torch import save_file
 from shapes import CONTEXT, NAMES, OBJECTIVES, config, name
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from dynamax_llm.training.multi_exit import rotate_exits
 
 REPORT_SECONDS = 5.0
 
@@ -100,7 +102,7 @@ class Training:
 
     def step(self, number: int, windows: Tensor, scale: float) -> Tensor:
         """One update on windows (B, T + 1); returns mean cross-entropy per readout, the last layer's last."""
-        exits = exits_for_step(number, self.stack.depth, self.exits)
+        exits = rotate_exits(number, range(1, self.stack.depth), self.exits)
         states = self.stack.states(windows[:, :-1])
         normed = [self.stack.normed(states[e - 1]) for e in (*exits, self.stack.depth)]
         losses = self.loss.backward(normed, exits, windows[:, 1:], self.stack.head)
