@@ -5,10 +5,10 @@ student         what is trained, LoRA adapters or a copy of all weights, and the
 learner         one step: layers run once, logits in slices, AdamW
 measure         what a model's layers are worth on held-out text
 folder          a plain Hugging Face folder, which appears whole or not at all
-tune            the run itself, resumable
+run             the run itself, resumable
 """
 
+from dynamax_llm.training.tuning.run import Tuned, tune
 from dynamax_llm.training.tuning.settings import TuneSettings
-from dynamax_llm.training.tuning.tune import Tuned, tune
 
 __all__ = ["TuneSettings", "Tuned", "tune"]

@@ -44,20 +44,28 @@ def stage(model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: Any, dt
     """The tuned model and its tokenizer in the work folder, floating-point weights in ``dtype``; returns where."""
     folder = work / MODEL
     shutil.rmtree(folder, ignore_errors=True)
-    stored = {name: w.detach().to(dtype) if w.is_floating_point() else w.detach() for name, w in weights.items()}
-    before = model.config.dtype
     try:
-        model.config.dtype = dtype
-        model.save_pretrained(folder, state_dict=stored)
+        model.save_pretrained(folder, state_dict=_stored(weights, dtype))
+        config = folder / "config.json"  # save_pretrained notes the dtype of the model in memory
+        noted = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+        config.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(folder)
     except OSError as error:
         raise ArtifactError(
             f"cannot write {folder} ({error.strerror or error}). Free some space or give another folder."
         ) from error
-    finally:
-        model.config.dtype = before
     return folder
+
+
+def _stored(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights in the dtype they are saved in; names that share a tensor still share one, and it is saved once."""
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    for weight in weights.values():
+        made.setdefault(
+            (weight.data_ptr(), weight.shape), weight.detach().to(dtype if weight.is_floating_point() else weight.dtype)
+        )
+    return {name: made[weight.data_ptr(), weight.shape] for name, weight in weights.items()}
 
 
 def publish(work: Path, target: Path, record: dict[str, Any], card: str) -> None:

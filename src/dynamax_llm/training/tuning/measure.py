@@ -68,7 +68,7 @@ def measure(backbone: Backbone, batches: Sequence[Batch], layers: tuple[int, ...
 
 
 def _read(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Per layer and token of a batch: cross-entropy (float64), the likeliest token, and its margin (L, n), on the CPU."""
+    """Per layer and token of a batch (L, n), on the CPU: cross-entropy in float64, the likeliest token, its margin."""
     h = backbone.embed(batch.ids.to(backbone.device))
     ctx = backbone.context(h)
     found: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -68,7 +68,7 @@ def _full(backbone: Backbone) -> Student:
 
 
 def _adapted(backbone: Backbone, settings: TuneSettings) -> Iterator[Student]:
-    peft = _peft()
+    peft = check_peft()
     model, names = backbone.model, adaptable(backbone)
     if not names:
         raise UsageError(f"no layer of this {backbone.model_type} has a linear map for LoRA: use --method full.")
@@ -114,14 +114,19 @@ def _merged(model: nn.Module) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         if ".lora_" not in name:
             found[name.replace(".base_layer.", ".")] = value
+    merged: dict[int, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):  # shared layers have several names
         if hasattr(module, "lora_A"):
             weight = module.base_layer.weight
-            found[f"{name}.weight"] = (weight.float() + module.get_delta_weight(ADAPTER).float()).to(weight.dtype)
+            if id(module) not in merged:
+                delta = module.get_delta_weight(ADAPTER).float()
+                merged[id(module)] = (weight.float() + delta).to(weight.dtype)
+            found[f"{name}.weight"] = merged[id(module)]
     return found
 
 
-def _peft() -> Any:
+def check_peft() -> Any:
+    """The peft library. Raises UsageError if it is not installed."""
     try:
         import peft  # heavy, and only needed here
     except ImportError as error:

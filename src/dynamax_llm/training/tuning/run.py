@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from dynamax_llm.training.checkpoint import Checkpoint
 from dynamax_llm.training.data import Batch, Position, Split, first_batches
 from dynamax_llm.training.progress import TokenBar
 from dynamax_llm.training.sources import Source
-from dynamax_llm.training.trainer import _versions
 from dynamax_llm.training.tuning.folder import card, check_free, publish, stage, summary, table, work_folder
 from dynamax_llm.training.tuning.learner import TuneLearner
 from dynamax_llm.training.tuning.measure import Figures, measure
@@ -92,7 +93,7 @@ def tune(
         "history": run.history,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(backbone.device),
-        "versions": _versions(),
+        "versions": _versions(settings),
     }
     publish(work, target, record, card(record, table(before, after, layers), summary(before, after, kept)))
     return Tuned(target, before, after, kept, record)
@@ -170,6 +171,11 @@ def _reload(folder: Path, like: Backbone) -> Backbone:
     """The staged model as its users will load it, in the dtype and on the device of the original."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype, use_safetensors=True)
     return adapt(model.to(like.device).eval())
+
+
+def _versions(settings: TuneSettings) -> dict[str, str]:
+    libraries = ("torch", "transformers", *(("peft",) if settings.method == "lora" else ()))
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in libraries}}
 
 
 def _identity(
