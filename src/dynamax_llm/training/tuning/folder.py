@@ -26,7 +26,7 @@ MODEL = "model"
 
 def check_free(out: str | Path) -> Path:
     """The target. Raises ArtifactError if it is a file or a folder with anything in it; makes nothing."""
-    target = Path(out).expanduser()
+    target = Path(out).expanduser().resolve()
     if target.is_dir() and any(target.iterdir()):
         held = ", ".join(sorted(item.name for item in target.iterdir())[:3])
         raise ArtifactError(f"{str(out)!r} is not empty (it holds {held}). Give a new folder for the tuned model.")
