@@ -189,7 +189,7 @@ def test_figures_are_the_saved_models_and_the_exits_improve(tuned) -> None:
             part = torch.nn.functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum", ignore_index=-100
             )
-            total, count = total + float(part), count + float((labels[:, 1:] >= 0).sum())
+            total, count = total + float(part.detach()), count + float((labels[:, 1:] >= 0).sum())
         assert figures.tokens == count
         assert figures.loss == pytest.approx(total / count, rel=1e-5)
         assert figures.agreement_per_layer[-1] == 1.0

@@ -15,52 +15,56 @@ if TYPE_CHECKING:
     from dynamax_llm.training.tuning import Tuned
 
 
+Data = Annotated[
+    str, typer.Option(help="A .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id.", metavar="PATH|ID")
+]
+Out = Annotated[Path, typer.Option(help="New folder for the tuned model; the same command resumes a killed run.")]
+Method = Annotated[
+    str, typer.Option(help="lora: adapters, merged into the saved weights; full: all weights.", metavar="NAME")
+]
+ExitsAt = Annotated[
+    str, typer.Option("--exits", help="What to train as exits: layers (8,12), shares of the depth, or all.")
+]
+Schedule = Annotated[
+    str, typer.Option(help="weighted: every exit at every step; rotating: a few, drawn anew each step.", metavar="NAME")
+]
+Distill = Annotated[float, typer.Option(help="Share of the loss that is distillation, 0 to 1; the rest is the text.")]
+Teacher = Annotated[
+    str,
+    typer.Option(
+        help="original: exits and last layer learn from the untouched model, so that it stays what it is; "
+        "current: exits from the last layer as it is, the last layer from the text.",
+        metavar="NAME",
+    ),
+]
+Tokens = Annotated[str, typer.Option(help="Training tokens: 300k, 1M, 2.5M … Data repeats if it is shorter.")]
+Sequence = Annotated[int, typer.Option("--seq-length", help="Tokens of a chunk of text, at most.")]
+Batch = Annotated[int, typer.Option(help="Tokens of a step, padding included; at least one chunk.")]
+Rate = Annotated[float | None, typer.Option(help="Peak learning rate. Default: 1e-3 for lora, 1e-4 for full.")]
+Again = Annotated[bool, typer.Option("--checkpointing", help="Less memory: layers run again in the backward pass.")]
+Field = Annotated[str | None, typer.Option(help="Field of a .jsonl or dataset record that holds the text.")]
+
+
 def tune(
     model: Model,
-    data: Annotated[
-        str,
-        typer.Option(help="A .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id.", metavar="PATH|ID"),
-    ],
-    out: Annotated[Path, typer.Option(help="New folder for the tuned model; the same command resumes a killed run.")],
-    method: Annotated[
-        str, typer.Option(help="lora: adapters, merged into the saved weights; full: all weights.", metavar="NAME")
-    ] = "lora",
+    data: Data,
+    out: Out,
+    method: Method = "lora",
     rank: Annotated[int, typer.Option(help="Rank of LoRA's adapters.")] = 16,
-    exits: Annotated[
-        str,
-        typer.Option(help="Layers to train as exits: layers (8,12), shares of the depth, or all.", metavar="LAYERS"),
-    ] = "1/4,3/8,1/2,5/8,3/4,7/8",
-    schedule: Annotated[
-        str,
-        typer.Option(help="weighted: every exit at every step; rotating: a few, drawn anew each step.", metavar="NAME"),
-    ] = "weighted",
+    exits: ExitsAt = "1/4,3/8,1/2,5/8,3/4,7/8",
+    schedule: Schedule = "weighted",
     rotating: Annotated[int, typer.Option(help="Exits of a step when rotating.")] = 1,
-    distill: Annotated[
-        float, typer.Option(help="Share of the loss that is distillation, 0 to 1; the rest is the text's next token.")
-    ] = 1.0,
-    teacher: Annotated[
-        str,
-        typer.Option(
-            help="original: exits and last layer learn from the untouched model, so that it stays what it is; "
-            "current: exits from the last layer as it is, the last layer from the text.",
-            metavar="NAME",
-        ),
-    ] = "original",
-    tokens: Annotated[
-        str, typer.Option(help="Training tokens: 300k, 1M, 2.5M … Data repeats if it is shorter.")
-    ] = "1M",
-    seq_length: Annotated[int, typer.Option(help="Tokens of a chunk of text, at most.")] = 512,
-    batch: Annotated[int, typer.Option(help="Tokens of a step, padding included; at least one chunk.")] = 4096,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 1e-3 for lora, 1e-4 for full.")] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Less memory: layers run again in the backward pass.")
-    ] = False,
+    distill: Distill = 1.0,
+    teacher: Teacher = "original",
+    tokens: Tokens = "1M",
+    seq_length: Sequence = 512,
+    batch: Batch = 4096,
+    lr: Rate = None,
+    checkpointing: Again = False,
     seed: Annotated[int, typer.Option(help="Seed of adapters, data order and draws.")] = 0,
     heldout: Annotated[float, typer.Option(help="Share of the documents kept for the figures.")] = 0.05,
     eval_tokens: Annotated[str, typer.Option(help="Held-out tokens measured, before and after.")] = "20k",
-    text_field: Annotated[
-        str | None, typer.Option(help="Field of a .jsonl or dataset record that holds the text.")
-    ] = None,
+    text_field: Field = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
