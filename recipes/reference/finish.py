@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from mixture import END_OF_TEXT, TOKENIZER_FILE
 from safetensors.torch import load_file
-from shapes import NAMES, config
+from shapes import NAMES, OBJECTIVES, config, name
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 LIMIT = 16 * 2**20  # bytes a whole folder may take
@@ -57,11 +57,28 @@ def check(folder: Path) -> str:
     return tokenizer.decode(out[0])
 
 
+PURPOSE = {
+    "multi-exit": """trained so that stopping early pays: the final
+norm and the tied LM head read usable text from every layer. Stock transformers classes, no custom code. It is a
+test bench for early exits, small enough to ship inside a package.""",
+    "ordinary": """trained as checkpoints usually are, on
+its last layer alone. Stock transformers classes, no custom code. It shows what early exits are worth on a model that
+was not made for them.""",
+}
+OBJECTIVE = {
+    "multi-exit": """Next-token cross-entropy at the last layer, plus {exits} earlier layers per step, rotating, each
+weighted by its depth: {hard:.1f} cross-entropy and {soft:.1f} distillation from the model's own last layer.""",
+    "ordinary": "Next-token cross-entropy at the last layer.",
+}
+
+
 def card(name: str, parameters: int, metrics: dict[str, Any]) -> str:
     """The model card, every number of it taken from metrics.json."""
     options, result, data = metrics["options"], metrics["validation"], metrics["data"]
     depth = len(result["loss_per_layer"])
-    kind = {"transformer-ee": "Mistral-style Transformer", "mamba-ee": "Mamba-2 model"}[name]
+    kind = {"transformer": "Mistral-style Transformer", "mamba": "Mamba-2 model"}[options["kind"]]
+    objective = options.get("objective", "multi-exit")
+    aim = OBJECTIVE[objective].format(exits=options["exits"], hard=1 - options["distil"], soft=options["distil"])
     machine = metrics["hardware"]
     files = "\n".join(
         f"| `{f['file']}` | {f['licence']} | {f['train_tokens']:,} | `{f['sha256'][:16]}` |" for f in data["files"]
@@ -73,6 +90,7 @@ def card(name: str, parameters: int, metrics: dict[str, Any]) -> str:
         f"--deadline {options['deadline']:.0f} --batch {options['batch']} --length {options['length']} "
         f"--matrix-lr {options['matrix_lr']} --other-lr {options['other_lr']} --exits {options['exits']} "
         f"--exit-weight {options['exit_weight']} --distil {options['distil']} --seed {options['seed']}"
+        + (" --objective ordinary" if objective == "ordinary" else "")
     )
     quarters = ", ".join(f"{x:.3f}" for x in result["agreement_at_quarters"])
     return f"""---
@@ -85,9 +103,7 @@ tags: [early-exit]
 
 # {name}
 
-A {kind} of {parameters / 1e6:.2f} M parameters and {depth} layers, trained so that stopping early pays: the final
-norm and the tied LM head read usable text from every layer. Stock transformers classes, no custom code. It is a
-test bench for early exits, small enough to ship inside a package.
+A {kind} of {parameters / 1e6:.2f} M parameters and {depth} layers, {PURPOSE[objective]}
 
 | | |
 |---|---|
@@ -101,9 +117,8 @@ test bench for early exits, small enough to ship inside a package.
 
 ## Objective
 
-Next-token cross-entropy at the last layer, plus {options["exits"]} earlier layers per step, rotating, each weighted
-by its depth: {1 - options["distil"]:.1f} cross-entropy and {options["distil"]:.1f} distillation from the model's own
-last layer. Muon for the layers' matrices, AdamW for the rest.
+{aim}
+Muon for the layers' matrices, AdamW for the rest.
 
 ```
 {command}
@@ -138,17 +153,20 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder that train.py wrote")
     parser.add_argument("dest", type=Path, help="folder that receives the finished models")
     args = parser.parse_args()
-    found = [(kind, name) for kind, name in NAMES.items() if (args.out / name / "model.safetensors").is_file()]
+    pairs = [(kind, name(kind, objective)) for kind in NAMES for objective in OBJECTIVES]
+    found = [(kind, folder) for kind, folder in pairs if (args.out / folder / "model.safetensors").is_file()]
     if not found:
-        raise SystemExit(f"{args.out} holds no trained model; expected {args.out}/transformer-ee/model.safetensors")
-    for kind, name in found:
-        source, folder = args.out / name, args.dest / name
+        raise SystemExit(
+            f"{args.out} holds no trained model; expected {args.out}/transformer-ee/model.safetensors or its like"
+        )
+    for kind, trained in found:
+        source, folder = args.out / trained, args.dest / trained
         folder.mkdir(parents=True, exist_ok=True)
         metrics = json.loads((source / "metrics.json").read_text())
         parameters = write_model(kind, metrics["options"]["smoke"], source / "model.safetensors", folder)
         write_tokenizer(folder)
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
-        (folder / "README.md").write_text(card(name, parameters, metrics))
+        (folder / "README.md").write_text(card(trained, parameters, metrics))
         check(folder)
 
 

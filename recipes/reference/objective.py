@@ -1,11 +1,9 @@
-"""The multi-exit objective, with its gradient worked out by hand so that logits never outlive a slice.
+"""The multi-exit loss of `dynamax_llm.training.multi_exit`, its gradient by hand: logits never outlive a slice.
 
-Loss per token, for the last layer L and the exits E(step) drawn for this step:
-
-    CE_L + sum over e in E of w_e [ (1 - k) CE_e + k KL(p_L || p_e) ],   w_e = e / sum of E,   p_L held fixed
-
-The gradient of this with respect to exit e's logits is w_e (p_e - (1 - k) onehot - k p_L): one expression that
-also gives the last layer's with w = 1, k = 0. Slices of tokens keep memory at a few hundred megabytes.
+What the loss is (which exits a step trains, what each weighs, what it learns from) is that module's. Here the teacher
+is the model's own last layer, held fixed, and the last layer learns from the text alone. The gradient with respect to
+exit e's logits is then w_e (p_e - (1 - k) onehot - k p_L): one expression that also gives the last layer's with w = 1,
+k = 0. Slices of tokens keep memory at a few hundred megabytes.
 """
 
 from __future__ import annotations
@@ -15,15 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dynamax_llm.training.multi_exit import Mixture
+
 SLICE = 8192  # tokens per slice of the vocabulary products
-
-
-def exits_for_step(step: int, depth: int, count: int) -> list[int]:
-    """`count` layers of 1..depth-1 (counted from 1), one from each of `count` equal bands, deterministic in step."""
-    bands = [range(1 + i * (depth - 1) // count, 1 + (i + 1) * (depth - 1) // count) for i in range(count)]
-    generator = torch.Generator().manual_seed(1_000_003 + step)
-    draws = torch.rand(count, generator=generator).tolist()
-    return [band[int(draw * len(band))] for band, draw in zip(bands, draws, strict=True) if len(band)]
 
 
 def slice_gradient(states: Tensor, targets: Tensor, head: Tensor, hard: Tensor, soft: Tensor) -> tuple[Tensor, ...]:
@@ -59,10 +51,8 @@ class MultiExitLoss:
 
     def weights(self, exits: list[int], tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(hard, soft) weights per readout, exits first and the last layer at the end, shape (E + 1)."""
-        share = [self.exit_weight * e / sum(exits) for e in exits]
-        hard = [w * (1 - self.distil) for w in share] + [1.0]
-        soft = [w * self.distil for w in share] + [0.0]
-        return torch.tensor(hard, device=device) / tokens, torch.tensor(soft, device=device) / tokens
+        mixture = Mixture.of(exits, self.distil, self.exit_weight)
+        return torch.tensor(mixture.hard, device=device) / tokens, torch.tensor(mixture.soft, device=device) / tokens
 
     def backward(self, normed: list[Tensor], exits: list[int], targets: Tensor, head: Tensor) -> Tensor:
         """Accumulate all gradients; returns mean cross-entropy per readout (E + 1), the last layer's last.

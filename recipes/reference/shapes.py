@@ -7,7 +7,13 @@ from typing import Any
 from transformers import Mamba2Config, MistralConfig, PretrainedConfig
 
 NAMES = {"transformer": "transformer-ee", "mamba": "mamba-ee"}
+OBJECTIVES = ("multi-exit", "ordinary")
 CONTEXT = 1024  # training sequence length
+
+
+def name(kind: str, objective: str) -> str:
+    """The folder a backbone of this kind is saved in: the shipped name, or <kind>-ordinary."""
+    return NAMES[kind] if objective == "multi-exit" else f"{kind}-{objective}"
 
 
 def config(kind: str, smoke: bool = False) -> PretrainedConfig:

@@ -2,8 +2,9 @@
 
     python recipes/reference/train.py transformer --data DIR --out DIR --tokens 800e6 --deadline 540
 
-Writes OUT/<name>-ee/model.safetensors (bf16) and metrics.json. Under torchrun every process takes its own share
-of each batch. `prepare` as the model name only tokenises into --cache.
+Writes OUT/<kind>-ee/model.safetensors (bf16) and metrics.json. `--objective ordinary` trains the last layer alone,
+as checkpoints usually are, and writes OUT/<kind>-ordinary: what scan and tune are tried on. Under torchrun every
+process takes its own share of each batch. `prepare` as the model name only tokenises into --cache.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import workers
 from layers import Stack
 from measure import measure, table
 from mixture import prepare
-from objective import MultiExitLoss, exits_for_step
+from objective import MultiExitLoss
 from optim import Optimizer, learning_rate
 from safetensors.torch import save_file
-from shapes import CONTEXT, NAMES, config
+from shapes import CONTEXT, NAMES, OBJECTIVES, config, name
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+
+from dynamax_llm.training.multi_exit import rotate_exits
 
 REPORT_SECONDS = 5.0
 
@@ -48,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=CONTEXT, help="tokens per sequence")
     parser.add_argument("--matrix-lr", type=float, default=0.02, help="Muon's peak rate")
     parser.add_argument("--other-lr", type=float, default=4e-3, help="AdamW's peak rate")
+    parser.add_argument("--objective", choices=OBJECTIVES, default="multi-exit", help="ordinary: the last layer alone")
     parser.add_argument("--exits", type=int, default=3, help="exits trained per step")
     parser.add_argument("--exit-weight", type=float, default=1.0, help="weight of all exits beside the last layer's 1")
     parser.add_argument("--distil", type=float, default=0.7, help="share of the exits' loss that is distillation")
@@ -55,7 +59,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", action="store_true", help="~60 s: steady tokens/s and memory at two batches")
     parser.add_argument("--smoke", action="store_true", help="tiny model on the CPU: proves the recipe runs")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.objective == "ordinary":
+        args.exits = 0
+    return args
 
 
 class Batches:
@@ -95,7 +102,7 @@ class Training:
 
     def step(self, number: int, windows: Tensor, scale: float) -> Tensor:
         """One update on windows (B, T + 1); returns mean cross-entropy per readout, the last layer's last."""
-        exits = exits_for_step(number, self.stack.depth, self.exits)
+        exits = rotate_exits(number, range(1, self.stack.depth), self.exits)
         states = self.stack.states(windows[:, :-1])
         normed = [self.stack.normed(states[e - 1]) for e in (*exits, self.stack.depth)]
         losses = self.loss.backward(normed, exits, windows[:, 1:], self.stack.head)
@@ -115,14 +122,22 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     return Training(stack, MultiExitLoss(args.distil, args.exit_weight, compiled), optimizer, args.exits)
 
 
+def share_of_time(begun: float | None, deadline: float) -> float:
+    """How much of the time between the first step's end and the deadline has passed; 0 before the first step."""
+    return 0.0 if begun is None else (time.time() - begun) / max(deadline - (begun - STARTED), 1e-3)
+
+
 def train(args: argparse.Namespace, run: Training, batches: Batches, device: torch.device) -> dict[str, Any]:
-    """Train until the tokens or the deadline are used up; the decay ends with whichever comes first."""
+    """Train until the tokens or the deadline are used up; the decay ends with whichever comes first.
+
+    The schedule counts seconds from the first step on, so that compiling does not eat the warm-up of a short run.
+    """
     per_step = args.batch * args.length
     progress, step, history = 0.0, 0, []
     mark, mark_step, first_step_at = time.time(), 0, None
     while progress < 1:
         if step % 10 == 0:  # all processes must agree on when to stop, so one clock rules
-            elapsed = workers.from_first((time.time() - STARTED) / args.deadline, device)
+            elapsed = workers.from_first(share_of_time(first_step_at, args.deadline), device)
         progress = max(step * per_step / args.tokens, elapsed)
         windows = workers.my_share(batches(step))
         losses = run.step(step, windows, learning_rate(progress))
@@ -207,7 +222,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def save(args: argparse.Namespace, stack: Stack, metrics: dict[str, Any]) -> None:
     """Weights in bf16 without the tied copy of the head, and metrics.json, under OUT/<name>."""
-    folder = args.out / NAMES[args.kind]
+    folder = args.out / name(args.kind, args.objective)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: parameter.detach().to("cpu", torch.bfloat16).contiguous()
@@ -240,7 +255,7 @@ def main() -> None:
     print(table(result), flush=True)
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     metrics = {
-        "name": NAMES[args.kind],
+        "name": name(args.kind, args.objective),
         "options": options,
         "config": json.loads(run.stack.model.config.to_json_string()),
     }

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dynamax_llm.training.settings import TrainSettings
     from dynamax_llm.training.sources import find_source
     from dynamax_llm.training.trainer import train, train_many
+    from dynamax_llm.training.tuning import TuneSettings, tune
 
 _HOMES = {
     "CalibrationSettings": "calibration.calibrate",
@@ -28,6 +29,7 @@ _HOMES = {
     "Exits": "exits.artifact",
     "Promise": "exits.promise",
     "TrainSettings": "training.settings",
+    "TuneSettings": "training.tuning",
     "adapt": "backbones",
     "calibrate": "calibration.calibrate",
     "find_source": "training.sources",
@@ -35,6 +37,7 @@ _HOMES = {
     "place_exits": "exits.config",
     "train": "training.trainer",
     "train_many": "training.trainer",
+    "tune": "training.tuning",
 }
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "Exits",
     "Promise",
     "TrainSettings",
+    "TuneSettings",
     "adapt",
     "calibrate",
     "find_source",
@@ -52,6 +56,7 @@ __all__ = [
     "place_exits",
     "train",
     "train_many",
+    "tune",
 ]
 
 

@@ -14,10 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "reference"))
 
 from layers import Stack
 from mixture import held_out_key, is_held_out
-from objective import MultiExitLoss, exits_for_step
+from objective import MultiExitLoss
 from optim import learning_rate, orthogonalise
 from shapes import config
 from ssd import ssd
+
+from dynamax_llm.training.multi_exit import Mixture, readout_loss, rotate_exits
 
 
 def tiny(kind: str) -> torch.nn.Module:
@@ -81,14 +83,13 @@ def test_objective_gradient_equals_autograd() -> None:
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
 
-    logs = [(h @ stack.head.T).log_softmax(-1).flatten(0, 1) for h in normed()]
-    hard = [torch.nn.functional.nll_loss(log, ids[:, 1:].flatten()) for log in logs]
-    teacher = logs[-1].detach()
-    total = hard[-1]
-    for exit, ce, log in zip(exits, hard, logs, strict=False):
-        kl = (teacher.exp() * (teacher - log)).sum(-1).mean()
-        total = total + 0.8 * exit / sum(exits) * (0.3 * ce + 0.7 * kl)
-    total.backward()
+    readouts = [(h @ stack.head.T).flatten(0, 1) for h in normed()]
+    targets = ids[:, 1:].flatten()
+    hard = [torch.nn.functional.cross_entropy(logits, targets) for logits in readouts]
+    mixture, teacher = Mixture.of(exits, 0.7, 0.8), readouts[-1].detach().log_softmax(-1)
+    parts = zip(readouts, mixture.hard, mixture.soft, strict=True)
+    total = sum(readout_loss(logits, targets, teacher, one, other) for logits, one, other in parts)
+    (total / len(targets)).backward()
 
     torch.testing.assert_close(entropies, torch.stack(hard).detach(), atol=1e-5, rtol=1e-5)
     for name, parameter in model.named_parameters():
@@ -97,9 +98,10 @@ def test_objective_gradient_equals_autograd() -> None:
 
 def test_exits_rotate_over_every_earlier_layer_and_depend_only_on_the_step() -> None:
     for depth in (16, 24):
-        seen = {e for step in range(400) for e in exits_for_step(step, depth, 3)}
+        seen = {e for step in range(400) for e in rotate_exits(step, range(1, depth), 3)}
         assert seen == set(range(1, depth))
-    assert exits_for_step(7, 16, 3) == exits_for_step(7, 16, 3)
+    assert rotate_exits(7, range(1, 16), 3) == [5, 7, 11]
+    assert rotate_exits(7, range(1, 16), 0) == []
 
 
 def test_orthogonalised_singular_values_are_near_one() -> None:

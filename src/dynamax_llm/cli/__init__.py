@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from dynamax_llm.cli import calibrate, demo, eval, generate, paper, report, train
+from dynamax_llm.cli import calibrate, demo, eval, generate, paper, report, train, tune
 from dynamax_llm.errors import DynamaxError
 
 REFUSED, INTERRUPTED = 2, 130
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(train.train)
+app.command()(tune.tune)
 app.command()(calibrate.calibrate)
 app.command()(generate.generate)
 app.command(name="eval")(eval.evaluate)

@@ -1,0 +1,123 @@
+"""One step of tuning: the layers run once with gradient, logits exist for one slice of one readout at a time.
+
+The hidden states that speak are cut off the graph; each slice's loss sends its gradient back to them (and, where they
+are trained, to norm and LM head), and one backward pass then takes the sum through the layers. So memory holds the
+layers' activations (or, with checkpointing, their inputs) and a few slices of logits, whatever the vocabulary.
+
+Shapes: B rows, T tokens, d width, V vocabulary, n tokens of the batch that have a next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.utils.checkpoint import checkpoint
+
+from dynamax_llm.backbones import Backbone
+from dynamax_llm.training.data import Batch
+from dynamax_llm.training.harvest import slices
+from dynamax_llm.training.learner import optimiser_tensors, part, restore_optimiser
+from dynamax_llm.training.multi_exit import Mixture, readout_loss, rotate_exits
+from dynamax_llm.training.objective import learning_rate
+from dynamax_llm.training.tuning.settings import TuneSettings
+from dynamax_llm.training.tuning.student import Student
+
+#: Gradients longer than this are shortened to it.
+GRADIENT_NORM = 1.0
+
+
+def hidden(backbone: Backbone, ids: Tensor, layers: Sequence[int], checkpointing: bool = False) -> list[Tensor]:
+    """h (B, T, d) after each of ``layers``, rising and counted from 1, of ids (B, T). Right pads need no mask."""
+    h = backbone.embed(ids.to(backbone.device))
+    ctx = backbone.context(h)
+    found = []
+    for index in range(layers[-1]):
+        if checkpointing:
+            h = checkpoint(backbone.layer, index, h, None, ctx, use_reentrant=False)
+        else:
+            h = backbone.layer(index, h, None, ctx)
+        if index + 1 in layers:
+            found.append(h)
+    return found
+
+
+class TuneLearner:
+    """The optimiser of a student, and the loss of the last step."""
+
+    def __init__(self, student: Student, layers: tuple[int, ...], settings: TuneSettings) -> None:
+        self.student, self.layers, self.settings = student, layers, settings
+        self.optimiser = AdamW(student.parameters.values(), lr=settings.peak, weight_decay=settings.weight_decay)
+        self.loss: float | None = None
+
+    def exits(self, step: int) -> list[int]:
+        """Depths of the exits that speak in this step, rising."""
+        if self.settings.schedule == "weighted":
+            return list(self.layers)
+        return rotate_exits(step, self.layers, min(self.settings.rotating, len(self.layers)))
+
+    def step(self, batch: Batch, step: int, progress: float) -> None:
+        """One optimiser step, number ``step``, at ``progress`` in [0, 1] of the budget."""
+        self.optimiser.zero_grad()
+        with torch.enable_grad(), self._products():
+            self.loss = self.backward(batch, self.exits(step))
+        nn.utils.clip_grad_norm_(self.student.parameters.values(), GRADIENT_NORM)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(progress, self.settings.peak, self.settings.warmup)
+        self.optimiser.step()
+
+    def backward(self, batch: Batch, exits: Sequence[int]) -> float:
+        """Add the gradient of the loss, a mean over the batch's tokens, to the parameters; returns the loss."""
+        backbone, settings = self.student.backbone, self.settings
+        mixture = Mixture.of(exits, settings.distil, settings.exit_weight, settings.last_distil)
+        states = hidden(backbone, batch.ids, (*exits, backbone.n_layers), settings.checkpointing)
+        speaks = batch.mask[:, 1:].to(states[-1].device)
+        targets = batch.ids[:, 1:].to(speaks.device)[speaks]  # (n,)
+        said = [h[:, :-1][speaks.to(h.device)] for h in states]  # (n, d) each
+        cut = [rows.detach().requires_grad_() for rows in said]
+        teaches = self._teacher(batch, speaks, cut[-1]) if any(mixture.soft) else None
+        total = torch.zeros((), device=speaks.device)
+        for piece in slices(backbone, len(targets)):
+            teacher = None if teaches is None else teaches(piece)
+            for rows, hard, soft in zip(cut, mixture.hard, mixture.soft, strict=True):
+                logits = backbone.readout(rows[None, piece])[0]
+                value = readout_loss(logits, targets[piece], teacher, hard, soft) / len(targets)
+                value.backward()
+                total += value.detach()
+        torch.autograd.backward(said, [rows.grad for rows in cut])
+        return float(total)
+
+    def _teacher(self, batch: Batch, speaks: Tensor, last: Tensor) -> Callable[[slice], Tensor]:
+        """Log-probabilities (slice, V), on demand, of whoever teaches."""
+
+        def read(backbone: Backbone, rows: Tensor, piece: slice) -> Tensor:
+            with torch.no_grad():
+                return torch.log_softmax(backbone.readout(rows[None, piece])[0], -1)
+
+        if self.settings.teacher == "current":
+            return lambda piece: read(self.student.backbone, last.detach(), piece)
+        with torch.no_grad(), self.student.teacher() as original:
+            rows = hidden(original, batch.ids, (original.n_layers,))[0][:, :-1][speaks]
+        return lambda piece: read(original, rows, piece)
+
+    def _products(self) -> Any:
+        device = self.student.backbone.device.type
+        if device == "cpu" or not self.settings.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(device, torch.bfloat16)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything of it that is a tensor, for a checkpoint."""
+        named = {f"student.{name}": parameter.detach() for name, parameter in self.student.parameters.items()}
+        return named | optimiser_tensors(self.optimiser)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of ``tensors``."""
+        with torch.no_grad():
+            for name, value in part(tensors, "student.").items():
+                self.student.parameters[name].copy_(value)
+        restore_optimiser(self.optimiser, tensors)
