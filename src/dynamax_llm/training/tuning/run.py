@@ -57,7 +57,7 @@ def tune(
     again resumes a run that was killed. The figures after are those of the saved folder, loaded anew.
 
     Raises ArtifactError for a folder that is not empty or cannot be written, DataError for unusable text, UsageError
-    for exits outside 1..L-1, a missing peft, or a folder in which another run was begun.
+    for exits outside 1..L-1, a missing peft, a loss that is no number, or a folder in which another run was begun.
     """
     if not layers or sorted(set(layers)) != list(layers) or not 1 <= layers[0] <= layers[-1] < backbone.n_layers:
         raise UsageError(f"exits {layers!r}: give layers between 1 and {backbone.n_layers - 1}, rising, each once.")
