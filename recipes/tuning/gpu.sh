@@ -10,7 +10,8 @@ cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 PYTHON=${PYTHON:-python3}
 work=/tmp/dynamax-tuning
-mkdir -p $work/tuned
+mkdir -p $work/tuned "$OUT"
+OUT=$(realpath "$OUT")
 if [ -z "${MODEL:-}" ]; then
     KINDS=transformer OBJECTIVE=ordinary DEADLINE=${DEADLINE:-110} bash recipes/reference/gpu.sh || exit 1
     $PYTHON recipes/reference/finish.py "$OUT" $work || exit 1

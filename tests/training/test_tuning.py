@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dynamax_llm.backbones import adapt
-from dynamax_llm.errors import ArtifactError, UsageError
+from dynamax_llm.errors import ArtifactError, BackboneError, UsageError
 from dynamax_llm.testing import tiny_model
 from dynamax_llm.training.data import Batch, Split, find_source, first_batches, pad
 from dynamax_llm.training.multi_exit import Mixture, depth_weights
@@ -247,6 +247,18 @@ def test_full_tuning_rotates_and_saves_in_the_dtype_asked_for(tmp_path: Path) ->
 def test_settings_out_of_bounds_are_named(setting: str, value: object) -> None:
     with pytest.raises(UsageError, match=rf"tuning setting {setting} = {value!r}: give "):
         TuneSettings(**{setting: value})
+
+
+def test_what_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    backbone = adapt(tiny_model("mistral", vocab=257))
+    with student(backbone, SETTINGS) as pupil:
+        list(pupil.parameters.values())[-1].data.fill_(float("nan"))
+        with pytest.raises(UsageError, match=r"became nan in step 8: training at lr 0\.005 .*smaller learning rate"):
+            TuneLearner(pupil, (1, 2), SETTINGS).step(batch(), 7, 0.5)
+    backbone.model.model.norm.weight.data.fill_(float("inf"))
+    with pytest.raises(BackboneError, match=r"gives no numbers .* load it in float32"):
+        tune(backbone, byte_tokenizer(), find_source(text()), (1, 2), SETTINGS, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
 
 
 def test_exits_that_do_not_exist_are_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, d width, V vocabulary, n tokens of the batch that have
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 from dynamax_llm.backbones import Backbone
+from dynamax_llm.errors import UsageError
 from dynamax_llm.training.data import Batch
 from dynamax_llm.training.harvest import slices
 from dynamax_llm.training.learner import optimiser_tensors, part, restore_optimiser
@@ -61,10 +63,15 @@ class TuneLearner:
         return rotate_exits(step, self.layers, min(self.settings.rotating, len(self.layers)))
 
     def step(self, batch: Batch, step: int, progress: float) -> None:
-        """One optimiser step, number ``step``, at ``progress`` in [0, 1] of the budget."""
+        """One optimiser step, number ``step``, at ``progress`` in [0, 1] of the budget. Raises UsageError at NaN."""
         self.optimiser.zero_grad()
         with torch.enable_grad(), self._products():
             self.loss = self.backward(batch, self.exits(step))
+        if not math.isfinite(self.loss):
+            raise UsageError(
+                f"the loss became {self.loss} in step {step + 1}: training at lr {self.settings.peak:g} went astray. "
+                "Give a smaller learning rate and a new folder."
+            )
         nn.utils.clip_grad_norm_(self.student.parameters.values(), GRADIENT_NORM)
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(progress, self.settings.peak, self.settings.warmup)

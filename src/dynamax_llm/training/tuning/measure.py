@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynamax_llm.backbones import Backbone
+from dynamax_llm.errors import BackboneError
 from dynamax_llm.training.curves import oracle_depth, sweep
 from dynamax_llm.training.data import Batch
 from dynamax_llm.training.harvest import slices
@@ -45,9 +46,17 @@ class Figures:
 
 @torch.no_grad()
 def measure(backbone: Backbone, batches: Sequence[Batch], layers: tuple[int, ...], agreement: float) -> Figures:
-    """The figures of a model on these batches, with exits after ``layers`` and the margin rule at ``agreement``."""
+    """The figures of a model on these batches, with exits after ``layers`` and the margin rule at ``agreement``.
+
+    Raises BackboneError for a model that gives NaN or infinity.
+    """
     parts = [_read(backbone, batch) for batch in batches]
     losses, tokens, margins = (torch.cat(group, dim=1) for group in zip(*parts, strict=True))  # (L, N) each
+    if not bool(losses.isfinite().all()):
+        raise BackboneError(
+            f"a layer of this {backbone.model_type} gives no numbers (NaN or infinity) on this text in "
+            f"{backbone.dtype}: load it in float32, or use another checkpoint."
+        )
     same = tokens == tokens[-1]
     chosen = torch.tensor(layers) - 1
     n_layers, per_layer = backbone.n_layers, losses.mean(1).tolist()

@@ -57,7 +57,7 @@ def tune(
     again resumes a run that was killed. The figures after are those of the saved folder, loaded anew.
 
     Raises ArtifactError for a folder that is not empty or cannot be written, DataError for unusable text, UsageError
-    for exits outside 1..L-1, a missing peft, or a folder in which another run was begun.
+    for exits outside 1..L-1, a missing peft, a loss that is no number, or a folder in which another run was begun.
     """
     if not layers or sorted(set(layers)) != list(layers) or not 1 <= layers[0] <= layers[-1] < backbone.n_layers:
         raise UsageError(f"exits {layers!r}: give layers between 1 and {backbone.n_layers - 1}, rising, each once.")
@@ -73,9 +73,9 @@ def tune(
     with student(backbone, settings) as pupil:
         run = _Run(pupil, stream, layers, settings, Checkpoint(work, identity))
         run.finish()
-        weights = pupil.weights()
-    staged = stage(backbone.model, weights, tokenizer, dtype, work)
-    del weights, pupil
+        trained = run.record()
+        staged = stage(backbone.model, pupil.weights(), tokenizer, dtype, work)
+    del run, pupil  # makes room for the model that is measured
     after = measure(_reload(staged, backbone), held, layers, settings.agreement)
     kept = float((after.choices == before.choices).double().mean())
     record = {
@@ -83,14 +83,10 @@ def tune(
         "data": source.spec,
         "layers": list(layers),
         "settings": settings.deciding(),
-        "tokens": run.tokens,
-        "steps": run.steps,
-        "wall_seconds": round(run.seconds, 1),
-        "trained_parameters": run.trained_parameters,
+        **trained,
         "before": before.to_json(),
         "after": after.to_json(),
         "tokens_kept": kept,
-        "history": run.history,
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(backbone.device),
         "versions": _versions(settings),
@@ -107,7 +103,6 @@ class _Run:
     ) -> None:
         self.stream, self.settings, self.checkpoint = stream, settings, checkpoint
         self.learner = TuneLearner(pupil, layers, settings)
-        self.trained_parameters = sum(parameter.numel() for parameter in pupil.parameters.values())
         self.position = Position()
         self.tokens, self.steps, self.seconds = 0, 0, 0.0
         self.history: list[dict[str, Any]] = []
@@ -145,6 +140,16 @@ class _Run:
         self.steps += 1
         if self.tokens >= len(self.history) * self.settings.max_tokens / HISTORY:
             self.history.append({"tokens": self.tokens, "loss": self.learner.loss})
+
+    def record(self) -> dict[str, Any]:
+        """What the run did, as JSON types."""
+        return {
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "wall_seconds": round(self.seconds, 1),
+            "trained_parameters": sum(parameter.numel() for parameter in self.learner.student.parameters.values()),
+            "history": self.history,
+        }
 
     def save(self) -> None:
         """Write the checkpoint."""
