@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dynamax_llm.backbones.loading import load
     from dynamax_llm.calibration.calibrate import CalibrationSettings, calibrate
     from dynamax_llm.decoding import EarlyExit, EarlyExitOutput
+    from dynamax_llm.evaluation.scan import ScanSettings, scan
     from dynamax_llm.exits.artifact import Exits
     from dynamax_llm.exits.config import ExitConfig, place_exits
     from dynamax_llm.exits.promise import Promise
@@ -27,12 +28,14 @@ _HOMES = {
     "ExitConfig": "exits.config",
     "Exits": "exits.artifact",
     "Promise": "exits.promise",
+    "ScanSettings": "evaluation.scan",
     "TrainSettings": "training.settings",
     "adapt": "backbones",
     "calibrate": "calibration.calibrate",
     "find_source": "training.sources",
     "load": "backbones.loading",
     "place_exits": "exits.config",
+    "scan": "evaluation.scan",
     "train": "training.trainer",
     "train_many": "training.trainer",
 }
@@ -44,12 +47,14 @@ __all__ = [
     "ExitConfig",
     "Exits",
     "Promise",
+    "ScanSettings",
     "TrainSettings",
     "adapt",
     "calibrate",
     "find_source",
     "load",
     "place_exits",
+    "scan",
     "train",
     "train_many",
 ]
