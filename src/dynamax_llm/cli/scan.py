@@ -12,6 +12,9 @@ import typer
 from dynamax_llm.cli.options import Device, Dtype, Model, load_backbone, peek_backbone
 from dynamax_llm.cli.train import count
 
+#: Layers shown, beside the exits.
+ROWS = 24
+
 if TYPE_CHECKING:
     from dynamax_llm.evaluation.results import Interval
     from dynamax_llm.evaluation.scanned import Point, Scan
@@ -83,6 +86,8 @@ def _show(found: Scan) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dynamax_llm.evaluation.scanned import VERDICT_AT
+
     console = Console(highlight=False, markup=False)
 
     def table(title: str, *columns: str) -> Table:
@@ -120,10 +125,17 @@ def _show(found: Scan) -> None:
         )
     paid = ", ".join(f"{check.of_layer:.2f} after layer {check.depth}" for check in found.checks)
     console.print(f"The default head's check costs, in layers, its look included: {paid}.")
+    left = found.disturbed
+    console.print(
+        f"Decoded under propagate at {VERDICT_AT:.0%} ({left.tokens:,} tokens), the margin rule runs {left.margin:.3f} "
+        f"of the depth, with states intact {left.margin_intact:.3f}. If as much is left for a trained head: depth "
+        f"{left.predicted:.3f}, counted reduction {left.counted_reduction:.1%}.",
+        soft_wrap=True,
+    )
     console.print(f"\n{found.verdict.answer.capitalize()}. {found.verdict.reason}", style="bold", soft_wrap=True)
     console.print(
-        "Depth is with every layer's state intact, as under defer; propagate, copy and stale need more depth for the "
-        "same agreement. Intervals: 95 %, bootstrap over "
+        "The tables are with every layer's state intact, as under defer; propagate, copy and stale need more depth for "
+        "the same agreement. Intervals: 95 %, bootstrap over "
         f"{found.data.grouped_by}s. Counted multiply-accumulates are no speed-up.",
         soft_wrap=True,
     )

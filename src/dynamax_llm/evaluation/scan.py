@@ -1,19 +1,19 @@
 """Before any training: is early exit worth it on this model and text?
 
-One frozen full-depth pass. At every layer the hidden state is read out (final norm and LM head) and its argmax
-compared with the last layer's; at the exits the statistics that a judge would see are kept, 40 bytes a token and exit.
-Everything else is arithmetic on those: nothing is trained but a logistic regression, nothing is decoded. States are
-intact, as under ``defer``; under ``propagate``, ``copy`` and ``stale`` later tokens read approximate states, so that the
-same agreement costs more depth than a scan says.
+One frozen full-depth pass (``looked``), then arithmetic: what an oracle, the margin rule and a small fitted judge
+(``foresight``) would do at the exits, and what that would save. Nothing is trained but a logistic regression. In that
+pass states are intact, as under ``defer``. Under ``propagate`` later tokens read approximate states, and the same
+agreement costs more depth: on a part of the text the margin rule is decoded so, and how much of its saving is left is
+taken to hold for a trained head too.
 
-Shapes: B rows, T tokens, E exits, L layers, N tokens scanned, G groups (documents).
+Shapes: E exits, L layers, N tokens scanned.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,86 +22,39 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.state import POLICIES, StatePolicy
 from dynamax_llm.decoding.trace import TokenCosts
-from dynamax_llm.errors import BackboneError, DataError, UsageError
-from dynamax_llm.evaluation.bootstrap import weighted
+from dynamax_llm.errors import DataError
+from dynamax_llm.evaluation.compare import Candidate, compare
 from dynamax_llm.evaluation.facts import backbone_facts, run_facts
 from dynamax_llm.evaluation.foresight import FOLDS, cross_fitted
+from dynamax_llm.evaluation.looked import Chunk, ScanSettings, Seen, gather, look, packed
 from dynamax_llm.evaluation.results import Interval
 from dynamax_llm.evaluation.scanned import (
     VERDICT_AT,
     BreakEven,
     Check,
     Data,
+    Disturbed,
     Layer,
     Oracle,
     Point,
     Reach,
     Scan,
-    Verdict,
     judged,
 )
+from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence import Judge, Signals, measure
 from dynamax_llm.exits.config import DEFAULT_EXITS, ExitConfig, place_exits
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.training.curves import sweep
-from dynamax_llm.training.data import SHORTEST, Batch, Split, pad
-from dynamax_llm.training.harvest import argmax
-from dynamax_llm.training.progress import TokenBar
+from dynamax_llm.training.data import pad
 from dynamax_llm.training.sources import Source
 
 #: Agreements at which judges are placed.
 TARGETS = (0.95, 0.98, 0.99)
-#: No document gives more than this share of the tokens while there are others: one book is no sample of text.
-LARGEST_SHARE = 1 / 20
 MARGIN = "softmax_margin"
-
-
-@dataclass(frozen=True)
-class ScanSettings:
-    """How much text, and how it is cut. Raises UsageError, naming the setting, for a value out of bounds."""
-
-    tokens: int = 20_000
-    sequence: int = 512  # tokens of a chunk
-    batch_tokens: int = 4096  # tokens of a pass, padding included
-    candidates: int = 64  # what later exits look at, as in ExitConfig
-    held_out: float = 1.0  # share of the documents read: those that training with this share holds out
-    seed: int = 0
-    quiet: bool = False  # no progress bar
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("tokens", self.tokens >= 1, "at least 1"),
-            ("sequence", self.sequence >= SHORTEST, f"at least {SHORTEST} tokens"),
-            ("batch_tokens", self.batch_tokens >= self.sequence, f"at least one chunk of {self.sequence} tokens"),
-            ("held_out", 0 < self.held_out <= 1, "above 0 and at most 1"),
-        )
-        for name, fine, allowed in checks:
-            if not fine:
-                raise UsageError(f"scan setting {name} = {getattr(self, name)!r}: give {allowed}.")
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A run of tokens of one document."""
-
-    document: int
-    ids: list[int]
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the pass showed of N tokens, on the CPU."""
-
-    agrees: Tensor  # (L - 1, N) bool: the layer's own argmax is the full model's
-    signals: Tensor  # (E, N, F) float32
-    group: Tensor  # (N,) int64
-
-    def mean(self, values: Tensor) -> Interval:
-        """Mean of values (N,) over tokens, its interval over groups."""
-        sums = torch.zeros(int(self.group.max()) + 1, dtype=torch.float64)
-        counts = sums.clone().index_add_(0, self.group, torch.ones(len(self.group), dtype=torch.float64))
-        return weighted(sums.index_add_(0, self.group, values.double()).tolist(), counts.tolist())
+#: Tokens decoded under propagate, several times over: enough for a ratio.
+DISTURBED_TOKENS = 5_000
 
 
 def scan(
@@ -134,6 +87,7 @@ def scan(
     seen = look(backbone, readout, chunks, settings)
     facts = backbone_facts(name or str(backbone.config.name_or_path or backbone.model_type), backbone)
     return _Scanned(backbone, readout, seen).document(
+        _disturbed(backbone, config, chunks, settings),
         backbone=facts,
         data=Data(
             source=source.spec,
@@ -146,92 +100,20 @@ def scan(
     )
 
 
-def gather(source: Source, tokenizer: Any, settings: ScanSettings, sequence: int) -> list[Chunk]:
-    """Chunks of at most ``sequence`` tokens, ``settings.tokens`` in all or what there is, of many documents if it can.
-
-    What a long document has beyond its share is used only if the text ends early.
-    """
-    split = Split(source, tokenizer, True, settings.held_out, sequence, settings.batch_tokens, settings.seed)
-    fair = max(sequence, int(settings.tokens * LARGEST_SHARE))
-    taken: list[Chunk] = []
-    spare: list[Chunk] = []
-    held, kept = 0, 0  # tokens in either
-    for index, text in enumerate(split.documents(epoch=0)):
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        for start in range(0, min(len(ids), settings.tokens), sequence):
-            chunk = Chunk(index, ids[start : start + sequence])
-            if len(chunk.ids) < SHORTEST:
-                continue
-            if start + len(chunk.ids) <= fair:
-                taken.append(chunk)
-                held += len(chunk.ids)
-            elif kept < settings.tokens:
-                spare.append(chunk)
-                kept += len(chunk.ids)
-        if held >= settings.tokens:
+def _disturbed(
+    backbone: Backbone, config: ExitConfig, chunks: Sequence[Chunk], settings: ScanSettings
+) -> tuple[float, int]:
+    """The margin rule's mean depth at VERDICT_AT when decoded under ``propagate``, and how many documents were."""
+    held, documents = 0, 0
+    for chunk in chunks:
+        if held >= DISTURBED_TOKENS and chunk.document >= documents:
             break
-    for chunk in spare:
-        if held >= settings.tokens:
-            break
-        taken.append(chunk)
-        held += len(chunk.ids)
-    order = {document: place for place, document in enumerate(dict.fromkeys(chunk.document for chunk in taken))}
-    return [Chunk(order[chunk.document], chunk.ids) for chunk in taken]
-
-
-@torch.no_grad()
-def look(backbone: Backbone, readout: Readout, chunks: Sequence[Chunk], settings: ScanSettings) -> Seen:
-    """Run the chunks through every layer and read each layer out. Logits exist for one slice of one layer at a time."""
-    places = readout.config.layers
-    agrees: list[Tensor] = []
-    signals: list[Tensor] = []
-    groups: list[Tensor] = []
-    total = sum(len(chunk.ids) for chunk in chunks)
-    with TokenBar(total, 0, settings.quiet) as bar:
-        for part in _packed(chunks, settings.batch_tokens):
-            batch = pad([chunk.ids for chunk in part])
-            said, statistics = _read_layers(backbone, readout, places, batch)
-            agrees.append(said[:-1] == said[-1])
-            signals.append(statistics)
-            group = torch.tensor([chunk.document for chunk in part])
-            groups.append(group[:, None].expand(batch.mask.shape)[batch.mask])
-            bar.show(sum(map(len, groups)), "scanning", "")
-    return Seen(torch.cat(agrees, dim=1), torch.cat(signals, dim=1), torch.cat(groups))
-
-
-def _read_layers(backbone: Backbone, readout: Readout, places: tuple[int, ...], batch: Batch) -> tuple[Tensor, Tensor]:
-    """Argmax (L, n) after every layer, and statistics (E, n, F) at the exits, of the n tokens of a batch."""
-    h = backbone.embed(batch.ids.to(backbone.device))
-    ctx = backbone.context(h)
-    said, statistics = [], []
-    seen: Signals | None = None
-    for index in range(backbone.n_layers):
-        before, h = h, backbone.layer(index, h, None, ctx)
-        mask = batch.mask.to(h.device)
-        if index + 1 in places:
-            packed, packed_before = (part[mask].unsqueeze(0) for part in (h, before.to(h.device)))
-            seen, tokens = readout.signals(places.index(index + 1), packed, packed_before, seen)
-            statistics.append(seen.values[0].cpu())
-            said.append(tokens[0].cpu())
-        else:
-            said.append(argmax(backbone, h[mask]).cpu())
-    found = torch.stack(statistics)
-    if not bool(found.isfinite().all()):
-        raise BackboneError(
-            f"{backbone.model_type} gives values that are no numbers in {str(backbone.dtype).removeprefix('torch.')}. "
-            "Try --dtype float32; if it still does, the weights are damaged."
-        )
-    return torch.stack(said), found
-
-
-def _packed(chunks: Sequence[Chunk], batch_tokens: int) -> list[list[Chunk]]:
-    """Chunks of similar length together, no group with more cells than ``batch_tokens``."""
-    groups: list[list[Chunk]] = []
-    for chunk in sorted(chunks, key=lambda chunk: len(chunk.ids)):
-        if not groups or (len(groups[-1]) + 1) * len(chunk.ids) > batch_tokens:
-            groups.append([])
-        groups[-1].append(chunk)
-    return groups
+        held, documents = held + len(chunk.ids), max(documents, chunk.document + 1)
+    part = [chunk for chunk in chunks if chunk.document < documents]
+    batches = [pad([chunk.ids for chunk in group]) for group in packed(part, settings.batch_tokens)]
+    plain = Exits.of(backbone, dataclasses.replace(config, head=None))
+    found = compare(backbone, [Candidate(MARGIN, plain, MARGIN)], batches, VERDICT_AT)[0][0]
+    return found.depth, documents
 
 
 class _Scanned:
@@ -246,15 +128,18 @@ class _Scanned:
         with torch.device("meta"):  # only its costs are asked for
             self.head = ExitHeads(readout.config, backbone.width)
 
-    def document(self, **facts: Any) -> Scan:
-        """The whole document; ``facts`` are what is known without looking."""
+    def document(self, decoded: tuple[float, int], **facts: Any) -> Scan:
+        """The whole document; ``decoded`` is what ``_disturbed`` gave, ``facts`` what is known without looking."""
         seen = self.seen
         margin = measure(MARGIN).confidence(0, seen.signals, Signals(seen.signals, None), None)[0]
         points = self._points(MARGIN, margin)
-        fitted = self._points("fitted", cross_fitted(seen.signals, self.labels, seen.group))
+        judge = cross_fitted(seen.signals, self.labels, seen.group)
+        fitted = self._points("fitted", judge)
         predicted = tuple(min(pair, key=lambda point: point.depth.value) for pair in zip(fitted, points, strict=True))
         reaches = self._reaches(points, predicted)
         central = predicted[TARGETS.index(VERDICT_AT)]
+        best = margin if central.rule == MARGIN else judge
+        disturbed = self._disturbed(decoded, margin, best, central)
         oracle = Oracle(
             every_layer=self._depth(self._first(seen.agrees), tuple(range(1, self.n_layers))),
             exits=self._depth(self._first(self.labels), self.places),
@@ -273,7 +158,8 @@ class _Scanned:
             reaches=reaches,
             break_even=tuple(self._break_even(policy, central) for policy in self.policies if not policy.exact_state),
             checks=tuple(self._check(index, place) for index, place in enumerate(self.places)),
-            verdict=self._verdict(central, oracle, reaches),
+            disturbed=disturbed,
+            verdict=judged(central.depth.value, oracle.exits.value, disturbed),
             **facts,
         )
 
@@ -350,10 +236,29 @@ class _Scanned:
         macs = self.readout.look_macs(index) + self.head.macs(index)
         return Check(depth=place, macs=macs, of_layer=macs / self._layer)
 
-    def _verdict(self, point: Point, oracle: Oracle, reaches: Sequence[Reach]) -> Verdict:
-        ours = [reach for reach in reaches if (reach.rule, reach.target) == ("predicted", point.target)]
-        best = max(ours, key=lambda reach: reach.counted_reduction)
-        return judged(point.depth.value, oracle.exits.value, best.counted_reduction, best.policy)
+    def _disturbed(self, decoded: tuple[float, int], margin: Tensor, best: Tensor, point: Point) -> Disturbed:
+        """What ``propagate`` leaves of the margin rule's saving, and of the predicted one if the share is the same.
+
+        ``best`` are the confidences (E, N) of the rule that predicts ``point``.
+        """
+        depth, documents = decoded
+        part = self.seen.group < documents
+        intact = sweep(margin[:, part], self.labels[:, part], self.places, self.n_layers).depth_at(VERDICT_AT)[0]
+        intact /= self.n_layers
+        kept = min(max((1.0 - depth) / (1.0 - intact), 0.0), 1.0) if intact < 1.0 else 1.0
+        expected = 1.0 - kept * (1.0 - point.depth.value)
+        curve = sweep(best, self.labels, self.places, self.n_layers)
+        index = int((curve.depth >= expected * self.n_layers - 1e-9).nonzero()[0])
+        left = torch.bincount(self._first(best.double() >= curve.thresholds[index]), minlength=len(self.places) + 1)
+        reach = self._reach(POLICIES["propagate"], "predicted", None, self.places, left.tolist(), self.head)
+        return Disturbed(
+            tokens=int(part.sum()),
+            margin_intact=intact,
+            margin=depth,
+            kept=kept,
+            predicted=expected,
+            counted_reduction=reach.counted_reduction,
+        )
 
     def _depth(self, left: Tensor, places: tuple[int, ...]) -> Interval:
         """Mean depth, as a share, of tokens that left at place ``left`` (N,)."""

@@ -7,6 +7,7 @@
     ├── points                softmax margin and the fitted judge at each target agreement
     ├── predicted             the better of the two: what a trained head should reach, states intact
     ├── reaches               counted saving and layer passes saved at most, by state policy and rule
+    ├── disturbed             what is left of it under propagate
     ├── break_even, checks    what a check may cost, and what it costs
     └── verdict
 
@@ -28,7 +29,7 @@ FORMAT, VERSION = "dynamax-scan", 1
 VERDICT_AT = 0.98
 #: Exits are worth it if a trained head should spare at least this share of the depth …
 LEAST_DEPTH_SAVED = 0.10
-#: … and at least this share of the multiply-accumulates may remain saved under some policy, every check paid.
+#: … and under propagate at least this share of the multiply-accumulates should remain saved, every check paid.
 LEAST_COUNTED = 0.02
 
 
@@ -98,6 +99,21 @@ class Check(_Part):
     of_layer: float
 
 
+class Disturbed(_Part):
+    """Mean depth at VERDICT_AT where skipped layers keep approximate state (``propagate``), on a part of the text.
+
+    ``kept`` is the share of the margin rule's spared depth that is left of it; ``predicted`` is what a trained head
+    should run if as much is left of its own, ``counted_reduction`` what it then saves.
+    """
+
+    tokens: int
+    margin_intact: float
+    margin: float
+    kept: float
+    predicted: float
+    counted_reduction: float
+
+
 class Verdict(_Part):
     """``answer``: "worth it", "only for layer passes" or "not worth it"."""
 
@@ -120,6 +136,7 @@ class Scan(_Part):
     points: tuple[Point, ...]
     predicted: tuple[Point, ...]
     reaches: tuple[Reach, ...]
+    disturbed: Disturbed
     break_even: tuple[BreakEven, ...]
     checks: tuple[Check, ...]
     verdict: Verdict
@@ -151,32 +168,33 @@ class Scan(_Part):
         return document
 
 
-def judged(depth: float, oracle: float, counted: float, policy: str) -> Verdict:
-    """The verdict from the predicted depth at VERDICT_AT, the oracle's over the same exits, and the largest counted
-    reduction that depth may leave, which is that of ``policy``."""
+def judged(depth: float, oracle: float, disturbed: Disturbed) -> Verdict:
+    """The verdict: from the predicted depth at VERDICT_AT with states intact, the oracle's over the same exits, and
+    what ``propagate`` leaves."""
     at = f"{VERDICT_AT:.0%} agreement"
     if 1.0 - oracle < LEAST_DEPTH_SAVED:
         return Verdict(
             answer="not worth it",
             reason=f"Even a judge that always knew would run {oracle:.2f} of the depth at these exits: the layers "
-            "agree with the last one too late. A multi-exit loss, or later exits, would have to come first.",
+            "agree with the last one too late. A backbone trained with a multi-exit loss would have to come first.",
         )
     if 1.0 - depth < LEAST_DEPTH_SAVED:
         return Verdict(
             answer="not worth it",
             reason=f"A trained head should run {depth:.2f} of the depth at {at}, sparing less than "
-            f"{LEAST_DEPTH_SAVED:.0%}: tokens that could leave early ({oracle:.2f} for an oracle) can hardly be told "
-            "from those that could not.",
+            f"{LEAST_DEPTH_SAVED:.0%}: tokens that could leave early (oracle {oracle:.2f}) can hardly be told from "
+            "those that could not.",
         )
-    if counted < LEAST_COUNTED:
+    if disturbed.counted_reduction < LEAST_COUNTED:
         return Verdict(
             answer="only for layer passes",
-            reason=f"A trained head should run {depth:.2f} of the depth at {at}, but checks, readouts and state "
-            f"updates eat it: at most {counted:.1%} of the multiply-accumulates remain saved. Worth it where reading "
-            "the layers' weights is what costs, not where arithmetic is.",
+            reason=f"A trained head should run {depth:.2f} of the depth at {at} with states intact (defer, verify), "
+            f"which spares layer passes. Under propagate {disturbed.predicted:.2f}, and checks, readouts and state "
+            f"updates then leave a counted reduction of {disturbed.counted_reduction:.1%}: no arithmetic is saved.",
         )
     return Verdict(
         answer="worth it",
-        reason=f"A trained head should run {depth:.2f} of the depth at {at} with layers' states intact (oracle "
-        f"{oracle:.2f}), and at most {counted:.1%} of the multiply-accumulates remain saved ({policy}).",
+        reason=f"A trained head should run {depth:.2f} of the depth at {at} with states intact (oracle {oracle:.2f}) "
+        f"and {disturbed.predicted:.2f} under propagate, for a counted reduction of "
+        f"{disturbed.counted_reduction:.1%}.",
     )

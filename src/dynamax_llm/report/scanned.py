@@ -70,8 +70,7 @@ def plot(scan: Scan, name: str = "scan") -> Plot:
         known = [(depth, layer.agreement) for depth, layer in zip(depths, scan.layers, strict=True)]
         banded = [(depth, value.low, value.high) for depth, value in known if value.low is not None]
         if banded:
-            xs, low, high = zip(*banded, strict=True)
-            axes.fill_between(xs, low, high, color=palette["c1"], alpha=0.2, linewidth=0)
+            axes.fill_between(*zip(*banded, strict=True), color=palette["c1"], alpha=0.2, linewidth=0)
         for place in scan.exits:
             axes.axvline(place / last, color=palette["grid"], linewidth=2.5, zorder=1)
         for row, (label, depth, role) in enumerate(marks):
