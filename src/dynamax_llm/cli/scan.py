@@ -14,10 +14,12 @@ from dynamax_llm.cli.train import count
 
 #: Layers shown, beside the exits.
 ROWS = 24
+#: Columns of a terminal from which on depths carry their intervals.
+WIDE = 100
 
 if TYPE_CHECKING:
     from dynamax_llm.evaluation.results import Interval
-    from dynamax_llm.evaluation.scanned import Point, Scan
+    from dynamax_llm.evaluation.scanned import Scan
 
 
 def scan(
@@ -105,11 +107,16 @@ def _show(found: Scan) -> None:
             f"{layer.depth}{mark}", f"{layer.depth / last:.2f}", _with(layer.agreement), _with(layer.settled)
         )
     console.print(layers)
-    depths = table("Mean depth, states intact", "who decides", *(f"at {target:.0%} agreement" for target in targets))
-    depths.add_row("oracle, every layer", _with(found.oracle.every_layer), *["same"] * (len(targets) - 1))
-    depths.add_row("oracle, these exits", _with(found.oracle.exits), *["same"] * (len(targets) - 1))
-    depths.add_row("softmax margin", *_depths(found.points, "softmax_margin"))
-    depths.add_row("predicted for a trained head", *(_with(point.depth) for point in found.predicted))
+    depths = table("Mean depth at an agreement, states intact", "who decides", *(f"{target:.0%}" for target in targets))
+    wide = console.width >= WIDE
+    for name, oracle in (
+        ("oracle, every layer", found.oracle.every_layer),
+        ("oracle, these exits", found.oracle.exits),
+    ):
+        depths.add_row(name, _with(value, wide), *["same"] * (len(targets) - 1))
+    margin = [point for point in found.points if point.rule == "softmax_margin"]
+    for name, points in (("softmax margin", margin), ("predicted for a trained head", found.predicted)):
+        depths.add_row(name, *(_with(point.depth, wide) for point in points))
     console.print(depths)
     rules = [("oracle", None), *(("predicted", target) for target in targets)]
     names = ("oracle", *(f"predicted, {target:.0%}" for target in targets))
@@ -141,12 +148,8 @@ def _show(found: Scan) -> None:
     )
 
 
-def _depths(points: tuple[Point, ...], rule: str) -> list[str]:
-    return [_with(point.depth) for point in points if point.rule == rule]
-
-
-def _with(value: Interval) -> str:
-    """A share with its interval, if it has one."""
-    if value.low is None or value.high is None:
+def _with(value: Interval, wide: bool = True) -> str:
+    """A share with its interval, if it has one and there is room."""
+    if not wide or value.low is None or value.high is None:
         return f"{value.value:.3f}"
     return f"{value.value:.3f} [{value.low:.3f}, {value.high:.3f}]"

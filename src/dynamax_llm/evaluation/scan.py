@@ -248,7 +248,7 @@ class _Scanned:
         kept = min(max((1.0 - depth) / (1.0 - intact), 0.0), 1.0) if intact < 1.0 else 1.0
         expected = 1.0 - kept * (1.0 - point.depth.value)
         curve = sweep(best, self.labels, self.places, self.n_layers)
-        index = int((curve.depth >= expected * self.n_layers - 1e-9).nonzero()[0])
+        index = int((curve.depth - expected * self.n_layers).abs().argmin())
         left = torch.bincount(self._first(best.double() >= curve.thresholds[index]), minlength=len(self.places) + 1)
         reach = self._reach(POLICIES["propagate"], "predicted", None, self.places, left.tolist(), self.head)
         return Disturbed(

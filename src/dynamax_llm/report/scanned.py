@@ -59,14 +59,14 @@ def plot(scan: Scan, name: str = "scan") -> Plot:
     def draw(figure: Any, palette: Palette) -> None:
         axes = figure.add_axes((0.10, 0.15, 0.72, 0.66))
         depths = [layer.depth / last for layer in scan.layers]
-        for values, role, label in (
-            ([layer.settled for layer in scan.layers], "b0", "settled"),
-            ([layer.agreement for layer in scan.layers], "c1", "agreement"),
+        for values, role, label, shift in (
+            ([layer.settled for layer in scan.layers], "b0", "settled", (-44, 6)),
+            ([layer.agreement for layer in scan.layers], "c1", "agreement", (6, -16)),
         ):
             xs, ys = [*depths, 1.0], [*(value.value for value in values), 1.0]
             axes.plot(xs, ys, color=palette[role], linewidth=1.9 if role == "c1" else 1.1, zorder=3)
-            middle = len(depths) // 2
-            axes.annotate(label, (xs[middle], ys[middle]), (4, -11), textcoords="offset points", color=palette[role])
+            middle = len(depths) // 3
+            axes.annotate(label, (xs[middle], ys[middle]), shift, textcoords="offset points", color=palette[role])
         known = [(depth, layer.agreement) for depth, layer in zip(depths, scan.layers, strict=True)]
         banded = [(depth, value.low, value.high) for depth, value in known if value.low is not None]
         if banded:
