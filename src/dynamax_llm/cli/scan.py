@@ -103,17 +103,14 @@ def _show(found: Scan) -> None:
     layers = table(f"{found.backbone.name}, {last} layers, on {where}", "after layer", "depth", "agreement", "settled")
     for layer in found.layers:
         mark = " exit" if layer.depth in found.exits else ""
-        layers.add_row(
-            f"{layer.depth}{mark}", f"{layer.depth / last:.2f}", _with(layer.agreement), _with(layer.settled)
-        )
+        if mark or layer.depth % -(-last // ROWS) == 0:
+            shares = (_with(layer.agreement), _with(layer.settled))
+            layers.add_row(f"{layer.depth}{mark}", f"{layer.depth / last:.2f}", *shares)
     console.print(layers)
     depths = table("Mean depth at an agreement, states intact", "who decides", *(f"{target:.0%}" for target in targets))
     wide = console.width >= WIDE
-    for name, oracle in (
-        ("oracle, every layer", found.oracle.every_layer),
-        ("oracle, these exits", found.oracle.exits),
-    ):
-        depths.add_row(name, _with(value, wide), *["same"] * (len(targets) - 1))
+    for name, value in (("every layer", found.oracle.every_layer), ("these exits", found.oracle.exits)):
+        depths.add_row(f"oracle, {name}", _with(value, wide), *["same"] * (len(targets) - 1))
     margin = [point for point in found.points if point.rule == "softmax_margin"]
     for name, points in (("softmax margin", margin), ("predicted for a trained head", found.predicted)):
         depths.add_row(name, *(_with(point.depth, wide) for point in points))
