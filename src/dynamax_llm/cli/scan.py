@@ -124,9 +124,7 @@ def _show(found: Scan) -> None:
         saved.add_row(policy, *(f"{100 * c.counted_reduction:.1f} % ({100 * c.pass_reduction:.0f} %)" for c in cells))
     console.print(saved)
     for even in found.break_even:
-        console.print(
-            f"Break-even under {even.policy}: a check may cost {even.macs:,.0f} MACs, {even.of_layer:.2f} layers."
-        )
+        console.print(f"Break-even under {even.policy}: a check may cost {even.of_layer:.2f} layers.")
     paid = ", ".join(f"{check.of_layer:.2f} after layer {check.depth}" for check in found.checks)
     console.print(f"The default head's check costs, in layers, its look included: {paid}.")
     left = found.disturbed

@@ -190,7 +190,7 @@ def judged(depth: float, oracle: float, disturbed: Disturbed) -> Verdict:
             answer="only for layer passes",
             reason=f"A trained head should run {depth:.2f} of the depth at {at} with states intact (defer, verify), "
             f"which spares layer passes. Under propagate {disturbed.predicted:.2f}, and checks, readouts and state "
-            f"updates then leave a counted reduction of {disturbed.counted_reduction:.1%}: no arithmetic is saved.",
+            f"updates then leave a counted reduction of {disturbed.counted_reduction:.1%}: hardly any arithmetic less.",
         )
     return Verdict(
         answer="worth it",
