@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dynamax_llm.backbones.loading import load
     from dynamax_llm.calibration.calibrate import CalibrationSettings, calibrate
     from dynamax_llm.decoding import EarlyExit, EarlyExitOutput
+    from dynamax_llm.evaluation.scan import ScanSettings, scan
     from dynamax_llm.exits.artifact import Exits
     from dynamax_llm.exits.config import ExitConfig, place_exits
     from dynamax_llm.exits.promise import Promise
@@ -28,6 +29,7 @@ _HOMES = {
     "ExitConfig": "exits.config",
     "Exits": "exits.artifact",
     "Promise": "exits.promise",
+    "ScanSettings": "evaluation.scan",
     "TrainSettings": "training.settings",
     "TuneSettings": "training.tuning",
     "adapt": "backbones",
@@ -35,6 +37,7 @@ _HOMES = {
     "find_source": "training.sources",
     "load": "backbones.loading",
     "place_exits": "exits.config",
+    "scan": "evaluation.scan",
     "train": "training.trainer",
     "train_many": "training.trainer",
     "tune": "training.tuning",
@@ -47,6 +50,7 @@ __all__ = [
     "ExitConfig",
     "Exits",
     "Promise",
+    "ScanSettings",
     "TrainSettings",
     "TuneSettings",
     "adapt",
@@ -54,6 +58,7 @@ __all__ = [
     "find_source",
     "load",
     "place_exits",
+    "scan",
     "train",
     "train_many",
     "tune",

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from dynamax_llm.cli import calibrate, demo, eval, generate, paper, report, train, tune
+from dynamax_llm.cli import calibrate, demo, eval, generate, paper, report, scan, train, tune
 from dynamax_llm.errors import DynamaxError
 
 REFUSED, INTERRUPTED = 2, 130
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo.demo)
+app.command()(scan.scan)
 app.command()(train.train)
 app.command()(tune.tune)
 app.command()(calibrate.calibrate)
