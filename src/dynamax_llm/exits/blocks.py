@@ -66,9 +66,7 @@ def scan(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tens
         b, c = (F.pad(part, (0, 0, 0, short)) for part in (b, c))
     fed = (x * dt.unsqueeze(-1)).unflatten(2, (-1, chunk)).transpose(3, 4)  # (S, B, M, H, Q, P): M chunks of Q tokens
     bs, cs = b.unflatten(2, (-1, chunk)).unsqueeze(3), c.unflatten(2, (-1, chunk)).unsqueeze(3)  # (S, B, M, 1, Q, N)
-    log_keep = (
-        (dt * decay).unflatten(2, (-1, chunk)).cumsum(3).transpose(3, 4)
-    )  # (S, B, M, H, Q): from its begin
+    log_keep = (dt * decay).unflatten(2, (-1, chunk)).cumsum(3).transpose(3, 4)  # (S, B, M, H, Q): from its begin
     y = (_decays(log_keep) * (cs @ bs.transpose(-1, -2))) @ fed
     to_end = (log_keep[..., -1:] - log_keep).exp().unsqueeze(-1)
     arrived = (fed * to_end).transpose(-1, -2) @ bs  # (S, B, M, H, P, N): what each chunk adds by its end
