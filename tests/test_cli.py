@@ -259,11 +259,9 @@ def test_a_preset_is_a_beginning_and_options_win(monkeypatch, tmp_path, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dynamax_llm.training.trainer.train", train)
-    text = corpus(tmp_path / "text.jsonl")
-    arguments = ["train", str(model_folder("llama")), "--data", str(text), "--out", str(tmp_path / "out")]
-    assert (
-        cli.run([*arguments, "--preset", "dynamax-paper", "--lr", "1e-3", "--exits", "2,3", "--head", "linear"]) == 130
-    )
+    arguments = ["train", str(model_folder("llama")), "--data", str(corpus()), "--out", str(tmp_path / "out")]
+    paper = [*arguments, "--preset", "dynamax-paper"]
+    assert cli.run([*paper, "--lr", "1e-3", "--exits", "2,3", "--head", "linear"]) == 130
     config, settings = asked["config"], asked["settings"]
     assert (config.layers, config.head, config.label, config.readout) == ((2, 3), "linear", "topk", "tail")
     assert (settings.lr, settings.documents, settings.optimiser) == (1e-3, 1000, "schedule-free")
