@@ -249,3 +249,26 @@ def test_running_out_of_memory_is_a_clear_error(capsys, monkeypatch):
 def test_help_loads_no_model_library():
     code = "import sys, dynamax_llm.cli as c; c.run(['train', '--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_a_preset_is_a_beginning_and_options_win(monkeypatch, tmp_path, capsys):
+    asked = {}
+
+    def train(backbone, tokenizer, source, config, settings, out):
+        asked.update(config=config, settings=settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dynamax_llm.training.trainer.train", train)
+    arguments = ["train", str(model_folder("llama")), "--data", str(corpus()), "--out", str(tmp_path / "out")]
+    paper = [*arguments, "--preset", "dynamax-paper"]
+    assert cli.run([*paper, "--lr", "1e-3", "--exits", "2,3", "--head", "linear"]) == 130
+    config, settings = asked["config"], asked["settings"]
+    assert (config.layers, config.head, config.label, config.readout) == ((2, 3), "linear", "topk", "tail")
+    assert (settings.lr, settings.documents, settings.optimiser) == (1e-3, 1000, "schedule-free")
+    assert settings.deciding()["preset"] == "dynamax-paper"
+    assert cli.run([*arguments, "--tokens", "5k"]) == 130
+    config, settings = asked["config"], asked["settings"]
+    assert (config.head, config.label, config.inputs) == ("mamba", "action", ("hidden", "signals"))
+    assert (settings.lr, settings.documents, settings.optimiser, settings.max_tokens) == (3e-3, None, "adamw", 5000)
+    assert cli.run([*arguments, "--preset", "paper"]) == 2
+    assert "unknown preset 'paper'" in capsys.readouterr().err

@@ -59,7 +59,8 @@ def run(arguments: Sequence[str]) -> int:
         problem = error.format_message().rstrip(".") + _given(error, arguments)
         return _refuse(f"{problem}. See: dynamax {_verb(arguments)}--help")
     except DynamaxError as error:
-        return _refuse(str(error))
+        # Of the processes of one run, which all refuse the same, one says so.
+        return _refuse(str(error)) if os.environ.get("RANK", "0") == "0" else REFUSED
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted", err=True)
         return INTERRUPTED

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dynamax_llm.cli.options import Device, Dtype, Model, load_backbone, peek_backbone
 from dynamax_llm.errors import UsageError
 
+if TYPE_CHECKING:
+    from dynamax_llm.training.presets import Preset
+
+#: Options that are fields of the exits' configuration, and of the training's settings (by another name, some).
+_CONFIG = {"head", "inputs", "readout", "tail_layers", "candidates", "label", "label_k"}
+_SETTINGS = {
+    "tokens": "max_tokens",
+    "seq_length": "sequence",
+    "batch": "batch_tokens",
+    "documents": "documents",
+    "optimiser": "optimiser",
+    "lr": "lr",
+    "seed": "seed",
+    "heldout": "held_out",
+    "patience": "patience",
+}
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
 def train(
+    context: typer.Context,
     model: Model,
     data: Annotated[
         str,
@@ -40,11 +58,19 @@ def train(
         typer.Option(help="action: the exit gives the full model's token; topk: the paper's label.", metavar="NAME"),
     ] = "action",
     label_k: Annotated[int, typer.Option(help="k of the topk label.")] = 15,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Start from a named set of options (dynamax-paper); those given here win.", metavar="NAME"),
+    ] = None,
     tokens: Annotated[
         str, typer.Option(help="Training tokens: 300k, 1M, 2.5M … Data repeats if it is shorter.")
     ] = "1M",
     seq_length: Annotated[int, typer.Option(help="Tokens of a chunk of text, at most.")] = 512,
     batch: Annotated[int, typer.Option(help="Tokens of a step, padding included; at least one chunk.")] = 4096,
+    documents: Annotated[
+        int | None, typer.Option(help="A budget in documents instead: one a step, cut to --seq-length.", min=1)
+    ] = None,
+    optimiser: Annotated[str, typer.Option(help="adamw or schedule-free.", metavar="NAME")] = "adamw",
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights, data order and draws.")] = 0,
     heldout: Annotated[float, typer.Option(help="Share of the documents kept for evaluation.")] = 0.05,
@@ -59,38 +85,56 @@ def train(
     from dynamax_llm.backbones import adapt
     from dynamax_llm.cli.trained import on_policy, report
     from dynamax_llm.exits.artifact import MANIFEST, TENSORS
-    from dynamax_llm.exits.config import ExitConfig, place_exits
     from dynamax_llm.exits.files import prepare_folder
     from dynamax_llm.exits.heads import BANKS
-    from dynamax_llm.training.settings import TrainSettings
+    from dynamax_llm.training.parallel import Group
     from dynamax_llm.training.sources import find_source
     from dynamax_llm.training.trainer import train as train_exits
 
     # Whatever can be wrong is found before the backbone is loaded, which may take minutes.
-    settings = TrainSettings(
-        max_tokens=count(tokens),
-        sequence=seq_length,
-        batch_tokens=batch,
-        lr=lr,
-        seed=seed,
-        held_out=heldout,
-        patience=patience,
-    )
     BANKS.lookup(head)
+    plan, given = chosen(context, preset)
+    settings = plan.train_settings(**{_SETTINGS[name]: given[name] for name in _SETTINGS.keys() & given})
     n_layers = peek_backbone(model).num_hidden_layers
-    places = place_exits(exits, n_layers)
-    seen = tuple(item.strip() for item in inputs.split(","))
-    shape: dict[str, Any] = {"readout": readout, "tail_layers": tail_layers, "candidates": candidates}
-    config = ExitConfig(places, n_layers, head=head, inputs=seen, label=label, label_k=label_k, **shape)
+    config = plan.exit_config(n_layers, **{name: given[name] for name in _CONFIG & given.keys()})
     source = find_source(data, text_field)
     prepare_folder(out, (MANIFEST, TENSORS))
+    group = Group.join(cpu=device == "cpu")
     lm, tokenizer = load_backbone(model, dtype, device)
     try:
         trained = train_exits(adapt(lm), tokenizer, source, config, settings, out)
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command continues where it stopped", err=True)
         raise typer.Exit(130) from None
+    if not group.main:
+        return
     report(trained, model, out, on_policy(adapt(lm), tokenizer, source, settings, trained))
+
+
+def chosen(context: typer.Context, preset: str | None) -> tuple[Preset, dict[str, Any]]:
+    """The preset (without a name: an empty one) and the options to change in it: with a name, those that were given.
+
+    Raises UsageError for an unknown preset or a number of tokens that is none.
+    """
+    from dynamax_llm.training.presets import PRESETS, Preset
+
+    values = dict(context.params)
+    if preset is None:
+        plan = Preset(values.pop("exits"), {}, {})
+    else:
+        plan = PRESETS.lookup(preset)
+        values = {name: value for name, value in values.items() if _was_given(context, name)}
+        plan = replace(plan, exits=values.pop("exits", plan.exits))
+    if "tokens" in values:
+        values["tokens"] = count(values["tokens"])
+    if "inputs" in values:
+        values["inputs"] = tuple(item.strip() for item in values["inputs"].split(","))
+    return plan, values
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def count(text: str) -> int:

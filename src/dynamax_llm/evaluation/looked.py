@@ -22,7 +22,7 @@ from dynamax_llm.evaluation.results import Interval
 from dynamax_llm.exits.confidence import Signals
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.training.data import SHORTEST, Batch, Split, pad
-from dynamax_llm.training.harvest import argmax
+from dynamax_llm.training.labels import argmax
 from dynamax_llm.training.progress import TokenBar
 from dynamax_llm.training.sources import Source
 
@@ -126,7 +126,7 @@ def look(backbone: Backbone, readout: Readout, chunks: Sequence[Chunk], settings
             signals.append(statistics)
             group = torch.tensor([chunk.document for chunk in part])
             groups.append(group[:, None].expand(batch.mask.shape)[batch.mask])
-            bar.show(sum(map(len, groups)), "scanning", "")
+            bar.show(sum(map(len, groups)), lambda: ("scanning", ""))
     return Seen(torch.cat(agrees, dim=1), torch.cat(signals, dim=1), torch.cat(groups))
 
 

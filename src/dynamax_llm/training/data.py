@@ -68,6 +68,7 @@ class Split:
     sequence: int  # tokens a chunk
     batch_tokens: int
     seed: int = 0
+    alone: bool = False  # one document a batch, its first ``sequence`` tokens
 
     def documents(self, epoch: int) -> Iterator[str]:
         """This split's documents in the order of ``epoch``."""
@@ -110,7 +111,7 @@ class Split:
             count += 1
             ids = self.tokenizer(document, verbose=False)["input_ids"]
             cut = [ids[start : start + self.sequence] for start in range(0, len(ids), self.sequence)]
-            chunks += [chunk for chunk in cut if len(chunk) >= SHORTEST]
+            chunks += [chunk for chunk in cut[: 1 if self.alone else None] if len(chunk) >= SHORTEST]
             cells += len(ids)
             if cells >= POOL_BATCHES * self.batch_tokens:
                 break
@@ -120,7 +121,7 @@ class Split:
         """Batches of chunks of similar length, none with more cells than ``batch_tokens``."""
         groups: list[list[list[int]]] = []
         for chunk in sorted(chunks, key=len):  # rising, so a batch's last chunk is its longest
-            if not groups or (len(groups[-1]) + 1) * len(chunk) > self.batch_tokens:
+            if not groups or self.alone or (len(groups[-1]) + 1) * len(chunk) > self.batch_tokens:
                 groups.append([])
             groups[-1].append(chunk)
         return [pad(group) for group in groups]

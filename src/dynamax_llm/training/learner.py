@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
 
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.training import optimiser
 from dynamax_llm.training.harvest import Harvest
-from dynamax_llm.training.objective import Balance, Draw, learning_rate, loss, tally, walk
+from dynamax_llm.training.objective import Balance, Draw, loss, tally, walk
 from dynamax_llm.training.parallel import ALONE, Group
 from dynamax_llm.training.settings import TrainSettings
 
@@ -29,8 +29,7 @@ class Learner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.heads = ExitHeads(config, width).to(device)
-        on_gpu = device.type == "cuda"
-        self.optimiser = AdamW(self.heads.parameters(), settings.lr, weight_decay=settings.weight_decay, fused=on_gpu)
+        self.optimiser = optimiser.build(settings, list(self.heads.parameters()))
         self.balance = Balance(len(config.layers), device)
         self.best = _copy(self.heads)
         self.best_loss = float("inf")
@@ -59,16 +58,21 @@ class Learner:
             step = walk(self.heads, harvest, draw)
             counted = self.group.sum(tally(harvest.aims, step.reached))
             self.balance.add(counted)
-            value = loss(step, harvest.aims, self.balance.weights(), counted.sum(0))
+            value = loss(step, harvest.aims, self.weights(), counted.sum(0))
             self.optimiser.zero_grad()
             value.backward()
         self.group.sum_gradients(list(self.heads.parameters()))
         nn.utils.clip_grad_norm_(self.heads.parameters(), GRADIENT_NORM)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(progress, self.settings.lr, self.settings.warmup)
+        optimiser.set_rate(self.optimiser, self.settings, progress)
         self.optimiser.step()
-        self.heads.prior.copy_(self.balance.prior())
+        if self.settings.balanced:
+            self.heads.prior.copy_(self.balance.prior())
         self._loss = self.group.sum(value.detach())
+
+    def weights(self) -> Tensor:
+        """Loss weight (2, E) of tokens that disagree and that agree."""
+        weights = self.balance.weights()
+        return weights if self.settings.balanced else torch.ones_like(weights)
 
     def _fit_inputs(self, harvest: Harvest) -> None:
         """Standardise the heads' inputs by the first batch they see."""
@@ -97,19 +101,19 @@ class Learner:
         """Everything of it that is a tensor, for a checkpoint."""
         named = {f"heads.{name}": value for name, value in self.heads.state_dict().items()}
         named |= {f"best.{name}": value for name, value in self.best.items()}
-        return named | optimiser_tensors(self.optimiser) | {"balance": self.balance.counts}
+        return named | optimiser.tensors(self.optimiser) | {"balance": self.balance.counts}
 
     def state(self) -> dict[str, Any]:
         """Everything else, as JSON types."""
         names = ("best_loss", "failures", "history", "train_loss")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in names} | {"optimiser": optimiser.numbers(self.optimiser)}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Inverse of ``tensors`` and ``state``."""
         self.heads.load_state_dict(part(tensors, "heads."))
         self.best = part(tensors, "best.")
         self.balance.counts.copy_(tensors["balance"])
-        restore_optimiser(self.optimiser, tensors)
+        optimiser.restore(self.optimiser, tensors, state["optimiser"])
         self.best_loss, self.failures, self.history = (state[name] for name in ("best_loss", "failures", "history"))
         self._loss = state["train_loss"]
 
@@ -121,18 +125,3 @@ def _copy(module: nn.Module) -> dict[str, Tensor]:
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose names begin with ``prefix``, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def optimiser_tensors(optimiser: Optimizer) -> dict[str, Tensor]:
-    """AdamW's moments and step counts, by parameter number."""
-    states = optimiser.state_dict()["state"]
-    return {f"optimiser.{index}.{name}": value for index, state in states.items() for name, value in state.items()}
-
-
-def restore_optimiser(optimiser: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Inverse of ``optimiser_tensors``."""
-    states: dict[int, dict[str, Tensor]] = {}
-    for key, value in part(tensors, "optimiser.").items():
-        index, name = key.split(".")
-        states.setdefault(int(index), {})[name] = value
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": states})

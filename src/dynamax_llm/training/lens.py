@@ -14,10 +14,11 @@ from torch.optim import AdamW
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.exits.readout import Lens
+from dynamax_llm.training import optimiser
 from dynamax_llm.training.data import Batch
 from dynamax_llm.training.harvest import forward
 from dynamax_llm.training.labels import slices
-from dynamax_llm.training.learner import optimiser_tensors, part, restore_optimiser
+from dynamax_llm.training.learner import part
 from dynamax_llm.training.objective import learning_rate
 from dynamax_llm.training.parallel import ALONE, Group
 from dynamax_llm.training.settings import TrainSettings
@@ -82,9 +83,9 @@ class LensLearner:
     def tensors(self) -> dict[str, Tensor]:
         """Everything of it, for a checkpoint."""
         named = {f"lens.{name}": value for name, value in self.lens.state_dict().items()}
-        return named | optimiser_tensors(self.optimiser)
+        return named | optimiser.tensors(self.optimiser)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of ``tensors``."""
         self.lens.load_state_dict(part(tensors, "lens."))
-        restore_optimiser(self.optimiser, tensors)
+        optimiser.restore(self.optimiser, tensors)

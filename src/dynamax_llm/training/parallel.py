@@ -28,8 +28,10 @@ class Group:
     size: int = 1
 
     @classmethod
-    def join(cls) -> Group:
+    def join(cls, cpu: bool) -> Group:
         """The group that the launcher made, with this process's GPU as the current one; alone without a launcher.
+
+        ``cpu``: the backbone is to be on CPUs, though there may be GPUs.
 
         Raises UsageError if there is a launcher and accelerate is not installed.
         """
@@ -42,7 +44,7 @@ class Group:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and to train in several processes accelerate is needed: "
                 "pip install 'dynamax-llm[train]', or start one process."
             ) from None
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=cpu or not torch.cuda.is_available())
         return cls(state.process_index, state.num_processes)
 
     @property

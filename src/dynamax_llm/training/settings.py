@@ -8,6 +8,9 @@ from typing import Any
 
 from dynamax_llm.errors import UsageError
 
+SCHEDULE_FREE = "schedule-free"
+OPTIMISERS = ("adamw", SCHEDULE_FREE)
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -16,9 +19,12 @@ class TrainSettings:
     max_tokens: int = 1_000_000  # the budget; data is repeated in a new order when it is larger than the data
     sequence: int = 512  # tokens of a chunk
     batch_tokens: int = 4096  # tokens of a step, padding included
-    lr: float = 1e-2  # peak learning rate of AdamW, after warm-up, then cosine down to 0
+    documents: int | None = None  # if set, the budget in documents, one a step: the first ``sequence`` tokens of each
+    optimiser: str = "adamw"  # or schedule-free, which keeps its learning rate after warm-up
+    lr: float = 1e-2  # peak learning rate, after warm-up; AdamW's then falls to 0 by a cosine
     weight_decay: float = 0.01
     warmup: float = 0.05  # share of the budget
+    balanced: bool = True  # both classes of a label weigh the same in the loss
     never: float = 1 / 3  # share of rows in which no token leaves early, as in a prompt
     on_policy: float = 0.0  # share of the heads' budget for a second pass, on texts decoded with the heads in charge
     lens_share: float = 0.3  # share of the budget that trains the lens, before the heads
@@ -30,11 +36,14 @@ class TrainSettings:
     agreement: float = 0.98  # where mean depth is reported
     checkpoint_seconds: float = 30.0  # at most this much work is lost by a kill
     seed: int = 0
+    preset: str | None = None  # a note for the record: the preset that these settings began as
     quiet: bool = False  # no progress bar
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "batch_tokens", "eval_tokens", "eval_every", "patience"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
+        self._check("documents", self.documents is None or self.documents >= 1, "at least 1, or None")
+        self._check("optimiser", self.optimiser in OPTIMISERS, f"one of {', '.join(OPTIMISERS)}")
         self._check("sequence", self.sequence >= 2, "at least 2 tokens")
         self._check("batch_tokens", self.batch_tokens >= self.sequence, f"at least one chunk of {self.sequence} tokens")
         for name in ("lr", "lens_lr"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +37,7 @@ from dynamax_llm.training.learner import Learner, part
 from dynamax_llm.training.lens import LensLearner
 from dynamax_llm.training.objective import Draw
 from dynamax_llm.training.on_policy import harvest_on_policy
+from dynamax_llm.training.optimiser import averaged
 from dynamax_llm.training.parallel import Group
 from dynamax_llm.training.progress import TokenBar
 from dynamax_llm.training.settings import TrainSettings
@@ -92,7 +94,9 @@ class _Run:
     ) -> None:
         self.config = _common(configs)
         self.backbone, self.source, self.settings = backbone, source, settings
-        self.group, self.aside = Group.join(), Aside(backbone.device)
+        if settings.documents and self.config.readout == "lens":
+            raise UsageError("the lens takes its share of a budget in tokens: leave documents out, or the lens.")
+        self.group, self.aside = Group.join(backbone.device.type == "cpu"), Aside(backbone.device)
         sequence = min(settings.sequence, backbone.max_positions() or settings.sequence)
         self.group.check(sequence, settings.batch_tokens)
         shape = (backbone.width, settings, backbone.device, self.group)
@@ -102,7 +106,7 @@ class _Run:
             self.lens = LensLearner(backbone, self.config.layers, self.config.lens_rank, settings, self.group)
         self.lens_budget = int(settings.max_tokens * settings.lens_share) if self.lens else 0
         self.readout = Readout(backbone, self.config, self.lens.lens if self.lens else None)
-        split = (settings.held_out, sequence, settings.batch_tokens, settings.seed)
+        split = (settings.held_out, sequence, settings.batch_tokens, settings.seed, settings.documents is not None)
         self.stream = Split(source, tokenizer, False, *split)
         held = first_batches(Split(source, tokenizer, True, *split), settings.eval_tokens)
         self.held = HeldOut(held, self._harvest, self.group)
@@ -148,18 +152,24 @@ class _Run:
                 saved = time.monotonic()
 
     def _done(self) -> bool:
-        if self.tokens >= self.settings.max_tokens:
-            return True
         stopped = all(one.stopped for one in self.learners.values())
-        return stopped and (self.again or not self.settings.on_policy)
+        return self._spent() or (stopped and (self.again or not self.settings.on_policy))
+
+    def _spent(self) -> bool:
+        """Whether the budget is used up."""
+        return self.tokens >= self.settings.max_tokens or self.steps == self.settings.documents
+
+    def _progress(self) -> float:
+        """The share of the heads' budget that is used up."""
+        progress = (self.tokens - self.lens_budget) / (self.settings.max_tokens - self.lens_budget)
+        return max(progress, self.steps / self.settings.documents) if self.settings.documents else progress
 
     def _begin_again(self) -> None:
         """Begin the second pass when its share of the budget is what is left, or the first has nothing to add."""
-        heads_budget = self.settings.max_tokens - self.lens_budget
-        due = self.tokens >= self.settings.max_tokens - self.settings.on_policy * heads_budget
         if self.again or not self.settings.on_policy:
             return
-        if due or all(one.stopped for one in self.learners.values()):
+        stopped = all(one.stopped for one in self.learners.values())
+        if stopped or self._progress() >= 1 - self.settings.on_policy:
             self.again = True
             for learner in self.learners.values():
                 learner.begin_again()
@@ -175,7 +185,7 @@ class _Run:
             self._learn(batch)
         self.tokens += batch.tokens
         self.steps += 1
-        if self.tokens >= min(self.next_evaluation, self.settings.max_tokens):
+        if self.tokens >= self.next_evaluation or self._spent():
             self._evaluate()
             while self.next_evaluation <= self.tokens:
                 self.next_evaluation += self.settings.eval_every
@@ -189,7 +199,7 @@ class _Run:
         own = self.group.share(batch)
         made = None if self.again else self._harvest(own)
         draw = Draw.sample(batch.mask, self.settings.never, self.generator).rows(self.group.rows(len(batch.ids)))
-        progress = (self.tokens - self.lens_budget) / (self.settings.max_tokens - self.lens_budget)
+        progress = self._progress()
 
         def work() -> None:
             for learner in self.learners.values():
@@ -203,12 +213,15 @@ class _Run:
         self.aside.join()
         active = {name: learner for name, learner in self.learners.items() if not learner.stopped}
         judges = {name: learner.heads for name, learner in active.items()}
-        weights = {name: learner.balance.weights() for name, learner in active.items()}
+        weights = {name: learner.weights() for name, learner in active.items()}
         settings = self.settings
         again = self._harvest_again if self.again else None
-        reports = evaluate(judges, weights, self.held, self.config, settings.never, settings.agreement, again)
-        for name, learner in active.items():
-            learner.judge_by({"on_policy": self.again, **reports[name]}, self.tokens)
+        with ExitStack() as stack:
+            for learner in active.values():
+                stack.enter_context(averaged(learner.optimiser))
+            reports = evaluate(judges, weights, self.held, self.config, settings.never, settings.agreement, again)
+            for name, learner in active.items():
+                learner.judge_by({"on_policy": self.again, **reports[name]}, self.tokens)
 
     def _note(self) -> tuple[str, str]:
         """What the bar says: the phase, and the latest figures. Waits for the device."""

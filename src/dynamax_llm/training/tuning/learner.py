@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.errors import UsageError
+from dynamax_llm.training import optimiser
 from dynamax_llm.training.data import Batch
-from dynamax_llm.training.harvest import slices
-from dynamax_llm.training.learner import optimiser_tensors, part, restore_optimiser
+from dynamax_llm.training.labels import slices
+from dynamax_llm.training.learner import part
 from dynamax_llm.training.multi_exit import Mixture, readout_loss, rotate_exits
 from dynamax_llm.training.objective import learning_rate
 from dynamax_llm.training.tuning.settings import TuneSettings
@@ -120,11 +121,11 @@ class TuneLearner:
     def tensors(self) -> dict[str, Tensor]:
         """Everything of it that is a tensor, for a checkpoint."""
         named = {f"student.{name}": parameter.detach() for name, parameter in self.student.parameters.items()}
-        return named | optimiser_tensors(self.optimiser)
+        return named | optimiser.tensors(self.optimiser)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of ``tensors``."""
         with torch.no_grad():
             for name, value in part(tensors, "student.").items():
                 self.student.parameters[name].copy_(value)
-        restore_optimiser(self.optimiser, tensors)
+        optimiser.restore(self.optimiser, tensors)

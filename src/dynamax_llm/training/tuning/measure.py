@@ -20,7 +20,7 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.errors import BackboneError
 from dynamax_llm.training.curves import oracle_depth, sweep
 from dynamax_llm.training.data import Batch
-from dynamax_llm.training.harvest import slices
+from dynamax_llm.training.labels import slices
 from dynamax_llm.training.multi_exit import depth_weights
 
 

@@ -128,7 +128,7 @@ class _Run:
             self.position = position
             now = time.monotonic()
             self.seconds = before + now - begun
-            bar.show(self.tokens, "tuning", f"loss {self.learner.loss:.3f}")
+            bar.show(self.tokens, lambda: ("tuning", f"loss {self.learner.loss:.3f}"))
             if now - saved >= patience:
                 self.save()
                 saved = time.monotonic()
