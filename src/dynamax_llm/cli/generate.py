@@ -62,7 +62,7 @@ def generate(
 
     from dynamax_llm.backbones import adapt
     from dynamax_llm.exits.artifact import Exits
-    from dynamax_llm.exits.config import DEFAULT_EXITS
+    from dynamax_llm.exits.config import PAPER_EXITS
 
     rule = Rule(threshold=threshold, policy=policy, window=window, measure=measure, schedule=schedule, promise=promise)
     saved = saved_exits(model, exits, measure)
@@ -70,7 +70,7 @@ def generate(
     early_exit = None if saved is None else rule.apply(saved)
     lm, tokenizer = load_backbone(model, dtype, device)
     if early_exit is None:
-        early_exit = rule.apply(Exits.untrained(adapt(lm), exits if exits is not None else DEFAULT_EXITS))
+        early_exit = rule.apply(Exits.untrained(adapt(lm), exits if exits is not None else PAPER_EXITS))
     job = _Job(lm, tokenizer, early_exit.exits, prompts, early_exit.promise)
     console = Console(no_color=True if no_color else None, highlight=False, soft_wrap=True, markup=False)
     live = None if as_json or len(prompts) > 1 else _Live(console, job)

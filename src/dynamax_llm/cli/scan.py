@@ -34,7 +34,7 @@ def scan(
     exits: Annotated[
         str,
         typer.Option(help="Where exits would sit: layers (8,12) or shares of the depth (1/2,0.75).", metavar="LAYERS"),
-    ] = "1/2,5/8,3/4,7/8",
+    ] = "1/4,3/8,1/2,5/8,3/4,7/8",
     tokens: Annotated[str, typer.Option(help="Tokens of text to look at: 20k, 100k …")] = "20k",
     seq_length: Annotated[int, typer.Option(help="Tokens of a chunk of text, at most.")] = 512,
     batch: Annotated[int, typer.Option(help="Tokens of a pass, padding included; at least one chunk.")] = 4096,

@@ -42,7 +42,7 @@ def train(
     head: Annotated[str, typer.Option(help="Exit head: linear, mlp, transformer or mamba.", metavar="NAME")] = "mamba",
     exits: Annotated[
         str, typer.Option(help="Where exits sit: layers (8,12) or shares of the depth (1/2,0.75).", metavar="LAYERS")
-    ] = "1/2,5/8,3/4,7/8",
+    ] = "1/4,3/8,1/2,5/8,3/4,7/8",
     inputs: Annotated[
         str, typer.Option(help="What the head reads: hidden (h), signals (statistics of the readout), or both.")
     ] = "hidden,signals",

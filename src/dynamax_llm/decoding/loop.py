@@ -56,7 +56,9 @@ class EarlyExitOutput:
 class EarlyExit:
     """Generate with as many layers as each token needs.
 
-    ``threshold``: the least confidence that lets a token leave, one or one per exit, in [0, 1] or "never".
+    ``threshold``: the least confidence that lets a token leave, one or one per exit, in [0, 1] or "never". One for all
+    is what is left of the confidence once what leaving disturbs (``exits.disturbance``) is taken off; one per exit is
+    the confidence itself.
     ``policy``: what happens to skipped layers' state: "propagate", "copy", "stale" (approximate state), "defer" (exact
     state) or "verify" (exact state and the full model's own output).
     ``window``: tokens per row that may wait under ``defer``, or be drafted under ``verify``, at least 1.
@@ -90,8 +92,9 @@ class EarlyExit:
         threshold = DEFAULT_THRESHOLD if threshold is None else threshold
         policy = DEFAULT_POLICY if policy is None else policy
         window = DEFAULT_WINDOW if window is None else window
-        self.thresholds = Thresholds.parse(threshold, len(exits.config.layers), schedule)
         self.policy = POLICIES.lookup(policy)
+        harm = exits.disturbance.get(policy, ()) if measure is None else ()
+        self.thresholds = Thresholds.parse(threshold, len(exits.config.layers), schedule, harm)
         if not isinstance(window, int) or window < 1:
             raise UsageError(f"window {window!r}: give the number of tokens that may wait, a whole number from 1.")
         self.window = window

@@ -25,8 +25,19 @@ class Thresholds:
     temperature: float = TEMPERATURE
 
     @classmethod
-    def parse(cls, threshold: Threshold | Sequence[Threshold], n_exits: int, schedule: str = "fixed") -> Thresholds:
-        """From one value or one per exit, each in [0, 1] or "never". Raises UsageError naming what is allowed."""
+    def parse(
+        cls,
+        threshold: Threshold | Sequence[Threshold],
+        n_exits: int,
+        schedule: str = "fixed",
+        harm: Sequence[float] = (),
+    ) -> Thresholds:
+        """From one value or one per exit, each in [0, 1] or "never". Raises UsageError naming what is allowed.
+
+        ``harm``: what leaving costs besides, per exit. One value for all exits rises by it; an exit where that leaves
+        nothing to be sure enough of is closed.
+        """
+        common = isinstance(threshold, str | int | float)
         items = [threshold] * n_exits if isinstance(threshold, str | int | float) else list(threshold)
         if len(items) != n_exits:
             raise UsageError(
@@ -34,7 +45,10 @@ class Thresholds:
             )
         if schedule not in SCHEDULES:
             raise UsageError(f"unknown schedule {schedule!r}. Available: {', '.join(SCHEDULES)}.")
-        return cls(tuple(map(_value, items)), schedule)
+        values = tuple(map(_value, items))
+        if common and harm:
+            values = tuple(None if v is None or v + h > 1.0 else v + h for v, h in zip(values, harm, strict=True))
+        return cls(values, schedule)
 
     @property
     def active(self) -> int:

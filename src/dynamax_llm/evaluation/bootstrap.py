@@ -36,7 +36,7 @@ def interval(values: Sequence[float], seed: int = 0, statistic: Statistic = mean
     found = float(statistic(data))
     if len(data) < 2:
         return Interval(value=found)
-    low, high = _ends(statistic(data[_draws(len(data), seed)]))
+    low, high = ends(statistic(data[draws(len(data), seed)]))
     return Interval(value=found, low=low, high=high)
 
 
@@ -51,19 +51,20 @@ def weighted(sums: Sequence[float], weights: Sequence[float], seed: int = 0) -> 
     found = float(over.sum() / under.sum())
     if len(over) < 2:
         return Interval(value=found)
-    index = _draws(len(over), seed)
+    index = draws(len(over), seed)
     totals = under[index].sum(axis=-1)
     ratios = np.where(totals > 0, over[index].sum(axis=-1) / np.where(totals > 0, totals, 1.0), found)
-    low, high = _ends(ratios)
+    low, high = ends(ratios)
     return Interval(value=found, low=low, high=high)
 
 
-def _draws(count: int, seed: int) -> np.ndarray:
+def draws(count: int, seed: int = 0) -> np.ndarray:
     """Indices (DRAWS, count), drawn with replacement."""
     return np.random.default_rng(seed).integers(0, count, size=(DRAWS, count))
 
 
-def _ends(draws: np.ndarray) -> tuple[float, float]:
+def ends(values: np.ndarray) -> tuple[float, float]:
+    """The two ends of the interval that a statistic's values over all draws make."""
     tail = (1.0 - CONFIDENCE) / 2.0
-    low, high = np.quantile(draws, (tail, 1.0 - tail))
+    low, high = np.quantile(values, (tail, 1.0 - tail))
     return float(low), float(high)

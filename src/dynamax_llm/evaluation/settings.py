@@ -23,7 +23,7 @@ from dynamax_llm.evaluation.baselines import pruned as pruned_model
 from dynamax_llm.evaluation.prompts import PromptSharing, SharedPrompts
 from dynamax_llm.evaluation.results import Setting
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.config import DEFAULT_EXITS
+from dynamax_llm.exits.config import PAPER_EXITS
 
 #: Costs nothing and needs no readout: judges exits that are taken unasked, and those that never are.
 UNASKED = "state_similarity"
@@ -242,7 +242,7 @@ def _facts(
 def _ready(subject: Subject, exits: Exits | None) -> Exits:
     """The exits, or untrained ones at the default places, checked against the subject's model."""
     backbone = subject.backbone
-    exits = exits if exits is not None else Exits.untrained(backbone, DEFAULT_EXITS)
+    exits = exits if exits is not None else Exits.untrained(backbone, PAPER_EXITS)
     exits.check_backbone(backbone)
     return exits
 

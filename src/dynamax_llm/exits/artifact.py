@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from dynamax_llm.backbones.fingerprint import explain_mismatch, fingerprint
 from dynamax_llm.backbones.loading import shipped_exits
 from dynamax_llm.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactVersion, UsageError
 from dynamax_llm.exits.confidence import MEASURES, Judge, measure
-from dynamax_llm.exits.config import DEFAULT_EXITS, ExitConfig, place_exits
+from dynamax_llm.exits.config import PAPER_EXITS, ExitConfig, place_exits
 from dynamax_llm.exits.files import fetch, prepare_folder, write_atomically
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.promise import Promise, digest, find_promise
@@ -53,7 +54,8 @@ class Exits:
 
     ``heads`` is None where a fixed measure decides, ``lens`` unless the readout is "lens". ``fingerprint`` identifies
     the backbone, ``width`` and ``vocab_size`` are its own. ``provenance`` says how the heads came about, ``promises``
-    what calibration proved of them.
+    what calibration proved of them. ``disturbance``: by policy, what a token that leaves costs later ones, per exit, as
+    training measured it for the heads.
     """
 
     config: ExitConfig
@@ -64,13 +66,14 @@ class Exits:
     vocab_size: int
     provenance: dict[str, Any] = field(default_factory=dict)
     promises: tuple[Promise, ...] = ()
+    disturbance: dict[str, tuple[float, ...]] = field(default_factory=dict)
     _backbone: Backbone | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def untrained(
         cls,
         backbone: Backbone,
-        layers: str | tuple[str | int | float, ...] = DEFAULT_EXITS,
+        layers: str | tuple[str | int | float, ...] = PAPER_EXITS,
         *,
         readout: str = "head",
         tail_layers: int = 1,
@@ -167,6 +170,7 @@ class Exits:
             "provenance": self.provenance,
             "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
             "promises": [promise.to_json() for promise in self.promises],
+            "disturbance": {policy: list(values) for policy, values in self.disturbance.items()},
         }
         # The manifest comes last: a save that dies in between leaves a hash that does not match, not a mixture.
         write_atomically(target / TENSORS, tensors)
@@ -192,7 +196,8 @@ class Exits:
         heads, lens = _filled(heads, "heads.", tensors), _filled(lens, "lens.", tensors)
         identity, provenance = manifest["fingerprint"], manifest["provenance"]
         promises = _read_promises(manifest_path, manifest, len(config.layers))
-        return cls(config, heads, lens, identity, manifest["width"], manifest["vocab_size"], provenance, promises)
+        harm = _read_disturbance(manifest_path, manifest, len(config.layers))
+        return cls(config, heads, lens, identity, manifest["width"], manifest["vocab_size"], provenance, promises, harm)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -225,6 +230,19 @@ def _read_config(path: Path, manifest: Mapping[str, Any]) -> ExitConfig:
     if placed != config.layers:
         raise _corrupt(path, f"its exits {config.layers} are not in order")
     return config
+
+
+def _read_disturbance(path: Path, manifest: Mapping[str, Any], n_exits: int) -> dict[str, tuple[float, ...]]:
+    """The optional field "disturbance"."""
+    found = manifest.get("disturbance", {})
+    try:
+        by_policy = {str(policy): tuple(map(float, values)) for policy, values in found.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise _corrupt(path, "its field 'disturbance' does not hold numbers by policy") from None
+    for policy, values in by_policy.items():
+        if len(values) != n_exits or not all(0.0 <= value < math.inf for value in values):
+            raise _corrupt(path, f"its disturbance under {policy!r} is not {n_exits} numbers of 0 or more")
+    return by_policy
 
 
 def _read_promises(path: Path, manifest: Mapping[str, Any], n_exits: int) -> tuple[Promise, ...]:

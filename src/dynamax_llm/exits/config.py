@@ -9,7 +9,10 @@ from fractions import Fraction
 from dynamax_llm.errors import ExitPlacement, UsageError
 
 #: The paper's four exits (arXiv 2504.20922), as shares of the depth.
-DEFAULT_EXITS = ("1/2", "5/8", "3/4", "7/8")
+PAPER_EXITS = ("1/2", "5/8", "3/4", "7/8")
+#: Where states are exact, exits from a quarter of the depth save most; where they are not, thresholds keep the early
+#: ones for the few tokens that can afford them (see ``Exits.disturbance``).
+DEFAULT_EXITS = ("1/4", "3/8", "1/2", "5/8", "3/4", "7/8")
 HEADS = ("linear", "mlp", "transformer", "mamba")
 READOUTS = ("head", "tail", "lens")
 INPUTS = ("hidden", "signals", "tokens")
@@ -23,8 +26,8 @@ class ExitConfig:
     """The exits of one backbone; everything but the learned weights.
 
     ``layers`` are depths: an exit at depth e sits after the e-th layer, counted from 1. ``head`` is None for exits
-    that are judged by a confidence measure alone. ``width`` is the head's inner width (None: chosen from the
-    backbone's). ``candidates``: the first exit reads the whole vocabulary, later ones look only at its so many
+    that are judged by a confidence measure alone. ``width`` is the head's inner width (None: a sixth of the
+    backbone's, 16 to 64). ``candidates``: the first exit reads the whole vocabulary, later ones look only at its so many
     likeliest tokens (0: every exit reads everything). ``inputs`` are what a head sees: h, its readout's statistics,
     and the LM head's rows of the two tokens that lead there. ``label`` "action" is 1 iff this readout gives the full
     model's token; the others are described in ``training/harvest.py``. Raises UsageError for values not allowed.
@@ -33,11 +36,11 @@ class ExitConfig:
     layers: tuple[int, ...]
     n_layers: int
     head: str | None = "mamba"
-    inputs: tuple[str, ...] = ("hidden", "signals")
-    width: int | None = None
+    inputs: tuple[str, ...] = INPUTS
+    width: int | None = 64
     readout: str = "head"
     tail_layers: int = 1
-    candidates: int = 64
+    candidates: int = 256
     lens_rank: int = 16
     label: str = "action"
     label_k: int = 15

@@ -10,7 +10,7 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.loading import shipped_exits
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import MANIFEST, Exits
-from dynamax_llm.exits.config import DEFAULT_EXITS, ExitConfig, place_exits
+from dynamax_llm.exits.config import PAPER_EXITS, ExitConfig, place_exits
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.sources import find_source
 from dynamax_llm.training.trainer import train_many
@@ -40,7 +40,7 @@ def exits_of(
                 f"no trained exits for {model!r} with head {', '.join(own)}. Give --train-data PATH or a dataset id, "
                 "and they are trained first."
             )
-        layers = place_exits(DEFAULT_EXITS, backbone.n_layers)
+        layers = place_exits(PAPER_EXITS, backbone.n_layers)
         configs = {head: ExitConfig(layers, backbone.n_layers, head=head) for head in own}
         train_many(backbone, tokenizer, find_source(data), configs, settings, folder)
     return {head: Exits.from_pretrained(places[head]) for head in heads}

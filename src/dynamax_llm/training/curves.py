@@ -81,3 +81,27 @@ def auroc(scores: Tensor, labels: Tensor) -> float | None:
     ranks = counts.cumsum(0) - (counts - 1) / 2  # the mean rank of equal scores, from 1
     rank_sum = float(ranks[place][positive].sum())
     return (rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+
+
+def average_precision(scores: Tensor, labels: Tensor) -> float | None:
+    """Mean precision over the tokens that agree, taken from the surest down; None where none agrees.
+
+    Scores and labels (N,). Ties count as one step, at its end.
+    """
+    positive = labels.bool()
+    if not int(positive.sum()):
+        return None
+    levels, place = scores.double().unique(return_inverse=True)
+    agreeing = torch.zeros_like(levels).index_add_(0, place, positive.double()).flip(0)
+    taken = torch.zeros_like(levels).index_add_(0, place, torch.ones_like(scores, dtype=torch.float64)).flip(0)
+    precision = agreeing.cumsum(0) / taken.cumsum(0)
+    return float((precision * agreeing).sum() / agreeing.sum())
+
+
+def calibration_error(scores: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al., arXiv 1706.04599): |agreement - mean confidence| in equally filled bins,
+    averaged over tokens. Scores in [0, 1] and labels (N,)."""
+    order = scores.double().argsort()
+    pairs = zip(scores.double()[order].tensor_split(bins), labels.double()[order].tensor_split(bins), strict=True)
+    gaps = [abs(float((label - score).sum())) for score, label in pairs]
+    return sum(gaps) / max(len(scores), 1)

@@ -31,6 +31,7 @@ from dynamax_llm.exits.readout import Readout
 from dynamax_llm.training.aside import Aside
 from dynamax_llm.training.checkpoint import Checkpoint
 from dynamax_llm.training.data import Batch, Position, Split, first_batches
+from dynamax_llm.training.disturbance import disturbance
 from dynamax_llm.training.harvest import Harvest, harvest
 from dynamax_llm.training.held_out import HeldOut, evaluate, on_policy
 from dynamax_llm.training.learner import Learner, part
@@ -292,7 +293,10 @@ class _Run:
             "wall_seconds": self.seconds,
             "versions": _versions(),
         }
-        return Exits.of(self.backbone, learner.config, heads, lens, provenance)
+        exits = Exits.of(self.backbone, learner.config, heads, lens, provenance)
+        readout = exits.readout(self.backbone)
+        exits.disturbance = {"propagate": disturbance(self.backbone, readout, heads, self.held.batches)}
+        return exits
 
 
 #: Attributes of a run that a checkpoint keeps as they are.

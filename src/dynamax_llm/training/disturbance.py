@@ -1,0 +1,58 @@
+"""What a token that leaves does to later ones: disagreements caused through the approximate state it leaves behind.
+
+An exit's confidence is the probability that its own token agrees. Under ``propagate`` that is not all: later tokens
+read what a skipped layer made of h_e. The earlier the exit, the worse; on the shipped backbones a token that leaves at
+a quarter of the depth costs a third of a later token. So it is measured, exit by exit, and one threshold then bounds
+what a token costs altogether: it leaves if its confidence, less what leaving there disturbs, is high enough.
+
+Shapes: E exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from dynamax_llm.backbones import Backbone
+from dynamax_llm.decoding.decoder import ExitPlan
+from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.decoding.teacher_forced import teacher_forced
+from dynamax_llm.exits.confidence import Judge
+from dynamax_llm.exits.readout import Readout
+from dynamax_llm.training.data import Batch
+from dynamax_llm.training.harvest import harvest
+from dynamax_llm.training.held_out import undisturbed
+
+#: Share of the tokens, its surest, that leave at one exit alone while its disturbance is measured.
+LEAVING = 0.2
+#: Held-out tokens that it is measured on.
+TOKENS = 4_000
+
+
+@torch.no_grad()
+def disturbance(backbone: Backbone, readout: Readout, judge: Judge, batches: Iterable[Batch]) -> tuple[float, ...]:
+    """Per exit (E,), later disagreements that one token causes by leaving there under ``propagate``.
+
+    Every exit is opened alone, for about ``LEAVING`` of the tokens. What those get wrong by themselves, with every
+    state intact, is not counted.
+    """
+    count = len(readout.config.layers)
+    plan = ExitPlan(readout.config.layers, judge, readout, POLICIES.lookup("propagate"))
+    left, caused = [0] * count, [0] * count
+    tokens = 0
+    for batch in batches:
+        seen = harvest(backbone, readout, batch)
+        confidence = undisturbed(judge, seen).confidence
+        for exit in range(count):
+            bar = float(confidence[exit][seen.mask].quantile(1.0 - LEAVING))
+            only = [bar if place == exit else None for place in range(count)]
+            found = teacher_forced(backbone, plan, batch.ids.to(backbone.device), only, prompt_length=0)
+            leaving = (found.exit_index == exit) & seen.mask
+            own = leaving & ~(seen.labels[exit])
+            left[exit] += int(leaving.sum())
+            caused[exit] += int(((found.tokens != seen.target) & seen.mask).sum()) - int(own.sum())
+        tokens += batch.tokens
+        if tokens >= TOKENS:
+            break
+    return tuple(max(0.0, extra / max(gone, 1)) for extra, gone in zip(caused, left, strict=True))
