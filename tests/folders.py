@@ -70,7 +70,7 @@ def exits_folder(model_type: str = "llama", head: str | None = "mamba", readout:
 def make_exits(model_type: str = "llama", head: str | None = "mamba", readout: str = "head") -> Exits:
     """The same exits, in memory."""
     adapted = adapt(backbone(model_type))
-    config = ExitConfig((2, 3), 5, head=head, readout=readout)
+    config = ExitConfig((2, 3), 5, head=head, readout=readout, inputs=("hidden", "signals"), width=None, candidates=64)
     torch.manual_seed(1)
     heads = None if head is None else ExitHeads(config, adapted.width)
     lens = Lens(2, adapted.width, config.lens_rank) if readout == "lens" else None

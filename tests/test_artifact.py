@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dynamax_llm.backbones import adapt
+from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.errors import (
     ArtifactCorrupt,
     ArtifactError,
@@ -265,3 +268,21 @@ def test_a_save_that_dies_leaves_the_old_files_and_nothing_half_written(tmp_path
         make_exits(head="mlp").save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert Exits.from_pretrained(tmp_path).config.head == "linear"
+
+
+def test_disturbance_survives_and_raises_one_threshold_for_all(tmp_path):
+    """One threshold is net of what leaving disturbs; several are the confidence itself; 0 and "never" stay."""
+    exits = dataclasses.replace(make_exits("llama", None, "head"), disturbance={"propagate": (0.3, 0.05)})
+    exits.save(tmp_path / "exits")
+    again = Exits.from_pretrained(tmp_path / "exits")
+    assert again.disturbance == {"propagate": (0.3, 0.05)}
+    parse = functools.partial(Thresholds.parse, n_exits=2, harm=again.disturbance["propagate"])
+    assert parse(0.9).values == (None, pytest.approx(0.95))
+    assert parse(0.5).values == (pytest.approx(0.8), pytest.approx(0.55))
+    assert parse([0.9, 0.9]).values == (0.9, 0.9)
+    assert (parse(0.0).values, parse("never").values) == ((0.0, 0.0), (None, None))
+    manifest = json.loads((tmp_path / "exits" / "exits.json").read_text())
+    manifest["disturbance"]["propagate"] = [0.3]
+    (tmp_path / "exits" / "exits.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactCorrupt, match="disturbance under 'propagate' is not 2 numbers"):
+        Exits.from_pretrained(tmp_path / "exits")

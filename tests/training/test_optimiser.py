@@ -17,7 +17,7 @@ from dynamax_llm.training.trainer import train
 from tests.training.test_trainer import CONFIG, SETTINGS, run_until
 
 FREE = dataclasses.replace(
-    SETTINGS, optimiser=SCHEDULE_FREE, documents=8, lr=1e-2, weight_decay=0.0, balanced=False, never=1.0, eval_every=150
+    SETTINGS, optimiser=SCHEDULE_FREE, documents=8, lr=3e-3, weight_decay=0.0, balanced=False, never=1.0, eval_every=150
 )
 
 

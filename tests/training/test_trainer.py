@@ -52,7 +52,7 @@ def made_up(batch: int = 3, count: int = 9, width: int = 12, exits: int = 3) -> 
 
 
 def heads_for(kind: str, width: int = 12) -> ExitHeads:
-    heads = ExitHeads(dataclasses.replace(CONFIG, head=kind), width)
+    heads = ExitHeads(dataclasses.replace(CONFIG, head=kind, inputs=("hidden", "signals"), width=None), width)
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -38,7 +38,7 @@ def teacher_forced(
     backbone: Backbone,
     plan: ExitPlan,
     ids: Ids,
-    thresholds: Sequence[float | None],
+    thresholds: Sequence[float | Tensor | None],
     *,
     prompt_length: int | Tensor = 1,
     padding: Tensor | None = None,
@@ -109,7 +109,9 @@ class _Pass:
         self.depth = stop
         return self._ask(index, before, threshold)
 
-    def run(self, thresholds: Sequence[float | None], keep_logits: bool, wanted: Tensor | None) -> TeacherForced:
+    def run(
+        self, thresholds: Sequence[float | Tensor | None], keep_logits: bool, wanted: Tensor | None
+    ) -> TeacherForced:
         backbone, plan = self.backbone, self.plan
         for index in range(len(plan.layers)):
             self.visit(index, thresholds[index])

@@ -34,8 +34,8 @@ class Thresholds:
     ) -> Thresholds:
         """From one value or one per exit, each in [0, 1] or "never". Raises UsageError naming what is allowed.
 
-        ``harm``: what leaving costs besides, per exit. One value for all exits rises by it; an exit where that leaves
-        nothing to be sure enough of is closed.
+        ``harm``: what leaving costs besides, per exit. One value for all exits rises by it, unless it is
+        0; an exit where that leaves nothing to be sure enough of is closed.
         """
         common = isinstance(threshold, str | int | float)
         items = [threshold] * n_exits if isinstance(threshold, str | int | float) else list(threshold)
@@ -47,7 +47,7 @@ class Thresholds:
             raise UsageError(f"unknown schedule {schedule!r}. Available: {', '.join(SCHEDULES)}.")
         values = tuple(map(_value, items))
         if common and harm:
-            values = tuple(None if v is None or v + h > 1.0 else v + h for v, h in zip(values, harm, strict=True))
+            values = tuple(_net(value, cost) for value, cost in zip(values, harm, strict=True))
         return cls(values, schedule)
 
     @property
@@ -61,6 +61,13 @@ class Thresholds:
             return self.values
         decay = 0.1 * math.exp(-self.temperature * step / max(horizon, 1))
         return tuple(None if value is None else min(max(0.9 * value + decay, 0.0), 1.0) for value in self.values)
+
+
+def _net(value: float | None, cost: float) -> float | None:
+    """The confidence that leaves ``value`` when ``cost`` is taken off; 0 asks for nothing and stays 0."""
+    if value is None or value == 0.0:
+        return value
+    return value + cost if value + cost <= 1.0 else None
 
 
 def _value(item: Threshold) -> float | None:

@@ -1,9 +1,9 @@
 """Judges at equal terms: how well each ranks, and where it lands at several agreements, per state policy.
 
-Every judge decodes the same documents, teacher-forced, at a few thresholds on the way up, under ``propagate`` (in one
-pass each, with exits on; heads at thresholds net of what an exit disturbs) and with every state intact (``defer``; from one harvest, replayed). Sums are kept per
-document, so that depth at an agreement comes with an interval over documents. Agreement is the share of tokens equal
-to the full model's given the same prefix.
+Every judge decodes the same documents, teacher-forced, at a few thresholds on the way up: under ``propagate`` in one
+pass each, with exits on (heads at thresholds net of what an exit disturbs), and with every state intact (``defer``)
+from one harvest, replayed. Sums are kept per document, so that depth at an agreement comes with an interval over
+documents. Agreement is the share of tokens equal to the full model's given the same prefix.
 
 Shapes: E exits, N documents, P points.
 """
