@@ -25,10 +25,30 @@ _SETTINGS = {
     "optimiser": "optimiser",
     "lr": "lr",
     "seed": "seed",
+    "on_policy": "on_policy",
     "heldout": "held_out",
     "patience": "patience",
 }
 _SCALES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+
+Inputs = Annotated[
+    str,
+    typer.Option(help="What the head reads: hidden (h), signals (statistics of the readout), tokens (its leaders)."),
+]
+Label = Annotated[
+    str,
+    typer.Option(
+        help="action: the exit gives the full model's token; probability, overlap: soft; topk: the paper's.",
+        metavar="NAME",
+    ),
+]
+OnPolicy = Annotated[
+    float,
+    typer.Option("--on-policy", help="Share of the budget for a second pass, on text decoded by the heads."),
+]
+Candidates = Annotated[
+    int, typer.Option(help="Later exits look only at the first one's so many likeliest tokens; 0: at all.")
+]
 
 
 def train(
@@ -43,21 +63,15 @@ def train(
     exits: Annotated[
         str, typer.Option(help="Where exits sit: layers (8,12) or shares of the depth (1/2,0.75).", metavar="LAYERS")
     ] = "1/4,3/8,1/2,5/8,3/4,7/8",
-    inputs: Annotated[
-        str, typer.Option(help="What the head reads: hidden (h), signals (statistics of the readout), or both.")
-    ] = "hidden,signals",
+    inputs: Inputs = "hidden,signals,tokens",
     readout: Annotated[
         str, typer.Option(help="How an exit speaks: head, tail (last layers first) or lens (learned).", metavar="NAME")
     ] = "head",
     tail_layers: Annotated[int, typer.Option(help="Layers of the tail readout.")] = 1,
-    candidates: Annotated[
-        int, typer.Option(help="Later exits look only at the first one's so many likeliest tokens; 0: at all.")
-    ] = 64,
-    label: Annotated[
-        str,
-        typer.Option(help="action: the exit gives the full model's token; topk: the paper's label.", metavar="NAME"),
-    ] = "action",
+    candidates: Candidates = 256,
+    label: Label = "action",
     label_k: Annotated[int, typer.Option(help="k of the topk label.")] = 15,
+    on_policy: OnPolicy = 0.0,
     preset: Annotated[
         str | None,
         typer.Option(help="Start from a named set of options (dynamax-paper); those given here win.", metavar="NAME"),
@@ -83,7 +97,8 @@ def train(
 ) -> None:
     """Train exits on a frozen backbone and save them as an artifact."""
     from dynamax_llm.backbones import adapt
-    from dynamax_llm.cli.trained import on_policy, report
+    from dynamax_llm.cli.trained import on_policy as measured_on_policy
+    from dynamax_llm.cli.trained import report
     from dynamax_llm.exits.artifact import MANIFEST, TENSORS
     from dynamax_llm.exits.files import prepare_folder
     from dynamax_llm.exits.heads import BANKS
@@ -108,7 +123,7 @@ def train(
         raise typer.Exit(130) from None
     if not group.main:
         return
-    report(trained, model, out, on_policy(adapt(lm), tokenizer, source, settings, trained))
+    report(trained, model, out, measured_on_policy(adapt(lm), tokenizer, source, settings, trained))
 
 
 def chosen(context: typer.Context, preset: str | None) -> tuple[Preset, dict[str, Any]]:

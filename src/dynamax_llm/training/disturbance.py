@@ -1,9 +1,9 @@
 """What a token that leaves does to later ones: disagreements caused through the approximate state it leaves behind.
 
 An exit's confidence is the probability that its own token agrees. Under ``propagate`` that is not all: later tokens
-read what a skipped layer made of h_e. The earlier the exit, the worse; on the shipped backbones a token that leaves at
-a quarter of the depth costs a third of a later token. So it is measured, exit by exit, and one threshold then bounds
-what a token costs altogether: it leaves if its confidence, less what leaving there disturbs, is high enough.
+read what a skipped layer made of h_e, and the earlier the exit, the worse. So it is measured, exit by exit, and one
+threshold then bounds what a token costs altogether: it leaves if its confidence, less what leaving there disturbs, is
+high enough.
 
 Shapes: E exits.
 """
