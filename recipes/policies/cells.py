@@ -14,11 +14,11 @@ from bench import STATIC, Bench, Threshold, first_difference
 from prompts import load_prompts
 from records import Log, Row, Settings, pack, read
 from torch import Tensor
-from tuning import find_threshold
 
 from dynamax_llm.backbones.loading import load
 from dynamax_llm.decoding import EarlyExitOutput
 from dynamax_llm.decoding.thresholds import NEVER
+from tuning import find_threshold
 
 
 def family_of(run: str) -> str:

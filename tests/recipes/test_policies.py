@@ -20,12 +20,12 @@ from cells import Group, family_of, part_of
 from prompts import load_prompts
 from records import Log, Settings, pack, read, unpack
 from rollback import draft, parts, replay, restore
-from tuning import TOLERANCE, TRIES, find_threshold
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load
 from dynamax_llm.testing import tiny_model
 from report import Texts, collect, interval, render
+from tuning import TOLERANCE, TRIES, find_threshold
 
 PROMPT, NEW = 8, 6
 SMALL = Settings("test", prompts=2, tuning=2, checked=1, alone=1, prompt_tokens=PROMPT, new_tokens=NEW, tuning_tokens=4)
