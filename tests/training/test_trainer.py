@@ -333,3 +333,12 @@ def test_configurations_that_cannot_share_are_refused(backbone, corpus: Path, to
 def test_settings_out_of_bounds_are_named(setting: str, value: float) -> None:
     with pytest.raises(UsageError, match=rf"training setting {setting} = {value!r}: give "):
         TrainSettings(**{setting: value})
+
+
+def test_disturbance_is_measured_where_confidence_is_about_agreement(backbone, corpus, tokenizer, tmp_path) -> None:
+    for label, policies in (("action", ["propagate"]), ("topk", [])):
+        config = dataclasses.replace(CONFIG, head="linear", label=label)
+        settings = dataclasses.replace(SETTINGS, max_tokens=600)
+        made = train(backbone("mistral"), tokenizer, find_source(corpus), config, settings, tmp_path / label)
+        assert list(made.disturbance) == policies
+        assert all(len(values) == 3 for values in made.disturbance.values())

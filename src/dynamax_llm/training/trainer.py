@@ -294,8 +294,9 @@ class _Run:
             "versions": _versions(),
         }
         exits = Exits.of(self.backbone, learner.config, heads, lens, provenance)
-        readout = exits.readout(self.backbone)
-        exits.disturbance = {"propagate": disturbance(self.backbone, readout, heads, self.held.batches)}
+        if learner.config.label != "topk":  # whose confidence is not about agreement: nothing can be taken off it
+            readout = exits.readout(self.backbone)
+            exits.disturbance = {"propagate": disturbance(self.backbone, readout, heads, self.held.batches)}
         return exits
 
 
