@@ -215,6 +215,7 @@ class ScriptedJudge(Judge):
     """
 
     needs_logits = False
+    on_device = False
 
     def __init__(self, pattern: Tensor) -> None:
         self.pattern, self.step = pattern, 0

@@ -21,7 +21,9 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan
-from dynamax_llm.decoding.deferred import VerifyingDecoder, new_decoder
+from dynamax_llm.decoding.deferred import VerifyingDecoder
+from dynamax_llm.decoding.engines import check_engine, pick_decoder
+from dynamax_llm.decoding.greedy import Follow, GreedyRun
 from dynamax_llm.decoding.request import Request
 from dynamax_llm.decoding.state import DEFAULT_WINDOW, POLICIES
 from dynamax_llm.decoding.thresholds import NEVER, Threshold, Thresholds
@@ -42,13 +44,14 @@ OnToken = Callable[[Tensor, Tensor], None]
 @dataclass(frozen=True)
 class EarlyExitOutput:
     """``sequences`` (B, prompt + new), ``exit_layers`` (B, new) layers run until a token was decided (0 after a row's
-    end), the ``trace``, under ``verify`` what became of the proposals, and per step ``scores`` (processed) and
+    end), the ``trace``, under ``verify`` what became of the proposals, the ``engine`` that ran, and per step ``scores`` (processed) and
     ``logits`` (raw), each (B, V), when asked for; under ``verify`` they are 0 after a row's end."""
 
     sequences: Tensor
     exit_layers: Tensor
     trace: Trace
     verification: Verification | None = None
+    engine: str = "eager"
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
 
@@ -64,6 +67,8 @@ class EarlyExit:
     ``window``: tokens per row that may wait under ``defer``, or be drafted under ``verify``, at least 1.
     ``measure``: judge by this confidence measure instead of the trained head.
     ``schedule``: "fixed", or CALM's "decaying". ``on_token`` is called after every step (streaming).
+    ``engine``: "eager" (plain PyTorch, anywhere), "cuda" (recorded programs; families, policies and dtypes it has), or
+    None for the fastest that can; the output says which ran.
     ``promise``: one that calibration recorded with the exits, "agreement>=0.98" say; thresholds, policy, window and
     judge are then its own, kept as ``promise``. Naming another of these beside it is refused (PolicyMismatch,
     UsageError), so is a promise that is not recorded (PromiseError).
@@ -81,6 +86,7 @@ class EarlyExit:
         schedule: str = "fixed",
         promise: str | None = None,
         on_token: OnToken | None = None,
+        engine: str | None = None,
     ) -> None:
         self.exits = exits
         self.promise = None
@@ -100,6 +106,8 @@ class EarlyExit:
         self.window = window
         self.measure, self.judge = measure, exits.judge(measure)
         self.on_token = on_token
+        check_engine(engine)
+        self.engine = engine
 
     def attach(self, model: nn.Module) -> tuple[Backbone, ExitPlan, TokenCosts]:
         """What decoding ``model`` takes. Raises ArtifactMismatch, PolicyMismatch, UnsupportedModel."""
@@ -130,16 +138,18 @@ class EarlyExit:
         padding = model_kwargs.get("attention_mask")
         _check_prompt(backbone, input_ids, padding)
         request = Request(input_ids, logits_processor, stopping_criteria, generation_config)
-        decoder = new_decoder(backbone, plan, padding)
-        if isinstance(decoder, VerifyingDecoder):
-            return self._verified(decoder, request, costs)
-        return self._decoded(decoder, request, costs)
+        decoder, engine = pick_decoder(backbone, plan, padding, batch=len(input_ids), engine=self.engine)
+        run = self._verified if isinstance(decoder, VerifyingDecoder) else self._decoded
+        return replace(run(decoder, request, costs), engine=engine)
 
     def _decoded(self, decoder: Decoder, request: Request, costs: TokenCosts) -> EarlyExitOutput:
         """Every token is what its exit, or the last layer, says."""
         run = _Run(request)
         horizon, full = request.max_length - request.ids.shape[1], len(self.exits.config.layers)
         logits = self._prefill(decoder, request.ids)
+        follower = getattr(decoder, "follow", None)
+        if follower is not None and request.is_plain:
+            return self._followed(follower, decoder, request, costs, logits)
         exit_index = torch.full((len(request.ids),), full, device=request.ids.device)
         while True:
             tokens = run.append(logits, exit_index)
@@ -154,6 +164,15 @@ class EarlyExit:
         return EarlyExitOutput(
             sequences=run.ids, exit_layers=trace.exit_layers, scores=run.scores, logits=run.logits, trace=trace
         )
+
+    def _followed(
+        self, follow: Follow, decoder: Decoder, request: Request, costs: TokenCosts, logits: Tensor
+    ) -> EarlyExitOutput:
+        """``_decoded`` where nothing but the likeliest token is asked for: tokens stay on the device between steps."""
+        run = GreedyRun(request, follow, self.thresholds, decoder.n_exits, len(self.exits.config.layers))
+        run.run(logits, None if self.on_token is None else lambda tokens, at: self.on_token(tokens, costs.layers(at)))
+        trace = self._trace(run.exit_index, costs, decoder)
+        return EarlyExitOutput(sequences=run.ids, exit_layers=trace.exit_layers, trace=trace)
 
     def _prefill(self, decoder: Decoder, ids: Tensor) -> Tensor:
         """Logits (B, V) after the prompt (B, T). Evaluation overrides it to run a prompt once for many settings."""

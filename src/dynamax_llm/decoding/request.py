@@ -7,6 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
+
+#: Processors that do nothing but put off the end.
+_LENGTHS = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
 
 
 @dataclass
@@ -39,6 +48,25 @@ class Request:
     def sample(self) -> bool:
         """Whether tokens are drawn instead of taking the likeliest."""
         return bool(self.config.do_sample)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token is the likeliest one, but for ends that are too early, and only it is asked for."""
+        plain_processors = all(type(item) in _LENGTHS for item in self.processors)
+        plain_criteria = all(type(item) in (MaxLengthCriteria, EosTokenCriteria) for item in self.criteria)
+        wanted = self.wants_scores or self.wants_logits
+        return plain_processors and plain_criteria and not self.sample and not wanted
+
+    def banned(self, length: int) -> tuple[int, ...]:
+        """Tokens that a plain request does not allow after ``length`` tokens: ends that are too early."""
+        found: set[int] = set()
+        for item in self.processors:
+            assert isinstance(item, MinLengthLogitsProcessor | MinNewTokensLengthLogitsProcessor)
+            fresh = isinstance(item, MinNewTokensLengthLogitsProcessor)
+            short = length - item.prompt_length_to_skip < item.min_new_tokens if fresh else length < item.min_length
+            if short:
+                found |= set(torch.as_tensor(item.eos_token_id).flatten().tolist())
+        return tuple(sorted(found))
 
     @property
     def max_length(self) -> int:

@@ -106,6 +106,8 @@ class Judge(abc.ABC):
     needs_logits: bool = True
     #: True if ``confidence`` remembers earlier tokens, so that every token must reach every exit's state once.
     recurrent: bool = False
+    #: True if ``confidence`` is a function of tensors alone, so that a recorded program can ask without Python.
+    on_device: bool = True
 
     @abc.abstractmethod
     def confidence(

@@ -1,0 +1,45 @@
+"""Which engine decodes: the GPU engine where it can, plain PyTorch everywhere else."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dynamax_llm.backbones import Backbone
+from dynamax_llm.decoding.decoder import Decoder, ExitPlan
+from dynamax_llm.decoding.deferred import new_decoder
+from dynamax_llm.engines.cuda.support import obstacle
+from dynamax_llm.errors import UsageError
+
+#: ``eager``: plain PyTorch, any device, any family. ``cuda``: recorded programs of own kernels, on a CUDA device.
+ENGINES = ("eager", "cuda")
+
+
+def check_engine(engine: str | None) -> None:
+    """Raise UsageError if no engine has this name; None stands for the fastest that can."""
+    if engine is not None and engine not in ENGINES:
+        raise UsageError(f"unknown engine {engine!r}. Available: {', '.join(ENGINES)}; leave it out for the fastest.")
+
+
+def pick_decoder(
+    backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None, *, batch: int = 1, engine: str | None = None
+) -> tuple[Decoder, str]:
+    """The decoder that carries out the plan's state policy for ``batch`` rows, and the name of its engine.
+
+    Without a name the GPU engine is taken where the weights lie on a CUDA device and it has everything the plan needs.
+    Raises UsageError if ``engine`` is "cuda" and it cannot: naming why, and the way out.
+    """
+    if engine != "eager":
+        reason = _obstacle(backbone, plan, batch)
+        if reason is None and (engine == "cuda" or backbone.device.type == "cuda"):
+            from dynamax_llm.decoding import cuda  # Triton is there only where this engine can run
+
+            return cuda.new_decoder(backbone, plan, padding), "cuda"
+        if engine == "cuda":
+            raise UsageError(f"engine 'cuda' cannot run this: {reason}. Use engine='eager', or leave it out.")
+    return new_decoder(backbone, plan, padding), "eager"
+
+
+def _obstacle(backbone: Backbone, plan: ExitPlan, batch: int) -> str | None:
+    if plan.policy.name != "propagate":
+        return f"the state policy {plan.policy.name!r} is not one it has; it has 'propagate'"
+    return obstacle(backbone, plan.judge, plan.readout)

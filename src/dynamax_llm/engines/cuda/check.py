@@ -1,0 +1,116 @@
+"""Asking the judge on the device: who leaves is known there, and the host reads one word."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynamax_llm.engines.cuda.kernels.rows import decide_kernel
+from dynamax_llm.engines.cuda.launch import overlaps, settings
+from dynamax_llm.engines.cuda.passes import Pass
+from dynamax_llm.engines.cuda.tiles import power_of_two
+from dynamax_llm.exits.confidence import Judge, Signals, State, observe, select
+from dynamax_llm.exits.readout import Readout
+
+#: Bits of a word below the number of the token it belongs to.
+NUMBER = 40
+
+
+def words(count: int, device: torch.device) -> Tensor:
+    """Memory of the host, (count,) int64, that kernels on ``device`` write into."""
+    return torch.full((max(count, 1),), -1, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
+class Check:
+    """The judge at every exit of one batch, in memory that stays where it is.
+
+    ``left`` (B,) int32, 1 for rows that have left; ``exit_index`` (B,) int32, ``n_exits`` for rows that have not.
+    ``length`` (B,) int32 counts the tokens that entered, the one that is asked about among them.
+    """
+
+    def __init__(
+        self, judge: Judge, readout: Readout, n_exits: int, batch: int, device: torch.device, length: Tensor
+    ) -> None:
+        self.judge, self.readout, self.n_exits, self.batch = judge, readout, n_exits, batch
+        self.device, self.length = device, length
+        self.left = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.exit_index = torch.full((batch,), n_exits, dtype=torch.int32, device=device)
+        self.thresholds = torch.full((max(n_exits, 1),), torch.inf, device=device)
+        self._thresholds: tuple[float | None, ...] = (None,) * n_exits
+        self.words = words(n_exits, device)
+        self._read = self.words.numpy()
+        self.signals: list[Signals | None] = [None] * n_exits
+        self.logits: Tensor | None = None  # (B, V) of an exit that read the whole vocabulary
+        # Of all exits the judge has, asked or not: a token that leaves is heard of by all later ones.
+        self.states: list[State] | None = judge.initial_state(batch, device) if n_exits else None
+
+    def adopt(self, states: Sequence[State] | None) -> None:
+        """Take over what recurrent heads remember of the prompt."""
+        if self.states is None or states is None:
+            return
+        for own, found in zip(self.states, states, strict=True):
+            for mine, theirs in zip(own, found, strict=True):
+                mine.copy_(theirs)
+
+    def set_thresholds(self, thresholds: Sequence[float | None]) -> None:
+        """What every exit asks for from now on; None: no row leaves there."""
+        now = tuple(thresholds[: self.n_exits])
+        if now != self._thresholds:
+            self._thresholds = now
+            # Confidences are float32: so is the comparison in the eager engine.
+            values = [torch.inf if value is None else value for value in now]
+            self.thresholds[: self.n_exits] = torch.tensor(values, device=self.device)
+
+    def ask(self, index: int, now: Pass, before: Tensor) -> None:
+        """Who leaves by exit ``index``, given now.h (B, d) and h before the last layer; launches only."""
+        h, before = now.h.unsqueeze(1), before.unsqueeze(1)
+        earlier = self.signals[index - 1] if index else None
+        logits = None
+        if self.judge.needs_logits:
+            seen, logits = self.readout.look(index, h, before, earlier)
+        else:
+            seen = observe(h, before, None, earlier)
+        if earlier is not None and self.batch > 1:
+            seen = select(self.left.bool().unsqueeze(1), earlier, seen)
+        self.signals[index] = seen
+        state = None if self.states is None else self.states[index]
+        confidence, after = self.judge.confidence(index, h, seen, state)
+        if state is not None and after is not None:
+            for mine, new in zip(state, after, strict=True):
+                mine.copy_(new)
+        if logits is not None and index == 0:
+            self.logits = logits[:, 0]
+        decide_kernel[(1,)](
+            confidence[:, 0].contiguous(),
+            self.thresholds,
+            index,
+            self.length,
+            now.live,
+            self.left,
+            self.exit_index,
+            self.words[index:],
+            self.batch,
+            power_of_two(self.batch),
+            overlaps(self.device),
+            **settings(self.device, 1),
+        )
+
+    def advance(self, index: int, h: Tensor) -> None:
+        """Every row has left by exit ``index`` or before: later recurrent heads read what it left with."""
+        seen = self.signals[index]
+        if self.states is None or seen is None or index + 1 >= len(self.states):
+            return
+        later = self.judge.advance(index + 1, h.unsqueeze(1), seen, self.states)
+        assert later is not None
+        for own, new in zip(self.states[index + 1 :], later[index + 1 :], strict=True):
+            for mine, fresh in zip(own, new, strict=True):
+                mine.copy_(fresh)
+
+    def running(self, index: int, number: int) -> int:
+        """Rows that still run after exit ``index`` of token ``number``; waits until the device has said so."""
+        read = self._read
+        while read[index] >> NUMBER != number:
+            pass
+        return int(read[index]) & 0xFFFFFFFF

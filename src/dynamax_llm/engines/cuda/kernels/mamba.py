@@ -1,0 +1,126 @@
+"""Mamba-2 for decoded tokens: the projection into gate and state inputs, and the state-space cell.
+
+What a layer's state sees of a token, x, B and C before the convolution and dt after it, goes into a **ring** of the last
+R tokens, (layers, B, R, C + H): the convolution reads its window there, so nothing is shifted; and because the ring
+still holds what a token that is taken back has fed, the state can be made again from an older one.
+
+Rows of a pass are b * T + t; ``slot`` (M,) is a row's time, -1 for a row without a token; the ring place of time s is
+s modulo R, a power of two. SSM states are (homes, layers, B, H, P, N); ``turn`` names the home to read and the home to write.
+"""
+
+import triton
+import triton.language as tl
+
+from dynamax_llm.engines.cuda.kernels.product import product, wait_for_inputs
+
+
+@triton.jit
+def mamba_in_kernel(h, w, bias, norm, table, slot, z, ring, first, M, T, B, INNER: tl.constexpr, WIDTH: tl.constexpr,
+                    RING: tl.constexpr, SKIP: tl.constexpr, TABLE: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+                    BN: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
+                    PDL: tl.constexpr):  # fmt: skip
+    """in_proj of normed h (M, K): the gate to ``z`` (M, INNER), x, B, C and dt (WIDTH together) into the ring.
+
+    SKIP: the gate is left out, as for a layer that only updates its state. TABLE: weights of layer ``first`` + grid
+    axis 2 are taken from the addresses in ``table`` (layers, 3): in_proj, its bias, the norm.
+    """
+    layer = first
+    if TABLE:
+        kind = z.dtype.element_ty
+        layer = first + tl.program_id(2)
+        line = table + layer * 3
+        w = tl.multiple_of(tl.load(line).to(tl.pointer_type(kind)), 16)
+        bias = tl.multiple_of(tl.load(line + 1).to(tl.pointer_type(kind)), 16)
+        norm = tl.multiple_of(tl.load(line + 2).to(tl.pointer_type(kind)), 16)
+    lead: tl.constexpr = INNER if SKIP else 0
+    last: tl.constexpr = INNER + WIDTH - 1
+    rows = lead + tl.program_id(0) * BN + tl.arange(0, BN)
+    valid = rows <= last
+    row = tl.minimum(rows, last)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    y, _ = product(w, row, valid, w, row, h, m, M, norm, norm, K, BM, BN, BK, False, "whole", 1, 1, EPS, STAGES,
+                   PDL)  # fmt: skip
+    if BIAS:
+        y += tl.load(bias + row).to(tl.float32)[:, None]
+    known = valid[:, None] & (m < M)[None, :]
+    slots = tl.load(slot + m, mask=m < M, other=-1)
+    if not SKIP:
+        tl.store(z + m[None, :] * INNER + rows[:, None], y.to(z.dtype.element_ty), mask=known & (rows < INNER)[:, None])
+    line = ((layer * B + m // T) * RING + (slots & (RING - 1))).to(tl.int64) * WIDTH
+    fed = known & (rows >= INNER)[:, None] & (slots >= 0)[None, :]
+    tl.store(ring + line[None, :] + (rows - INNER)[:, None], y.to(ring.dtype.element_ty), mask=fed)
+
+
+@triton.jit
+def _convolved(ring, time, weight, bias, channel, valid, WIDTH: tl.constexpr, RING: tl.constexpr, TAPS: tl.constexpr):
+    """silu of the causal convolution of some channels at ``time``."""
+    out = tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)
+    for tap in tl.static_range(TAPS):
+        place = (time - (TAPS - 1) + tap) & (RING - 1)
+        seen = tl.load(ring + place * WIDTH + channel, mask=valid, other=0.0).to(tl.float32)
+        out += seen * tl.load(weight + channel * TAPS + tap, mask=valid, other=0.0).to(tl.float32)
+    return out / (1.0 + tl.exp(-out))
+
+
+@triton.jit
+def _softplus(x):
+    return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+
+
+@triton.jit
+def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, turn, slot, out, squares, first, T, B,
+                      sequences, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
+                      RING: tl.constexpr, TAPS: tl.constexpr, PB: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+                      WRITE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """A sequence's next tokens, already in the ring, through convolution and state of layer ``first`` + grid axis 1.
+
+    A program owns PB of a head's P channels. WRITE: ``out`` (M, HEADS * P) is the gated output before its norm,
+    ``squares`` (M, HEADS * parts) the sums of squares that the norm needs. ``sequences``: all layers' times B. Small
+    weights are stacked over layers: conv (C, TAPS), conv_bias (C,), dt_bias, decay and skip (HEADS,) float32.
+    """
+    INNER: tl.constexpr = HEADS * P
+    CHANNELS: tl.constexpr = INNER + 2 * GROUPS * N
+    WIDTH: tl.constexpr = CHANNELS + HEADS
+    PARTS: tl.constexpr = (P + PB - 1) // PB
+    layer = first + tl.program_id(1)
+    b = tl.program_id(0) // (HEADS * PARTS)
+    head = tl.program_id(0) // PARTS % HEADS
+    part = tl.program_id(0) % PARTS
+    p = part * PB + tl.arange(0, PB)
+    n = tl.arange(0, BN)
+    group = head // (HEADS // GROUPS)
+    in_p, in_n = p < P, n < N
+    conv += layer * CHANNELS * TAPS
+    conv_bias += layer * CHANNELS
+    ring += (layer * B + b).to(tl.int64) * RING * WIDTH
+    dt0 = tl.load(dt_bias + layer * HEADS + head)
+    rate = tl.load(decay + layer * HEADS + head)
+    direct = tl.load(skip + layer * HEADS + head)
+    wait_for_inputs(PDL)
+    t = tl.arange(0, BT)
+    slots = tl.load(slot + b * T + t, mask=t < T, other=-1)
+    count = tl.sum((slots >= 0).to(tl.int32))
+    begin = tl.min(tl.where(slots >= 0, slots, 2147483647))
+    where = p[:, None] * N + n[None, :]
+    inside = in_p[:, None] & in_n[None, :]
+    line = layer * B + b
+    source = states + ((tl.load(turn) * sequences + line) * HEADS + head).to(tl.int64) * P * N
+    target = states + ((tl.load(turn + 1) * sequences + line) * HEADS + head).to(tl.int64) * P * N
+    state = tl.load(source + where, mask=inside, other=0.0).to(tl.float32)
+    for step in range(0, count):
+        time = begin + step
+        x = _convolved(ring, time, conv, conv_bias, head * P + p, in_p, WIDTH, RING, TAPS)
+        key = _convolved(ring, time, conv, conv_bias, INNER + group * N + n, in_n, WIDTH, RING, TAPS)
+        dt = tl.load(ring + (time & (RING - 1)) * WIDTH + CHANNELS + head).to(tl.float32)
+        dt = _softplus(dt + dt0)
+        state = state * tl.exp(dt * rate) + (dt * x)[:, None] * key[None, :]
+        if WRITE:
+            query = _convolved(ring, time, conv, conv_bias, INNER + (GROUPS + group) * N + n, in_n, WIDTH, RING, TAPS)
+            y = tl.sum(state * query[None, :], 1) + direct * x
+            m = b * T + step
+            gate = tl.load(z + m * INNER + head * P + p, mask=in_p, other=0.0).to(tl.float32)
+            y = (y * gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty)
+            tl.store(out + m * INNER + head * P + p, y, mask=in_p)
+            y = tl.where(in_p, y.to(tl.float32), 0.0)
+            tl.store(squares + m * HEADS * PARTS + head * PARTS + part, tl.sum(y * y))
+    tl.store(target + where, state.to(states.dtype.element_ty), mask=inside)

@@ -1,0 +1,188 @@
+"""One batch's decoding on the GPU: static memory, and programs over it, cut at the exits.
+
+    enter + segment 0 | exit 0 asked -> segment 1 | exit 1 asked -> ... -> last segment + readout
+                                     \\ every row left: skip 0 (states of the layers above, readout)
+
+Programs are recorded once and serve prompts of any length: what changes (tokens, places, thresholds) is read from
+memory on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynamax_llm.backbones import Backbone
+from dynamax_llm.backbones.cache import StackedCache
+from dynamax_llm.engines.cuda.attention import AttentionLayers
+from dynamax_llm.engines.cuda.check import NUMBER, Check, words
+from dynamax_llm.engines.cuda.graphs import Programs
+from dynamax_llm.engines.cuda.kernels.rows import choose_kernel, enter_kernel
+from dynamax_llm.engines.cuda.launch import linear, overlaps, settings
+from dynamax_llm.engines.cuda.mamba import Mamba2Layers
+from dynamax_llm.engines.cuda.passes import Pass
+from dynamax_llm.engines.cuda.tiles import power_of_two
+from dynamax_llm.exits.confidence import Judge
+from dynamax_llm.exits.readout import Readout
+
+#: A length at which nothing is written: programs are tried out with it.
+NOWHERE = -(1 << 20)
+
+
+class Machine:
+    """Programs for ``batch`` sequences of one backbone, exits after ``exits`` layers, and one judge."""
+
+    def __init__(
+        self, backbone: Backbone, exits: tuple[int, ...], judge: Judge, readout: Readout, batch: int, most: int = 1
+    ) -> None:
+        self.backbone, self.batch = backbone, batch
+        self.starts, self.stops = (0, *exits), (*exits, backbone.n_layers)
+        self.n_exits = len(exits)
+        device, head = backbone.device, backbone.model.get_output_embeddings().weight
+        self.layers = family(backbone, batch, most)
+        # The residual stream of some families is kept in float32.
+        wide = bool(getattr(backbone.config, "residual_in_fp32", False))
+        self.residual = torch.float32 if wide else backbone.dtype
+        self.pad = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.now = Pass(batch, 1, torch.zeros(batch, backbone.width, dtype=self.residual, device=device), self.pad)
+        self.before = torch.zeros_like(self.now.h)
+        self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.length = torch.full((batch,), NOWHERE, dtype=torch.int32, device=device)
+        self.logits = torch.zeros(batch, len(head), dtype=torch.float32, device=device)
+        self.check = Check(judge, readout, self.n_exits, batch, device, self.length)
+        self.idle = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.resting = False  # whether any row is
+        self.bias = torch.zeros(len(head), dtype=torch.float32, device=device)
+        self._banned: tuple[int, ...] = ()
+        self.words = words(batch, device)
+        self._read = self.words.numpy()
+        self.slots = 0  # entered so far, as the host counts
+        self.programs = Programs(device)
+        self._add_programs()
+
+    def _add_programs(self) -> None:
+        for index in range(len(self.starts)):
+            self.programs.add(f"segment {index}", lambda index=index: self._segment(index))
+            if index < self.n_exits:
+                self.programs.add(f"skip {index}", lambda index=index: self._skip(index))
+
+    def adopt(self, cache: StackedCache, length: int, padding: Tensor | None, states: list | None) -> None:
+        """Go on from the prompt: ``cache`` holds ``length`` slots, ``padding`` (B, length) is 0 at left pads."""
+        self.slots = length
+        if padding is None:
+            self.pad.zero_()
+        else:
+            self.pad.copy_((padding == 0).sum(1))
+        self.length.fill_(length)
+        self.layers.adopt(cache, length)
+        self.check.adopt(states)
+
+    def enter(self, ids: Tensor | None, idle: Tensor | None) -> None:
+        """The next token (B,) of every sequence, None for those that were chosen last; ``idle`` (B,) bool rows need no
+        logits."""
+        if ids is not None:
+            self.ids.copy_(ids)
+        if idle is not None:
+            self.idle.copy_(idle)
+        elif self.resting:
+            self.idle.zero_()
+        self.resting = idle is not None
+        self.slots += 1
+        self.layers.reserve(self.slots)
+
+    def _enter(self) -> None:
+        p, width = self.now, self.backbone.width
+        enter_kernel[(self.batch,)](
+            self.ids,
+            self.backbone.model.get_input_embeddings().weight,
+            self.idle,
+            self.pad,
+            self.length,
+            p.h,
+            p.slot,
+            p.place,
+            p.live,
+            self.check.left,
+            self.check.exit_index,
+            self.n_exits,
+            width,
+            power_of_two(width),
+            overlaps(p.h.device),
+            **settings(p.h.device, 8),
+        )
+
+    def _segment(self, index: int) -> None:
+        if index == 0:
+            self._enter()
+        first, stop, asks = self.starts[index], self.stops[index], index < self.n_exits
+        for layer in range(first, stop):
+            if asks and layer == stop - 1:
+                self.before.copy_(self.now.h)
+            self.layers.layer(layer, self.now)
+        if asks:
+            self.check.ask(index, self.now, self.before)
+        else:
+            self._choose(self._read_out())
+
+    def _skip(self, index: int) -> None:
+        """Every row left by exit ``index`` or before."""
+        self.check.advance(index, self.now.h)
+        self.layers.update_states(self.stops[index], self.backbone.n_layers, self.now)
+        early = self.check.logits if index == 0 else None
+        self._choose(self._read_out() if early is None else early)
+
+    def spoken(self, skipped: int | None) -> Tensor:
+        """Logits (B, V) of the token: ``skipped`` is the exit by which the last row left, None for full depth."""
+        early = self.check.logits if skipped == 0 else None
+        return self.logits if early is None else early
+
+    def _read_out(self) -> Tensor:
+        norm = final_norm(self.backbone)
+        head = self.backbone.model.get_output_embeddings().weight
+        linear(self.now.h, head, self.logits, norm=norm.weight, eps=norm.variance_epsilon)
+        return self.logits
+
+    def _choose(self, logits: Tensor) -> None:
+        vocabulary, device = logits.shape[-1], logits.device
+        choose_kernel[(self.batch,)](
+            logits,
+            self.bias,
+            self.length,
+            self.check.exit_index,
+            self.ids,
+            self.words,
+            vocabulary,
+            min(power_of_two(vocabulary), 8192),
+            overlaps(device),
+            **settings(device, 16),
+        )
+
+    def ban(self, tokens: Sequence[int]) -> None:
+        """Tokens that ``chosen`` must not be from now on."""
+        if tuple(tokens) != self._banned:
+            self._banned = tuple(tokens)
+            self.bias.zero_()
+            if tokens:
+                self.bias[list(tokens)] = -torch.inf
+
+    def chosen(self) -> tuple[list[int], list[int]]:
+        """Every row's token and exit index; waits until the device has chosen."""
+        read, number = self._read, self.slots
+        while (read >> NUMBER != number).any():
+            pass
+        return (read & 0xFFFFFFFF).tolist(), (read >> 32 & 0xFF).tolist()
+
+
+def family(backbone: Backbone, batch: int, most: int) -> AttentionLayers | Mamba2Layers:
+    """What drives this backbone's layers."""
+    if backbone.kinds[0] == "mamba":
+        return Mamba2Layers(backbone, batch, most)
+    return AttentionLayers(backbone)
+
+
+def final_norm(backbone: Backbone) -> torch.nn.Module:
+    """The norm between the last layer and the LM head."""
+    inner = backbone.model
+    return inner.backbone.norm_f if backbone.kinds[0] == "mamba" else inner.model.norm

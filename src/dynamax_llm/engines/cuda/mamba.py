@@ -1,0 +1,174 @@
+"""Mamba-2 layers on the GPU engine: three kernels each, weights read where the model keeps them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dynamax_llm.backbones import Backbone
+from dynamax_llm.backbones.cache import SSMLayer, StackedCache
+from dynamax_llm.engines.cuda.kernels.mamba import mamba_cell_kernel, mamba_in_kernel
+from dynamax_llm.engines.cuda.launch import linear, overlaps, settings
+from dynamax_llm.engines.cuda.passes import Pass
+from dynamax_llm.engines.cuda.tiles import blocks, power_of_two, tile
+
+#: Tokens whose inputs the ring remembers beyond the largest pass: the convolution's window, with room.
+SPARE = 16
+#: Channels of a head that one program carries.
+CHANNELS = 32
+
+
+class Mamba2Layers:
+    """The layers of a mamba2 model, on states that the stock prompt pass left.
+
+    ``most`` is the largest number of tokens in a pass. With ``homes`` 2 states can be read in one place and written in
+    the other, so that the older ones are there to go back to.
+    """
+
+    def __init__(self, backbone: Backbone, batch: int, most: int = 1, homes: int = 1) -> None:
+        self.backbone, self.batch = backbone, batch
+        mixer = backbone.layers[0].mixer
+        self.heads, self.dim, self.size = mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
+        self.groups, self.taps, self.channels = mixer.n_groups, mixer.conv_kernel_size, mixer.conv_dim
+        self.inner, self.width = mixer.intermediate_size, mixer.conv_dim + mixer.num_heads
+        self.ring_size = power_of_two(most + SPARE)
+        self.part = min(CHANNELS, power_of_two(self.dim))
+        self.biased = mixer.in_proj.bias is not None
+        device, n = backbone.device, backbone.n_layers
+        self.ring = torch.zeros(n, batch, self.ring_size, self.width, dtype=backbone.dtype, device=device)
+        # float32, as the stock prompt pass leaves them.
+        self.states = torch.zeros(homes, n, batch, self.heads, self.dim, self.size, device=device)
+        self.turn = torch.zeros(2, dtype=torch.int32, device=device)  # the home to read, the home to write
+        self.table = torch.tensor([self._addresses(layer) for layer in backbone.layers], device=device)
+        self._stack_small_weights([layer.mixer for layer in backbone.layers])
+
+    @staticmethod
+    def _addresses(layer: nn.Module) -> list[int]:
+        linear_, norm = layer.mixer.in_proj, layer.norm
+        tensors = (linear_.weight, linear_.bias, norm.weight)
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+    @torch.no_grad()
+    def _stack_small_weights(self, mixers: list[nn.Module]) -> None:
+        """Small weights of all layers, float32, stacked: a few megabytes."""
+        self.conv = torch.stack([mixer.conv1d.weight.squeeze(1).float() for mixer in mixers])
+        none = self.conv.new_zeros(self.channels)
+        biases = [none if mixer.conv1d.bias is None else mixer.conv1d.bias.float() for mixer in mixers]
+        self.conv_bias = torch.stack(biases)
+        self.dt_bias = torch.stack([mixer.dt_bias.float() for mixer in mixers])
+        self.decay = -torch.exp(torch.stack([mixer.A_log.float() for mixer in mixers]))
+        self.skip = torch.stack([mixer.D.float() for mixer in mixers])
+
+    def adopt(self, cache: StackedCache, length: int) -> None:
+        """Go on from ``cache``, whose layers have seen ``length`` slots."""
+        layer = cache.layers[0]
+        assert isinstance(layer, SSMLayer)
+        conv, ssm = layer.ssm.conv, layer.ssm.ssm  # (n, B, C, K), (n, B, H, P, N)
+        assert conv is not None and ssm is not None
+        times = torch.arange(length - self.taps, length, device=conv.device) % self.ring_size
+        self.ring[:, :, times, : self.channels] = conv.transpose(2, 3).to(self.ring.dtype)
+        self.states[0] = ssm
+        self.turn.zero_()
+
+    def reserve(self, length: int) -> None:
+        """Nothing grows."""
+
+    def layer(self, index: int, p: Pass) -> None:
+        """Layer ``index`` on p.h, in place where rows are live; every row's token goes into the state."""
+        layer = self.backbone.layers[index]
+        mixer, dtype = layer.mixer, layer.mixer.in_proj.weight.dtype
+        gated = p.buffer("gated", p.rows, self.inner, dtype=dtype)
+        parts = blocks(self.dim, self.part)
+        squares = p.buffer("squares", p.rows, self.heads * parts, dtype=torch.float32)
+        self._project(index, index + 1, p, skip=False)
+        self._advance(index, index + 1, p, gated, squares)
+        linear(
+            gated,
+            mixer.out_proj.weight,
+            p.h,
+            bias=mixer.out_proj.bias,
+            norm=mixer.norm.weight,
+            eps=mixer.norm.variance_epsilon,
+            squares=squares,
+            size=self.inner // self.groups,
+            live=p.live,
+        )
+
+    def update_states(self, first: int, stop: int, p: Pass) -> None:
+        """States of layers ``first`` to ``stop - 1``, all from p.h, in two kernels."""
+        if first < stop:
+            self._project(first, stop, p, skip=True)
+            self._advance(first, stop, p, None, None)
+
+    def replay(self, p: Pass) -> None:
+        """States of all layers over tokens that are still in the ring, as p.slot names them."""
+        self._advance(0, self.backbone.n_layers, p, None, None)
+
+    def _project(self, first: int, stop: int, p: Pass, *, skip: bool) -> None:
+        layer = self.backbone.layers[first]
+        weight, bias, norm = layer.mixer.in_proj.weight, layer.mixer.in_proj.bias, layer.norm
+        z = p.buffer("z", p.rows, self.inner, dtype=weight.dtype)
+        outputs = self.width if skip else self.inner + self.width
+        t = tile(max(outputs, 8192 if skip else 0), self.backbone.width, p.rows, weight.dtype)
+        mamba_in_kernel[blocks(outputs, t.rows), blocks(p.rows, t.vectors), stop - first](
+            p.h,
+            weight,
+            weight if bias is None else bias,
+            norm.weight,
+            self.table,
+            p.slot,
+            z,
+            self.ring,
+            first,
+            p.rows,
+            p.tokens,
+            p.batch,
+            self.inner,
+            self.width,
+            self.ring_size,
+            skip,
+            skip,
+            self.backbone.width,
+            t.vectors,
+            t.rows,
+            t.columns,
+            norm.variance_epsilon,
+            bias is not None,
+            t.stages,
+            overlaps(p.h.device),
+            **settings(p.h.device, t.warps),
+        )
+
+    def _advance(self, first: int, stop: int, p: Pass, out: Tensor | None, squares: Tensor | None) -> None:
+        z = p.buffer("z", p.rows, self.inner, dtype=self.ring.dtype)
+        programs = p.batch * self.heads * blocks(self.dim, self.part)
+        mamba_cell_kernel[programs, stop - first](
+            self.ring,
+            z,
+            self.conv,
+            self.conv_bias,
+            self.dt_bias,
+            self.decay,
+            self.skip,
+            self.states,
+            self.turn,
+            p.slot,
+            z if out is None else out,
+            self.skip if squares is None else squares,
+            first,
+            p.tokens,
+            p.batch,
+            len(self.ring) * p.batch,
+            self.heads,
+            self.dim,
+            self.size,
+            self.groups,
+            self.ring_size,
+            self.taps,
+            self.part,
+            power_of_two(self.size),
+            power_of_two(p.tokens),
+            out is not None,
+            overlaps(p.h.device),
+            **settings(p.h.device, 4),
+        )
