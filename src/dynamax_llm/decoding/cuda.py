@@ -7,26 +7,34 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan, Step
 from dynamax_llm.decoding.spent import Spent
+from dynamax_llm.decoding.deferred import Checked, states_after
 from dynamax_llm.engines.cuda.machine import Machine
-from dynamax_llm.shapes import Ids, RowFlags
+from dynamax_llm.engines.cuda.tiles import power_of_two
+from dynamax_llm.engines.cuda.window import WaitingMachine
+from dynamax_llm.exits.confidence import State
+from dynamax_llm.shapes import Ids, Logits, RowFlags
 
 #: Machines kept per backbone: each holds caches and recorded programs for one batch size and judge.
 KEPT = 4
 _machines: WeakKeyDictionary[Backbone, OrderedDict[tuple[Any, ...], Machine]] = WeakKeyDictionary()
 
 
-def machine_for(backbone: Backbone, plan: ExitPlan, batch: int, most: int) -> Machine:
+def machine_for(backbone: Backbone, plan: ExitPlan, batch: int) -> Machine:
     """The machine for ``batch`` sequences under ``plan``: one made before, if the weights are where they were."""
     kept = _machines.setdefault(backbone, OrderedDict())
     weights = hash(tuple((weight.data_ptr(), weight._version) for weight in backbone.model.parameters()))
-    key = (batch, most, plan.layers, id(plan.judge), plan.readout.config, weights)
+    policy = plan.policy
+    most = power_of_two(max(plan.window, 2)) if policy.exact_state else 1
+    key = (batch, most, policy.exact_output, plan.layers, id(plan.judge), plan.readout.config, weights)
     if key not in kept:
-        machine = Machine(backbone, plan.layers, plan.judge, plan.readout, batch, most)
+        parts = (backbone, plan.layers, plan.judge, plan.readout, batch, most)
+        machine = WaitingMachine(*parts, journal=policy.exact_output) if policy.exact_state else Machine(*parts)
         machine.programs.record()
         kept[key] = machine
         while len(kept) > KEPT:
@@ -44,7 +52,7 @@ class CudaDecoder(Decoder):
         self._passes = 0
 
     def _begin(self, batch: int) -> Machine:
-        machine = machine_for(self.backbone, self.plan, batch, 1)
+        machine = machine_for(self.backbone, self.plan, batch)
         engine = self.engine
         machine.adopt(engine.cache, engine.length, engine.padding, self.states)
         self.machine = machine
@@ -52,6 +60,7 @@ class CudaDecoder(Decoder):
 
     def step(self, ids: Ids, thresholds: Sequence[float | None], idle: RowFlags | None = None) -> Step:
         machine = self.machine or self._begin(len(ids))
+        machine.ban(())
         skipped = self._advance(machine, ids[:, 0], thresholds, idle)
         return Step(machine.spoken(skipped).clone(), machine.check.exit_index.long())
 
@@ -62,7 +71,10 @@ class CudaDecoder(Decoder):
 
         ``ids`` (B,) are read first; None: the tokens of the step before. ``banned`` tokens are not chosen.
         """
-        machine = self.machine or self._begin(len(ids) if ids is not None else 0)
+        machine = self.machine
+        if machine is None:
+            assert ids is not None, "there is no step before the first"
+            machine = self._begin(len(ids))
         machine.ban(banned)
         self._advance(machine, ids, thresholds, idle)
         return machine.chosen()
@@ -77,7 +89,7 @@ class CudaDecoder(Decoder):
         for index in range(self.n_exits):
             programs.run(f"segment {index}")
             self._passes += machine.stops[index] - machine.starts[index]
-            if thresholds[index] is not None and check.running(index, machine.slots) == 0:
+            if thresholds[index] is not None and check.running(index, machine.steps) == 0:
                 programs.run(f"skip {index}")
                 return index
         programs.run(f"segment {self.n_exits}")
@@ -88,6 +100,232 @@ class CudaDecoder(Decoder):
         return Spent(self._passes)
 
 
+class CudaDeferredDecoder(CudaDecoder):
+    """A DeferredDecoder (``defer``) whose passes are recorded programs."""
+
+    def __init__(self, backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None) -> None:
+        super().__init__(backbone, plan, padding)
+        self._taken: list[Tensor] = []  # (B,) each: where every decoded token left, -1 for idle rows
+        self._macs = [cost.layer for cost in backbone.costs().layers]
+        self._layer_macs = 0
+        self._readouts = 0
+        self._replayed = 0
+
+    @property
+    def waiting(self) -> WaitingMachine:
+        """The machine, once decoding has begun."""
+        assert isinstance(self.machine, WaitingMachine)
+        return self.machine
+
+    def step(self, ids: Ids, thresholds: Sequence[float | None], idle: RowFlags | None = None) -> Step:
+        step = super().step(ids, thresholds, idle)
+        self._note(step.exit_index, idle)
+        return step
+
+    def follow(
+        self, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None, banned: Sequence[int] = ()
+    ) -> tuple[list[int], list[int]]:
+        tokens, exits = super().follow(ids, thresholds, idle, banned)
+        self._note(torch.tensor(exits), None if idle is None else idle.cpu())
+        return tokens, exits
+
+    def _note(self, exit_index: Tensor, idle: Tensor | None) -> None:
+        self._taken.append(exit_index if idle is None else torch.where(idle, -1, exit_index))
+
+    def _advance(
+        self, machine: Machine, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None
+    ) -> int | None:
+        assert isinstance(machine, WaitingMachine)
+        left, _ = self._decide(machine, ids, thresholds, idle)
+        if left is None:
+            machine.programs.run("speak")
+            return None
+        machine.programs.run(f"leave {left}")
+        if sum(machine.counts) >= self.plan.window:
+            self._catch_up(machine)
+        return left
+
+    def _decide(
+        self, machine: WaitingMachine, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None
+    ) -> tuple[int | None, bool]:
+        """The exit by which the last row left, None for full depth; and whether the newest token went alone."""
+        check, programs = machine.check, machine.programs
+        check.set_thresholds(thresholds)
+        machine.enter(ids, idle if self.n_exits else None)
+        self._live = machine.batch - (0 if idle is None or not self.n_exits else int(idle.sum()))
+        programs.run("step")
+        self._count(machine, 0, 1)
+        alone = True
+        for index in range(self.n_exits):
+            if thresholds[index] is not None and check.running(index, machine.steps) == 0:
+                if alone:
+                    self._join(machine, index + 1)
+                return index, alone
+            alone = alone and not machine.counts[index]
+            if alone:
+                programs.run(f"single {index + 1}")
+                self._count(machine, index + 1, 1)
+                continue
+            if machine.counts[index] == 0 or self._unjoined(machine, index):
+                self._join(machine, index + 1)
+            self._run(machine, index + 1)
+            if index + 1 < self.n_exits:
+                programs.run(f"ask {index + 1}")
+        return None, alone
+
+    def _unjoined(self, machine: WaitingMachine, index: int) -> bool:
+        """Whether the newest token has yet to join those that wait before segment ``index + 1``."""
+        return machine.joined < machine.steps
+
+    def _join(self, machine: WaitingMachine, segment: int) -> None:
+        machine.programs.run(f"join {segment}")
+        machine.counts[segment - 1] += 1
+        machine.joined = machine.steps
+
+    def _run(self, machine: WaitingMachine, segment: int) -> None:
+        """A segment over all that waits before it."""
+        machine.programs.run(f"run {segment}")
+        count = machine.counts[segment - 1]
+        self._count(machine, segment, count)
+        machine.counts[segment - 1] = 0
+        if segment < self.n_exits:
+            machine.counts[segment] += count
+
+    def _catch_up(self, machine: WaitingMachine) -> None:
+        for segment in range(1, self.n_exits + 1):
+            if machine.counts[segment - 1]:
+                self._run(machine, segment)
+
+    def _count(self, machine: WaitingMachine, segment: int, tokens: int) -> None:
+        first, stop = machine.starts[segment], machine.stops[segment]
+        self._passes += stop - first
+        self._layer_macs += self._live * tokens * sum(self._macs[first:stop])
+
+    def spent(self) -> Spent:
+        taken = torch.stack(self._taken) if self._taken else None
+        held = 0 if self.machine is None else self.waiting.window_bytes()
+        return Spent(self._passes, self._layer_macs, taken, self._readouts, held, self._replayed)
+
+
+class CudaVerifyingDecoder(CudaDeferredDecoder):
+    """A VerifyingDecoder whose passes are recorded programs: ``step`` until it returns a window, then ``keep``."""
+
+    def __init__(self, backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None) -> None:
+        super().__init__(backbone, plan, padding)
+        self._history: list[list[State] | None] = []  # the judge's states after each token of the window
+        self._alone = False  # whether the window is the newest token, which went through by itself
+
+    @property
+    def drafted(self) -> int:
+        """Tokens in the open window."""
+        return len(self._history)
+
+    def prefill(self, ids: Ids) -> Tensor:
+        self._history = []
+        return super().prefill(ids)
+
+    def step(self, ids: Ids, thresholds: Sequence[float | None], idle: RowFlags | None = None) -> Checked:
+        machine = self.machine or self._begin(len(ids))
+        machine.ban(())
+        left = self._advance(machine, ids[:, 0], thresholds, idle)
+        exit_index = machine.check.exit_index.long()
+        if left is not None:
+            self._note(exit_index, idle)
+            return Checked(machine.spoken(left).clone(), exit_index)
+        full = torch.full_like(exit_index, self.n_exits)
+        self._note(exit_index, idle)
+        window = self._window_logits()
+        return Checked(window[:, -1], full, window)
+
+    def draft(
+        self, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None, banned: Sequence[int] = ()
+    ) -> tuple[list[int], list[int]] | None:
+        """A greedy step: the rows' proposals and exits; None once the window is closed, for ``window_choices``."""
+        machine = self.machine
+        if machine is None:
+            assert ids is not None, "there is no step before the first"
+            machine = self._begin(len(ids))
+        machine.ban(banned)
+        left = self._advance(machine, ids, thresholds, idle)
+        if left is None:
+            # Rows that had left before the others went deep keep their exits in what was spent.
+            self._note(machine.check.exit_index.cpu() if machine.batch > 1 else _FULL + self.n_exits, _on_host(idle))
+            return None
+        tokens, exits = machine.chosen()
+        self._note(torch.tensor(exits), _on_host(idle))
+        return tokens, exits
+
+    def window_choices(self) -> list[list[int]]:
+        """The full model's greedy token after every token of the window, per row."""
+        if self._alone:
+            return [[token] for token in self.waiting.chosen()[0]]
+        return self.waiting.window_choices(self.drafted)
+
+    def _advance(
+        self, machine: Machine, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None
+    ) -> int | None:
+        assert isinstance(machine, WaitingMachine)
+        # The token that would fill the window goes deep instead: its own token is then the full model's.
+        if self.drafted + 1 >= self.plan.window:
+            thresholds = [None] * len(thresholds)
+        left, alone = self._decide(machine, ids, thresholds, idle)
+        if left is not None:
+            machine.programs.run(f"leave {left}")
+        states = machine.check.states
+        self._history.append(None if states is None else [tuple(part.clone() for part in state) for state in states])
+        if left is None:
+            self._close(alone)
+            self._readouts += self._live * (self.drafted - 1)
+        return left
+
+    def _close(self, alone: bool) -> None:
+        """Every layer has seen the window: let the last one speak."""
+        self._alone = alone
+        self.waiting.programs.run("speak" if alone else "window")
+
+    def _window_logits(self) -> Logits:
+        machine = self.waiting
+        if self._alone:
+            return machine.logits.clone().unsqueeze(1)
+        return machine.window_logits.view(machine.batch, machine.most, -1)[:, : self.drafted].clone()
+
+    def check(self) -> Logits:
+        """Full logits (B, W, V) after every token of the open window."""
+        self.check_choices()
+        return self._window_logits()
+
+    def check_choices(self) -> None:
+        """Close the open window, whose tokens have all left."""
+        self._catch_up(self.waiting)
+        self._close(False)
+        self._readouts += self._live * self.drafted
+
+    def keep(self, counts: Tensor | Sequence[int]) -> None:
+        """Close the window: of its tokens, every row keeps the first ``counts`` (B,), at least 1."""
+        machine, width = self.waiting, self.drafted
+        kept = [int(count) for count in counts]
+        machine.keep(width, kept)
+        if min(kept) < width:
+            if self.backbone.kinds[0] == "mamba":  # convolution and state again, of what in_proj had made
+                mixer, layers = self.backbone.layers[0].mixer, self.backbone.n_layers
+                again = 2 * mixer.intermediate_size * mixer.ssm_state_size + mixer.conv_dim * mixer.conv_kernel_size
+                self._replayed += sum(kept) * layers
+                self._layer_macs += sum(kept) * layers * again
+            if machine.check.states is not None:
+                machine.check.adopt(states_after(self._history, torch.tensor(kept, device=machine.length.device)))
+        self._history = []
+
+
+#: Stands for one row, without a new tensor for every token.
+_FULL = torch.zeros(1, dtype=torch.int64)
+
+
+def _on_host(idle: Tensor | None) -> Tensor | None:
+    return None if idle is None else idle.cpu()
+
+
 def new_decoder(backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None) -> Decoder:
     """The decoder that carries out the plan's state policy on this engine."""
-    return CudaDecoder(backbone, plan, padding)
+    policy = plan.policy
+    kind = CudaVerifyingDecoder if policy.exact_output else CudaDeferredDecoder if policy.exact_state else CudaDecoder
+    return kind(backbone, plan, padding)

@@ -122,7 +122,7 @@ class VerifyingDecoder(DeferredDecoder):
         """Close the window: of its tokens, every row keeps the first ``counts`` (B,), at least 1."""
         self.engine.keep(counts)
         if self.states is not None and int(counts.min()) < self.drafted:
-            self.states = _states_after(self._history, counts)
+            self.states = states_after(self._history, counts)
         self._history = []
 
 
@@ -132,7 +132,7 @@ def new_decoder(backbone: Backbone, plan: ExitPlan, padding: Tensor | None = Non
     return kind(backbone, plan, padding)
 
 
-def _states_after(history: list[list[State] | None], counts: Tensor) -> list[State]:
+def states_after(history: list[list[State] | None], counts: Tensor) -> list[State]:
     """The judge's states with each row as it was after its ``counts`` (B,)-th token."""
     rows = torch.arange(len(counts), device=counts.device)
     moments = [states for states in history if states is not None]

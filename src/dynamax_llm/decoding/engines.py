@@ -12,6 +12,8 @@ from dynamax_llm.errors import UsageError
 
 #: ``eager``: plain PyTorch, any device, any family. ``cuda``: recorded programs of own kernels, on a CUDA device.
 ENGINES = ("eager", "cuda")
+#: Tokens that wait, of all rows together, under the policies that let tokens wait, in the GPU engine.
+MOST_WAITING = 256
 
 
 def check_engine(engine: str | None) -> None:
@@ -40,6 +42,12 @@ def pick_decoder(
 
 
 def _obstacle(backbone: Backbone, plan: ExitPlan, batch: int) -> str | None:
-    if plan.policy.name != "propagate":
-        return f"the state policy {plan.policy.name!r} is not one it has; it has 'propagate'"
+    policy = plan.policy
+    if not (policy.updates_state or policy.exact_state):
+        return f"the state policy {policy.name!r} is not one it has; it has 'propagate', 'defer' and 'verify'"
+    if policy.exact_state and batch * plan.window > MOST_WAITING:
+        return (
+            f"{batch} rows with a window of {plan.window} are {batch * plan.window} waiting tokens, and its passes "
+            f"take {MOST_WAITING}"
+        )
     return obstacle(backbone, plan.judge, plan.readout)

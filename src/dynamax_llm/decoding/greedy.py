@@ -7,13 +7,14 @@ each token to see whether its row has ended.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dynamax_llm.decoding.request import Request
 from dynamax_llm.decoding.thresholds import Thresholds
+from dynamax_llm.decoding.verify import Draft, VerifiedRun, Verifier
 
 
 class Follow(Protocol):
@@ -22,6 +23,21 @@ class Follow(Protocol):
     def __call__(
         self, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None, banned: Sequence[int] = ()
     ) -> tuple[list[int], list[int]]: ...
+
+
+class Drafter(Verifier, Protocol):
+    """A Verifier that drafts without its tokens leaving the device."""
+
+    def draft(
+        self, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None, banned: Sequence[int] = ()
+    ) -> tuple[list[int], list[int]] | None:
+        """The rows' proposals and exits; None once every layer has seen the window."""
+
+    def check_choices(self) -> None:
+        """Let every layer see the window, whose tokens have all left."""
+
+    def window_choices(self) -> list[list[int]]:
+        """The full model's token after every token of the window, per row."""
 
 
 class GreedyRun:
@@ -76,3 +92,81 @@ class GreedyRun:
     @property
     def exit_index(self) -> Tensor:
         return torch.tensor(self.exits, device=self.request.ids.device).t()
+
+
+class GreedyVerifiedRun(VerifiedRun):
+    """A VerifiedRun whose proposals are compared with the full model's tokens as numbers, not by their scores.
+
+    For plain requests in which what is banned does not change before the end.
+    """
+
+    decoder: Drafter
+
+    def __init__(self, decoder: Drafter, *arguments: Any) -> None:
+        super().__init__(decoder, *arguments)
+        self.texts: list[list[int]] = [[] for _ in self.rows]  # accepted new tokens
+        self.eos, self.most = self.request.eos, self.request.max_length - self.prompt
+
+    def run(self) -> None:
+        logits = self.decoder.prefill(self.request.ids).clone()
+        self.banned = self.request.banned(self.prompt)
+        logits[:, list(self.banned)] = -torch.inf
+        self._accept(logits.argmax(-1).unsqueeze(1).tolist(), Draft([], [], [], [0] * self.batch), [], [])
+        while not all(self.ended):
+            draft, proposals, exits = self._propose_greedily()
+            counts = self._accept(self.decoder.window_choices(), draft, proposals, exits)
+            if not all(self.ended):
+                self.decoder.keep(counts)
+
+    def _propose_greedily(self) -> tuple[Draft, list[list[int]], list[list[int]]]:
+        """Proposals and exits, per step, of the open window, until something makes the layers catch up."""
+        draft = Draft([], [], [], [0] * self.batch)
+        proposals: list[list[int]] = []
+        exits: list[list[int]] = []
+        resting, device = list(self.ended), self.request.ids.device
+        ids: Tensor | None = torch.tensor([text[-1] for text in self.texts], device=device)
+        begun = min(len(text) for text, ended in zip(self.texts, self.ended, strict=True) if not ended)
+        while True:
+            thresholds = self.thresholds.at(begun + len(proposals), self.most)
+            idle = torch.tensor(resting, device=device) if any(resting) else None
+            found = self.decoder.draft(ids, thresholds, idle, self.banned)
+            if found is None:
+                return draft, proposals, exits
+            ids = None
+            proposals.append(found[0])
+            exits.append(found[1])
+            for row, token in enumerate(found[0]):
+                draft.proposed[row] += not resting[row]
+                length = len(self.texts[row]) + len(proposals)
+                resting[row] = resting[row] or token in self.eos or length >= self.most
+            if all(resting):
+                self.decoder.check_choices()
+                return draft, proposals, exits
+
+    def _accept(
+        self, full: list[list[int]], draft: Draft, proposals: list[list[int]], exits: list[list[int]]
+    ) -> list[int]:
+        """Accept, replace or drop proposals, given the full model's tokens per row: tokens that each row keeps."""
+        width = len(full[0])
+        self.stats.windows += bool(proposals)
+        counts, accepted, replaced = [width] * self.batch, [0] * self.batch, [False] * self.batch
+        for row in range(self.batch):
+            for place in range(width):
+                if self.ended[row]:
+                    break
+                token, proposed = full[row][place], place < len(proposals)
+                kept = proposed and proposals[place][row] == token
+                self.texts[row].append(token)
+                self.exit_index[row].append(exits[place][row] if kept else self.decoder.n_exits)
+                counts[row] = place + 1
+                accepted[row] += kept
+                replaced[row] = proposed and not kept
+                self.ended[row] = token in self.eos or len(self.texts[row]) >= self.most
+                if replaced[row]:
+                    break
+            new = torch.tensor([self.texts[row]], device=self.request.ids.device)
+            self.rows[row] = torch.cat((self.request.ids[[row]], new), dim=1)
+        self._count(draft, accepted, replaced)
+        self._hand_out()
+        most = max((count for count, ended in zip(counts, self.ended, strict=True) if not ended), default=width)
+        return [most if ended else count for count, ended in zip(counts, self.ended, strict=True)]

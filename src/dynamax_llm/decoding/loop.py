@@ -21,9 +21,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan
-from dynamax_llm.decoding.deferred import VerifyingDecoder
 from dynamax_llm.decoding.engines import check_engine, pick_decoder
-from dynamax_llm.decoding.greedy import Follow, GreedyRun
+from dynamax_llm.decoding.greedy import Follow, GreedyRun, GreedyVerifiedRun
 from dynamax_llm.decoding.request import Request
 from dynamax_llm.decoding.state import DEFAULT_WINDOW, POLICIES
 from dynamax_llm.decoding.thresholds import NEVER, Threshold, Thresholds
@@ -139,7 +138,7 @@ class EarlyExit:
         _check_prompt(backbone, input_ids, padding)
         request = Request(input_ids, logits_processor, stopping_criteria, generation_config)
         decoder, engine = pick_decoder(backbone, plan, padding, batch=len(input_ids), engine=self.engine)
-        run = self._verified if isinstance(decoder, VerifyingDecoder) else self._decoded
+        run = self._verified if self.policy.exact_output else self._decoded
         return replace(run(decoder, request, costs), engine=engine)
 
     def _decoded(self, decoder: Decoder, request: Request, costs: TokenCosts) -> EarlyExitOutput:
@@ -178,7 +177,7 @@ class EarlyExit:
         """Logits (B, V) after the prompt (B, T). Evaluation overrides it to run a prompt once for many settings."""
         return decoder.prefill(ids)
 
-    def _verified(self, decoder: VerifyingDecoder, request: Request, costs: TokenCosts) -> EarlyExitOutput:
+    def _verified(self, decoder: Any, request: Request, costs: TokenCosts) -> EarlyExitOutput:
         """Every token is the full model's."""
         full = len(self.exits.config.layers)
 
@@ -189,7 +188,8 @@ class EarlyExit:
             if self.on_token is not None:
                 self.on_token(tokens, costs.layers(to_exits(found)))
 
-        run = VerifiedRun(decoder, request, self.thresholds, on_column)
+        plain = hasattr(decoder, "draft") and request.is_plain and request.bans_throughout
+        run = (GreedyVerifiedRun if plain else VerifiedRun)(decoder, request, self.thresholds, on_column)
         run.run()
         columns = range(max(map(len, run.exit_index)))
         trace = self._trace(torch.stack([to_exits(run.column_of_exits(c)) for c in columns], dim=1), costs, decoder)

@@ -69,6 +69,11 @@ class Request:
         return tuple(sorted(found))
 
     @property
+    def bans_throughout(self) -> bool:
+        """Whether what a plain request bans is the same from its first new token to its last."""
+        return self.banned(self.ids.shape[1]) == self.banned(self.max_length - 1)
+
+    @property
     def max_length(self) -> int:
         """Tokens of the longest text that ``generate`` allows, prompt included."""
         limit = self.criteria.max_length

@@ -15,15 +15,36 @@ token at a time, in order. Rows accept different numbers of tokens, so they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dynamax_llm.decoding.deferred import VerifyingDecoder
+from dynamax_llm.decoding.decoder import ExitPlan
+from dynamax_llm.decoding.deferred import Checked
 from dynamax_llm.decoding.request import Request
+from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.decoding.thresholds import Thresholds
+from dynamax_llm.shapes import Ids, Logits, NextLogits, RowFlags
+
+
+class Verifier(Protocol):
+    """A decoder that can take tokens back, of any engine: ``step`` until it returns a window, then ``keep``."""
+
+    plan: ExitPlan
+    n_exits: int
+
+    def prefill(self, ids: Ids) -> NextLogits: ...
+
+    def step(self, ids: Ids, thresholds: Sequence[float | None], idle: RowFlags | None = None) -> Checked: ...
+
+    def check(self) -> Logits: ...
+
+    def keep(self, counts: Tensor) -> None: ...
+
+    def spent(self) -> Spent: ...
 
 
 @dataclass
@@ -44,7 +65,7 @@ class Verification:
 
 
 @dataclass
-class _Draft:
+class Draft:
     """The open window: what the rows proposed after each token they read."""
 
     tokens: list[Tensor]  # (B,) each
@@ -58,7 +79,7 @@ class VerifiedRun:
 
     def __init__(
         self,
-        decoder: VerifyingDecoder,
+        decoder: Verifier,
         request: Request,
         thresholds: Thresholds,
         on_column: Callable[[Tensor, Tensor], None] | None = None,
@@ -76,7 +97,7 @@ class VerifiedRun:
 
     def run(self) -> None:
         logits = self.decoder.prefill(self.request.ids)
-        none = _Draft([], [], [], [0] * self.batch)
+        none = Draft([], [], [], [0] * self.batch)
         self._judge(logits.unsqueeze(1), none)
         while not all(self.ended):
             draft, window = self._draft()
@@ -84,9 +105,9 @@ class VerifiedRun:
             if not all(self.ended):
                 self.decoder.keep(torch.tensor(counts, device=window.device))
 
-    def _draft(self) -> tuple[_Draft, Tensor]:
+    def _draft(self) -> tuple[Draft, Tensor]:
         """Propose until something makes the layers catch up: the draft, and full logits (B, W, V)."""
-        draft = _Draft([], [], [], [0] * self.batch)
+        draft = Draft([], [], [], [0] * self.batch)
         resting = list(self.ended)
         fed = torch.cat([row[:, -1:] for row in self.rows])
         horizon = self.request.max_length - self.prompt
@@ -110,7 +131,7 @@ class VerifiedRun:
                 return draft, self.decoder.check()
             fed = tokens.unsqueeze(1)
 
-    def _propose(self, draft: _Draft, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _propose(self, draft: Draft, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         scores = self._process(logits, draft.tokens, [row.shape[1] for row in self.rows])
         if not self.request.sample:
             return scores.argmax(-1), None
@@ -147,7 +168,7 @@ class VerifiedRun:
         assert result is not None
         return result
 
-    def _judge(self, window: Tensor, draft: _Draft) -> list[int]:
+    def _judge(self, window: Tensor, draft: Draft) -> list[int]:
         """Accept, replace or drop proposals, given the full model's logits (B, W, V): tokens that each row keeps."""
         width, exits = window.shape[1], [part.tolist() for part in draft.exits]
         self.stats.windows += bool(draft.tokens)
@@ -181,7 +202,7 @@ class VerifiedRun:
         most = max((count for count, ended in zip(counts, self.ended, strict=True) if not ended), default=width)
         return [most if ended else count for count, ended in zip(counts, self.ended, strict=True)]
 
-    def _choose(self, scores: Tensor, draft: _Draft, place: int) -> tuple[list[Tensor], list[bool]]:
+    def _choose(self, scores: Tensor, draft: Draft, place: int) -> tuple[list[Tensor], list[bool]]:
         """The rows' tokens, and whether each is the proposal, if there was one."""
         if not self.request.sample:
             best = scores.argmax(-1)
@@ -209,7 +230,7 @@ class VerifiedRun:
         if self.request.wants_logits:
             self.logits[row].append(logits[row])
 
-    def _count(self, draft: _Draft, accepted: list[int], replaced: list[bool]) -> None:
+    def _count(self, draft: Draft, accepted: list[int], replaced: list[bool]) -> None:
         self.stats.drafted += sum(draft.proposed)
         self.stats.accepted += sum(accepted)
         self.stats.corrected += sum(replaced)

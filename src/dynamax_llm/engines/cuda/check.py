@@ -9,13 +9,14 @@ from torch import Tensor
 
 from dynamax_llm.engines.cuda.kernels.rows import decide_kernel
 from dynamax_llm.engines.cuda.launch import overlaps, settings
-from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.tiles import power_of_two
 from dynamax_llm.exits.confidence import Judge, Signals, State, observe, select
 from dynamax_llm.exits.readout import Readout
 
 #: Bits of a word below the number of the token it belongs to.
 NUMBER = 40
+#: Numbers go up to here, and begin again.
+NUMBERS = 2**22 - 1
 
 
 def words(count: int, device: torch.device) -> Tensor:
@@ -27,14 +28,14 @@ class Check:
     """The judge at every exit of one batch, in memory that stays where it is.
 
     ``left`` (B,) int32, 1 for rows that have left; ``exit_index`` (B,) int32, ``n_exits`` for rows that have not.
-    ``length`` (B,) int32 counts the tokens that entered, the one that is asked about among them.
+    ``ticket`` (1,) int32 is the number of the step.
     """
 
     def __init__(
-        self, judge: Judge, readout: Readout, n_exits: int, batch: int, device: torch.device, length: Tensor
+        self, judge: Judge, readout: Readout, n_exits: int, batch: int, device: torch.device, ticket: Tensor
     ) -> None:
         self.judge, self.readout, self.n_exits, self.batch = judge, readout, n_exits, batch
-        self.device, self.length = device, length
+        self.device, self.ticket = device, ticket
         self.left = torch.zeros(batch, dtype=torch.int32, device=device)
         self.exit_index = torch.full((batch,), n_exits, dtype=torch.int32, device=device)
         self.thresholds = torch.full((max(n_exits, 1),), torch.inf, device=device)
@@ -63,9 +64,12 @@ class Check:
             values = [torch.inf if value is None else value for value in now]
             self.thresholds[: self.n_exits] = torch.tensor(values, device=self.device)
 
-    def ask(self, index: int, now: Pass, before: Tensor) -> None:
-        """Who leaves by exit ``index``, given now.h (B, d) and h before the last layer; launches only."""
-        h, before = now.h.unsqueeze(1), before.unsqueeze(1)
+    def ask(self, index: int, h: Tensor, before: Tensor, live: Tensor | None) -> None:
+        """Who leaves by exit ``index``, given h (B, d) and h before the last layer; launches only.
+
+        Rows that leave are no longer ``live`` (B,), if given.
+        """
+        h, before = h.unsqueeze(1), before.unsqueeze(1)
         earlier = self.signals[index - 1] if index else None
         logits = None
         if self.judge.needs_logits:
@@ -86,13 +90,14 @@ class Check:
             confidence[:, 0].contiguous(),
             self.thresholds,
             index,
-            self.length,
-            now.live,
+            self.ticket,
+            self.left if live is None else live,
             self.left,
             self.exit_index,
             self.words[index:],
             self.batch,
             power_of_two(self.batch),
+            live is None,
             overlaps(self.device),
             **settings(self.device, 1),
         )
@@ -109,8 +114,8 @@ class Check:
                 mine.copy_(fresh)
 
     def running(self, index: int, number: int) -> int:
-        """Rows that still run after exit ``index`` of token ``number``; waits until the device has said so."""
+        """Rows that still run after exit ``index`` of step ``number``; waits until the device has said so."""
         read = self._read
-        while read[index] >> NUMBER != number:
+        while read[index] >> NUMBER != number & NUMBERS:
             pass
         return int(read[index]) & 0xFFFFFFFF

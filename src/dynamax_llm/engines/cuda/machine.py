@@ -17,7 +17,7 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.engines.cuda.attention import AttentionLayers
-from dynamax_llm.engines.cuda.check import NUMBER, Check, words
+from dynamax_llm.engines.cuda.check import NUMBER, NUMBERS, Check, words
 from dynamax_llm.engines.cuda.graphs import Programs
 from dynamax_llm.engines.cuda.kernels.rows import choose_kernel, enter_kernel
 from dynamax_llm.engines.cuda.launch import linear, overlaps, settings
@@ -34,6 +34,8 @@ NOWHERE = -(1 << 20)
 class Machine:
     """Programs for ``batch`` sequences of one backbone, exits after ``exits`` layers, and one judge."""
 
+    rides = False  # whether layers go on changing h of rows that left
+
     def __init__(
         self, backbone: Backbone, exits: tuple[int, ...], judge: Judge, readout: Readout, batch: int, most: int = 1
     ) -> None:
@@ -41,7 +43,7 @@ class Machine:
         self.starts, self.stops = (0, *exits), (*exits, backbone.n_layers)
         self.n_exits = len(exits)
         device, head = backbone.device, backbone.model.get_output_embeddings().weight
-        self.layers = family(backbone, batch, most)
+        self.layers = self._family(batch, most)
         # The residual stream of some families is kept in float32.
         wide = bool(getattr(backbone.config, "residual_in_fp32", False))
         self.residual = torch.float32 if wide else backbone.dtype
@@ -51,7 +53,9 @@ class Machine:
         self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.length = torch.full((batch,), NOWHERE, dtype=torch.int32, device=device)
         self.logits = torch.zeros(batch, len(head), dtype=torch.float32, device=device)
-        self.check = Check(judge, readout, self.n_exits, batch, device, self.length)
+        self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
+        self.steps = 0  # the host's own count of what ``ticket`` counts; never reset, so that no word is mistaken
+        self.check = Check(judge, readout, self.n_exits, batch, device, self.ticket)
         self.idle = torch.zeros(batch, dtype=torch.int32, device=device)
         self.resting = False  # whether any row is
         self.bias = torch.zeros(len(head), dtype=torch.float32, device=device)
@@ -61,6 +65,12 @@ class Machine:
         self.slots = 0  # entered so far, as the host counts
         self.programs = Programs(device)
         self._add_programs()
+
+    def _family(self, batch: int, most: int) -> AttentionLayers | Mamba2Layers:
+        """What drives this backbone's layers, in passes of at most ``most`` tokens."""
+        if self.backbone.kinds[0] == "mamba":
+            return Mamba2Layers(self.backbone, batch, most)
+        return AttentionLayers(self.backbone)
 
     def _add_programs(self) -> None:
         for index in range(len(self.starts)):
@@ -90,6 +100,7 @@ class Machine:
             self.idle.zero_()
         self.resting = idle is not None
         self.slots += 1
+        self.steps += 1
         self.layers.reserve(self.slots)
 
     def _enter(self) -> None:
@@ -100,6 +111,7 @@ class Machine:
             self.idle,
             self.pad,
             self.length,
+            self.ticket,
             p.h,
             p.slot,
             p.place,
@@ -109,6 +121,7 @@ class Machine:
             self.n_exits,
             width,
             power_of_two(width),
+            self.rides,
             overlaps(p.h.device),
             **settings(p.h.device, 8),
         )
@@ -122,41 +135,44 @@ class Machine:
                 self.before.copy_(self.now.h)
             self.layers.layer(layer, self.now)
         if asks:
-            self.check.ask(index, self.now, self.before)
+            self.check.ask(index, self.now.h, self.before, self.now.live)
         else:
-            self._choose(self._read_out())
+            self._choose(self._read_out(self.now.h, self.logits))
 
     def _skip(self, index: int) -> None:
         """Every row left by exit ``index`` or before."""
         self.check.advance(index, self.now.h)
         self.layers.update_states(self.stops[index], self.backbone.n_layers, self.now)
         early = self.check.logits if index == 0 else None
-        self._choose(self._read_out() if early is None else early)
+        self._choose(self._read_out(self.now.h, self.logits) if early is None else early)
 
     def spoken(self, skipped: int | None) -> Tensor:
         """Logits (B, V) of the token: ``skipped`` is the exit by which the last row left, None for full depth."""
         early = self.check.logits if skipped == 0 else None
         return self.logits if early is None else early
 
-    def _read_out(self) -> Tensor:
+    def _read_out(self, h: Tensor, logits: Tensor) -> Tensor:
+        """``logits`` (M, V), float32, of h (M, d)."""
         norm = final_norm(self.backbone)
         head = self.backbone.model.get_output_embeddings().weight
-        linear(self.now.h, head, self.logits, norm=norm.weight, eps=norm.variance_epsilon)
-        return self.logits
+        linear(h, head, logits, norm=norm.weight, eps=norm.variance_epsilon)
+        return logits
 
-    def _choose(self, logits: Tensor) -> None:
+    def _choose(self, logits: Tensor, words: Tensor | None = None) -> None:
+        """The likeliest tokens: the next step's, or only reported in ``words`` (M,)."""
         vocabulary, device = logits.shape[-1], logits.device
-        choose_kernel[(self.batch,)](
+        choose_kernel[(len(logits),)](
             logits,
             self.bias,
-            self.length,
+            self.ticket,
             self.check.exit_index,
             self.ids,
-            self.words,
+            self.words if words is None else words,
             vocabulary,
-            min(power_of_two(vocabulary), 8192),
+            min(power_of_two(vocabulary), 32768),
+            words is None,
             overlaps(device),
-            **settings(device, 16),
+            **settings(device, 32),
         )
 
     def ban(self, tokens: Sequence[int]) -> None:
@@ -169,17 +185,10 @@ class Machine:
 
     def chosen(self) -> tuple[list[int], list[int]]:
         """Every row's token and exit index; waits until the device has chosen."""
-        read, number = self._read, self.slots
+        read, number = self._read, self.steps & NUMBERS
         while (read >> NUMBER != number).any():
             pass
         return (read & 0xFFFFFFFF).tolist(), (read >> 32 & 0xFF).tolist()
-
-
-def family(backbone: Backbone, batch: int, most: int) -> AttentionLayers | Mamba2Layers:
-    """What drives this backbone's layers."""
-    if backbone.kinds[0] == "mamba":
-        return Mamba2Layers(backbone, batch, most)
-    return AttentionLayers(backbone)
 
 
 def final_norm(backbone: Backbone) -> torch.nn.Module:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -22,10 +25,13 @@ class Mamba2Layers:
     """The layers of a mamba2 model, on states that the stock prompt pass left.
 
     ``most`` is the largest number of tokens in a pass. With ``homes`` 2 states can be read in one place and written in
-    the other, so that the older ones are there to go back to.
+    the other, so that the older ones are there to go back to: ``turn`` (segments, 2) names, for the layers from each of
+    ``starts``, the home to read and the home to write.
     """
 
-    def __init__(self, backbone: Backbone, batch: int, most: int = 1, homes: int = 1) -> None:
+    def __init__(
+        self, backbone: Backbone, batch: int, most: int = 1, homes: int = 1, starts: Sequence[int] = (0,)
+    ) -> None:
         self.backbone, self.batch = backbone, batch
         mixer = backbone.layers[0].mixer
         self.heads, self.dim, self.size = mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
@@ -38,7 +44,8 @@ class Mamba2Layers:
         self.ring = torch.zeros(n, batch, self.ring_size, self.width, dtype=backbone.dtype, device=device)
         # float32, as the stock prompt pass leaves them.
         self.states = torch.zeros(homes, n, batch, self.heads, self.dim, self.size, device=device)
-        self.turn = torch.zeros(2, dtype=torch.int32, device=device)  # the home to read, the home to write
+        self.starts = tuple(starts)
+        self.turn = torch.zeros(len(self.starts), 2, dtype=torch.int32, device=device)
         self.table = torch.tensor([self._addresses(layer) for layer in backbone.layers], device=device)
         self._stack_small_weights([layer.mixer for layer in backbone.layers])
 
@@ -68,7 +75,12 @@ class Mamba2Layers:
         times = torch.arange(length - self.taps, length, device=conv.device) % self.ring_size
         self.ring[:, :, times, : self.channels] = conv.transpose(2, 3).to(self.ring.dtype)
         self.states[0] = ssm
-        self.turn.zero_()
+        self.commit(0)
+
+    def commit(self, home: int) -> None:
+        """The states in ``home`` are those of every token so far; what comes next is written into the other home."""
+        self.turn[:, 0] = home
+        self.turn[:, 1] = 1 - home if len(self.states) > 1 else home
 
     def reserve(self, length: int) -> None:
         """Nothing grows."""
@@ -151,7 +163,7 @@ class Mamba2Layers:
             self.decay,
             self.skip,
             self.states,
-            self.turn,
+            self.turn[bisect_right(self.starts, first) - 1],
             p.slot,
             z if out is None else out,
             self.skip if squares is None else squares,

@@ -13,35 +13,34 @@ that read it being made again.
 import triton
 import triton.language as tl
 
-from dynamax_llm.engines.cuda.kernels.product import product, wait_for_inputs
+from dynamax_llm.engines.cuda.kernels.product import ahead, product, wait_for_inputs
 
 
 @triton.jit
-def _place_rows(low, high, turns, to_cache, head, value, i, known, slot, place, q, where, layer, T, B, HQ: tl.constexpr,
-                HKV: tl.constexpr, D: tl.constexpr, m):  # fmt: skip
-    """Turn the halves (BN, BM) of a head's rows if ``turns``, and write them to q or into the cache."""
-    kind = q.dtype.element_ty
-    half: tl.constexpr = D // 2
-    if turns:
-        cos = tl.load(where + 2).to(tl.pointer_type(kind))
-        sin = tl.load(where + 3).to(tl.pointer_type(kind))
-        at = place[None, :] * half + i[:, None]
-        c = tl.load(cos + at, mask=known, other=0.0).to(tl.float32)
-        s = tl.load(sin + at, mask=known, other=0.0).to(tl.float32)
-        low, high = low * c - high * s, high * c + low * s
-    if to_cache:
-        base = tl.load(where).to(tl.pointer_type(kind))
-        capacity = tl.load(where + 1)
-        b = m // T
-        line = (((layer * 2 + value) * B + b) * HKV + head).to(tl.int64) * capacity + slot
-        target = base + line[None, :] * D + i[:, None]
-        fits = known & (slot >= 0)[None, :]
-        tl.store(target, low.to(kind), mask=fits)
-        tl.store(target + half, high.to(kind), mask=fits)
-    else:
-        target = q + (m[None, :] * HQ + head) * D + i[:, None]
-        tl.store(target, low.to(kind), mask=known)
-        tl.store(target + half, high.to(kind), mask=known)
+def _surroundings(slot, place, where, m, M, i, valid, half: tl.constexpr, like):
+    """Where a pass's rows go and how they turn: slots (BM,), cos and sin (BN, BM), and the cache's own place."""
+    kind = like.dtype.element_ty
+    slots = tl.load(slot + m, mask=m < M, other=-1)
+    places = tl.load(place + m, mask=m < M, other=0)
+    cos = tl.load(where + 2).to(tl.pointer_type(kind))
+    sin = tl.load(where + 3).to(tl.pointer_type(kind))
+    at = places[None, :] * half + i[:, None]
+    known = valid[:, None] & (m < M)[None, :]
+    c = tl.load(cos + at, mask=known, other=0.0).to(tl.float32)
+    s = tl.load(sin + at, mask=known, other=0.0).to(tl.float32)
+    return slots, c, s, tl.load(where).to(tl.pointer_type(kind)), tl.load(where + 1)
+
+
+@triton.jit
+def _into_cache(low, high, base, capacity, layer, value, head, slots, m, T, B, i, known, HKV: tl.constexpr,
+                D: tl.constexpr):  # fmt: skip
+    """Write the halves (BN, BM) of a head's rows into the cache."""
+    kind = base.dtype.element_ty
+    line = (((layer * 2 + value) * B + m // T) * HKV + head).to(tl.int64) * capacity + slots
+    target = base + line[None, :] * D + i[:, None]
+    fits = known & (slots >= 0)[None, :]
+    tl.store(target, low.to(kind), mask=fits)
+    tl.store(target + D // 2, high.to(kind), mask=fits)
 
 
 @triton.jit
@@ -67,16 +66,23 @@ def qkv_kernel(h, wq, wk, wv, bq, bk, bv, norm, slot, place, q, where, layer, M,
     if value:
         w, bias, own = wv, bv, head - HQ - HKV
     row = own * D + tl.minimum(i, half - 1)
-    low, high = product(w, row, valid, w, row + half, h, m, M, norm, norm, K, BM, BN, BK, True, "whole", 1, 1, EPS,
-                        STAGES, PDL)  # fmt: skip
+    tile, tile2 = ahead(w, row, valid, w, row + half, K, BM, BK, True)
+    wait_for_inputs(PDL)
+    slots, c, s, base, capacity = _surroundings(slot, place, where, m, M, i, valid, half, q)
+    low, high = product(tile, tile2, w, row, valid, w, row + half, h, m, M, norm, norm, K, BM, BN, BK, True, "whole", 1,
+                        EPS, STAGES)  # fmt: skip
     if BIAS:
         low += tl.load(bias + row).to(tl.float32)[:, None]
         high += tl.load(bias + row + half).to(tl.float32)[:, None]
     known = valid[:, None] & (m < M)[None, :]
-    slots = tl.load(slot + m, mask=m < M, other=-1)
-    places = tl.load(place + m, mask=m < M, other=0)
-    _place_rows(low, high, head < HQ + HKV, to_cache, own, value.to(tl.int32), i, known, slots, places, q, where, layer,
-                T, B, HQ, HKV, D, m)  # fmt: skip
+    if not value:
+        low, high = low * c - high * s, high * c + low * s
+    if to_cache:
+        _into_cache(low, high, base, capacity, layer, value.to(tl.int32), own, slots, m, T, B, i, known, HKV, D)
+    else:
+        target = q + (m[None, :] * HQ + own) * D + i[:, None]
+        tl.store(target, low.to(q.dtype.element_ty), mask=known)
+        tl.store(target + half, high.to(q.dtype.element_ty), mask=known)
 
 
 @triton.jit
@@ -102,16 +108,19 @@ def kv_kernel(h, table, slot, place, where, first, M, T, B, HKV: tl.constexpr, D
     w = tl.multiple_of(tl.load(line + value).to(tl.pointer_type(kind)), 16)
     norm = tl.multiple_of(tl.load(line + 4).to(tl.pointer_type(kind)), 16)
     row = own * D + tl.minimum(i, half - 1)
-    low, high = product(w, row, valid, w, row + half, h, m, M, norm, norm, K, BM, BN, BK, True, "whole", 1, 1, EPS,
-                        STAGES, PDL)  # fmt: skip
+    tile, tile2 = ahead(w, row, valid, w, row + half, K, BM, BK, True)
+    wait_for_inputs(PDL)
+    slots, c, s, base, capacity = _surroundings(slot, place, where, m, M, i, valid, half, h)
+    low, high = product(tile, tile2, w, row, valid, w, row + half, h, m, M, norm, norm, K, BM, BN, BK, True, "whole", 1,
+                        EPS, STAGES)  # fmt: skip
     if BIAS:
         bias = tl.load(line + 2 + value).to(tl.pointer_type(kind))
         low += tl.load(bias + row).to(tl.float32)[:, None]
         high += tl.load(bias + row + half).to(tl.float32)[:, None]
     known = valid[:, None] & (m < M)[None, :]
-    slots = tl.load(slot + m, mask=m < M, other=-1)
-    places = tl.load(place + m, mask=m < M, other=0)
-    _place_rows(low, high, value == 0, True, own, value, i, known, slots, places, h, where, layer, T, B, 1, HKV, D, m)
+    if value == 0:
+        low, high = low * c - high * s, high * c + low * s
+    _into_cache(low, high, base, capacity, layer, value, own, slots, m, T, B, i, known, HKV, D)
 
 
 @triton.jit
@@ -126,8 +135,9 @@ def _merge(scratch, line, used, m, d, BM: tl.constexpr, D: tl.constexpr, BD: tl.
         weight = tl.load(at + D + 1, cache_modifier=".cg")
         part = tl.load(at[:, None] + d[None, :], mask=(d < D)[None, :], other=0.0, cache_modifier=".cg")
         new = tl.maximum(top, best)
-        old_scale = tl.where(top == float("-inf"), 0.0, tl.exp(top - new))
-        scale = tl.where(best == float("-inf"), 0.0, tl.exp(best - new))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        old_scale = tl.exp(top - safe)
+        scale = tl.exp(best - safe)
         out = out * old_scale[:, None] + part * scale[:, None]
         total = total * old_scale + weight * scale
         top = new
@@ -151,9 +161,11 @@ def attend_kernel(q, where, slot, pad, out, scratch, counter, layer, T, B, SCALE
     m = tl.arange(0, BM)  # t * G + g
     d = tl.arange(0, BD)
     t = m // G
-    wait_for_inputs(PDL)
+    # Places were written before the projections began, so they need not be waited for.
     slots = tl.load(slot + b * T + t, mask=t < T, other=-1)
     least = tl.load(pad + b)
+    base = tl.multiple_of(tl.load(where).to(tl.pointer_type(kind)), 16)
+    capacity = tl.load(where + 1)
     end = tl.max(slots) + 1
     begin = least
     if WINDOW > 0:
@@ -163,12 +175,11 @@ def attend_kernel(q, where, slot, pad, out, scratch, counter, layer, T, B, SCALE
     blocks = tl.maximum((end - begin + BS - 1) // BS, 1)
     each = (blocks + SPLITS - 1) // SPLITS
     used = (blocks + each - 1) // each
+    wait_for_inputs(PDL)
     if split < used:
         head = own * G + m % G
         real = (t < T)[:, None] & (d < D)[None, :]
         query = tl.load(q + ((b * T + t) * HQ + head)[:, None] * D + d[None, :], mask=real, other=0.0)
-        base = tl.multiple_of(tl.load(where).to(tl.pointer_type(kind)), 16)
-        capacity = tl.load(where + 1)
         keys = base + (((layer * 2) * B + b) * HKV + own).to(tl.int64) * capacity * D
         values = base + (((layer * 2 + 1) * B + b) * HKV + own).to(tl.int64) * capacity * D
         top = tl.full([BM], float("-inf"), tl.float32)
@@ -187,7 +198,7 @@ def attend_kernel(q, where, slot, pad, out, scratch, counter, layer, T, B, SCALE
             new = tl.maximum(top, tl.max(score, 1))
             safe = tl.where(new == float("-inf"), 0.0, new)
             weight = tl.exp(score - safe[:, None])
-            fade = tl.exp(tl.where(top == float("-inf"), float("-inf"), top - safe))
+            fade = tl.exp(top - safe)
             value = tl.load(values + s[:, None] * D + d[None, :], mask=inside, other=0.0)
             acc = acc * fade[:, None] + tl.dot(weight.to(kind), value, input_precision="ieee")
             total = total * fade + tl.sum(weight, 1)

@@ -11,7 +11,7 @@ s modulo R, a power of two. SSM states are (homes, layers, B, H, P, N); ``turn``
 import triton
 import triton.language as tl
 
-from dynamax_llm.engines.cuda.kernels.product import product, wait_for_inputs
+from dynamax_llm.engines.cuda.kernels.product import ahead, product, wait_for_inputs
 
 
 @triton.jit
@@ -38,12 +38,14 @@ def mamba_in_kernel(h, w, bias, norm, table, slot, z, ring, first, M, T, B, INNE
     valid = rows <= last
     row = tl.minimum(rows, last)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    y, _ = product(w, row, valid, w, row, h, m, M, norm, norm, K, BM, BN, BK, False, "whole", 1, 1, EPS, STAGES,
-                   PDL)  # fmt: skip
+    tile, tile2 = ahead(w, row, valid, w, row, K, BM, BK, False)
+    wait_for_inputs(PDL)
+    slots = tl.load(slot + m, mask=m < M, other=-1)
+    y, _ = product(tile, tile2, w, row, valid, w, row, h, m, M, norm, norm, K, BM, BN, BK, False, "whole", 1, EPS,
+                   STAGES)  # fmt: skip
     if BIAS:
         y += tl.load(bias + row).to(tl.float32)[:, None]
     known = valid[:, None] & (m < M)[None, :]
-    slots = tl.load(slot + m, mask=m < M, other=-1)
     if not SKIP:
         tl.store(z + m[None, :] * INNER + rows[:, None], y.to(z.dtype.element_ty), mask=known & (rows < INNER)[:, None])
     line = ((layer * B + m // T) * RING + (slots & (RING - 1))).to(tl.int64) * WIDTH
@@ -52,13 +54,22 @@ def mamba_in_kernel(h, w, bias, norm, table, slot, z, ring, first, M, T, B, INNE
 
 
 @triton.jit
-def _convolved(ring, time, weight, bias, channel, valid, WIDTH: tl.constexpr, RING: tl.constexpr, TAPS: tl.constexpr):
-    """silu of the causal convolution of some channels at ``time``."""
+def _history(ring, time, weight, bias, channel, valid, WIDTH: tl.constexpr, RING: tl.constexpr, TAPS: tl.constexpr):
+    """The part of the causal convolution of some channels at ``time`` that earlier tokens contribute."""
     out = tl.load(bias + channel, mask=valid, other=0.0).to(tl.float32)
-    for tap in tl.static_range(TAPS):
+    for tap in tl.static_range(TAPS - 1):
         place = (time - (TAPS - 1) + tap) & (RING - 1)
         seen = tl.load(ring + place * WIDTH + channel, mask=valid, other=0.0).to(tl.float32)
         out += seen * tl.load(weight + channel * TAPS + tap, mask=valid, other=0.0).to(tl.float32)
+    return out
+
+
+@triton.jit
+def _convolved(history, ring, time, weight, channel, valid, WIDTH: tl.constexpr, RING: tl.constexpr,
+               TAPS: tl.constexpr):  # fmt: skip
+    """silu of the convolution: ``history`` and the token itself."""
+    seen = tl.load(ring + (time & (RING - 1)) * WIDTH + channel, mask=valid, other=0.0).to(tl.float32)
+    out = history + seen * tl.load(weight + channel * TAPS + TAPS - 1, mask=valid, other=0.0).to(tl.float32)
     return out / (1.0 + tl.exp(-out))
 
 
@@ -96,7 +107,7 @@ def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, tu
     dt0 = tl.load(dt_bias + layer * HEADS + head)
     rate = tl.load(decay + layer * HEADS + head)
     direct = tl.load(skip + layer * HEADS + head)
-    wait_for_inputs(PDL)
+    # States, places and earlier tokens are older than the kernel before this one: only the newest rows are waited for.
     t = tl.arange(0, BT)
     slots = tl.load(slot + b * T + t, mask=t < T, other=-1)
     count = tl.sum((slots >= 0).to(tl.int32))
@@ -107,17 +118,30 @@ def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, tu
     source = states + ((tl.load(turn) * sequences + line) * HEADS + head).to(tl.int64) * P * N
     target = states + ((tl.load(turn + 1) * sequences + line) * HEADS + head).to(tl.int64) * P * N
     state = tl.load(source + where, mask=inside, other=0.0).to(tl.float32)
+    of_x, of_key = head * P + p, INNER + group * N + n
+    of_query = INNER + (GROUPS + group) * N + n
+    x = _history(ring, begin, conv, conv_bias, of_x, in_p, WIDTH, RING, TAPS)
+    key = _history(ring, begin, conv, conv_bias, of_key, in_n, WIDTH, RING, TAPS)
+    query = key
+    if WRITE:
+        query = _history(ring, begin, conv, conv_bias, of_query, in_n, WIDTH, RING, TAPS)
+    wait_for_inputs(PDL)
     for step in range(0, count):
         time = begin + step
-        x = _convolved(ring, time, conv, conv_bias, head * P + p, in_p, WIDTH, RING, TAPS)
-        key = _convolved(ring, time, conv, conv_bias, INNER + group * N + n, in_n, WIDTH, RING, TAPS)
+        if step > 0:
+            x = _history(ring, time, conv, conv_bias, of_x, in_p, WIDTH, RING, TAPS)
+            key = _history(ring, time, conv, conv_bias, of_key, in_n, WIDTH, RING, TAPS)
+            if WRITE:
+                query = _history(ring, time, conv, conv_bias, of_query, in_n, WIDTH, RING, TAPS)
+        x = _convolved(x, ring, time, conv, of_x, in_p, WIDTH, RING, TAPS)
+        key = _convolved(key, ring, time, conv, of_key, in_n, WIDTH, RING, TAPS)
         dt = tl.load(ring + (time & (RING - 1)) * WIDTH + CHANNELS + head).to(tl.float32)
         dt = _softplus(dt + dt0)
         state = state * tl.exp(dt * rate) + (dt * x)[:, None] * key[None, :]
         if WRITE:
-            query = _convolved(ring, time, conv, conv_bias, INNER + (GROUPS + group) * N + n, in_n, WIDTH, RING, TAPS)
-            y = tl.sum(state * query[None, :], 1) + direct * x
+            query = _convolved(query, ring, time, conv, of_query, in_n, WIDTH, RING, TAPS)
             m = b * T + step
+            y = tl.sum(state * query[None, :], 1) + direct * x
             gate = tl.load(z + m * INNER + head * P + p, mask=in_p, other=0.0).to(tl.float32)
             y = (y * gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty)
             tl.store(out + m * INNER + head * P + p, y, mask=in_p)

@@ -35,12 +35,21 @@ def _weights(w, rows, valid, start, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.
 
 
 @triton.jit
-def inputs(x, m, M, norm, groups, start, K: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, SIZE: tl.constexpr,
-           PARTS: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
+def group_factors(groups, m, M, K: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
+                  EPS: tl.constexpr):  # fmt: skip
+    """Factors (BM, groups) of a norm over groups of SIZE inputs, from sums of squares (M, K / SIZE * PARTS)."""
+    COUNT: tl.constexpr = K // SIZE
+    at = tl.arange(0, COUNT)[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
+    found = tl.load(groups + m[:, None, None] * (COUNT * PARTS) + at[None], mask=(m < M)[:, None, None], other=0.0)
+    return tl.rsqrt(tl.sum(found, 2) / SIZE + EPS)
+
+
+@triton.jit
+def inputs(x, m, M, norm, factors, start, K: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, SIZE: tl.constexpr):
     """x[m, start : start + BK] (BM, BK) in float32, weighted by the norm; and the sum of squares (BM,).
 
-    NORM "whole": RMSNorm over all K; the sum is for the caller. NORM "groups": over groups of SIZE, whose sums of
-    squares are in ``groups`` (M, K / SIZE * PARTS); they are applied here.
+    NORM "whole": RMSNorm over all K; the sum is for the caller. NORM "groups": over groups of SIZE, whose ``factors``
+    are applied here.
     """
     at = start + tl.arange(0, BK)
     known = (m < M)[:, None] & (at < K)[None, :]
@@ -49,34 +58,44 @@ def inputs(x, m, M, norm, groups, start, K: tl.constexpr, BK: tl.constexpr, NORM
     if NORM != "none":
         found *= tl.load(norm + at, mask=at < K, other=0.0).to(tl.float32)[None, :]
     if NORM == "groups":
-        part = (start // SIZE) * PARTS + tl.arange(0, PARTS)
-        total = tl.load(groups + m[:, None] * (K // SIZE * PARTS) + part[None, :], mask=(m < M)[:, None], other=0.0)
-        found *= tl.rsqrt(tl.sum(total, 1) / SIZE + EPS)[:, None]
+        mine = tl.arange(0, K // SIZE) == start // SIZE
+        found *= tl.sum(tl.where(mine[None, :], factors, 0.0), 1)[:, None]
     return found, squares
 
 
 @triton.jit
-def product(w, rows, valid, w2, rows2, x, m, M, norm, groups, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-            BK: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
-            EPS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """(BN, BM) products of ``rows`` of w, and with TWO of ``rows2`` of w2, with the vectors m of x, normed."""
+def ahead(w, rows, valid, w2, rows2, K: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TWO: tl.constexpr):
+    """The first weights that ``product`` will want, asked for before the kernel before has ended."""
+    tile = 0.0
+    tile2 = 0.0
+    if BM == 1:
+        tile = _weights(w, rows, valid, 0, K, BK, K % BK == 0)
+        tile2 = tile
+        if TWO:
+            tile2 = _weights(w2, rows2, valid, 0, K, BK, K % BK == 0)
+    return tile, tile2
+
+
+@triton.jit
+def product(tile, tile2, w, rows, valid, w2, rows2, x, m, M, norm, factors, K: tl.constexpr, BM: tl.constexpr,
+            BN: tl.constexpr, BK: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr, SIZE: tl.constexpr,
+            EPS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """(BN, BM) products of ``rows`` of w, and with TWO of ``rows2`` of w2, with the vectors m of x, normed.
+
+    ``tile`` and ``tile2`` come from ``ahead``.
+    """
     EVEN: tl.constexpr = K % BK == 0
     squares = tl.zeros([BM], tl.float32)
     if BM == 1:
         acc = tl.zeros([BN, BK], tl.float32)
         acc2 = tl.zeros([BN, BK], tl.float32)
-        tile = _weights(w, rows, valid, 0, K, BK, EVEN)
-        tile2 = tile
-        if TWO:
-            tile2 = _weights(w2, rows2, valid, 0, K, BK, EVEN)
-        wait_for_inputs(PDL)
         for start in tl.static_range(0, K, BK):
             now, now2 = tile, tile2
             if start + BK < K:
                 tile = _weights(w, rows, valid, start + BK, K, BK, EVEN)
                 if TWO:
                     tile2 = _weights(w2, rows2, valid, start + BK, K, BK, EVEN)
-            found, part = inputs(x, m, M, norm, groups, start, K, BK, NORM, SIZE, PARTS, EPS)
+            found, part = inputs(x, m, M, norm, factors, start, K, BK, NORM, SIZE)
             squares += part
             acc += now.to(tl.float32) * found
             if TWO:
@@ -86,16 +105,15 @@ def product(w, rows, valid, w2, rows2, x, m, M, norm, groups, K: tl.constexpr, B
     else:
         out = tl.zeros([BN, BM], tl.float32)
         out2 = tl.zeros([BN, BM], tl.float32)
-        wait_for_inputs(PDL)
         for start in tl.range(0, K, BK, num_stages=STAGES):
-            tile = _weights(w, rows, valid, start, K, BK, EVEN)
-            found, part = inputs(x, m, M, norm, groups, start, K, BK, NORM, SIZE, PARTS, EPS)
+            block = _weights(w, rows, valid, start, K, BK, EVEN)
+            found, part = inputs(x, m, M, norm, factors, start, K, BK, NORM, SIZE)
             squares += part
-            vectors = tl.trans(found.to(tile.dtype))
-            out = tl.dot(tile, vectors, out, input_precision="ieee")
+            vectors = tl.trans(found.to(block.dtype))
+            out = tl.dot(block, vectors, out, input_precision="ieee")
             if TWO:
-                tile2 = _weights(w2, rows2, valid, start, K, BK, EVEN)
-                out2 = tl.dot(tile2, vectors, out2, input_precision="ieee")
+                block2 = _weights(w2, rows2, valid, start, K, BK, EVEN)
+                out2 = tl.dot(block2, vectors, out2, input_precision="ieee")
     if NORM == "whole":
         factor = tl.rsqrt(squares / K + EPS)[None, :]
         out *= factor
@@ -113,8 +131,13 @@ def linear_kernel(x, w, w2, bias, norm, groups, live, out, M, N: tl.constexpr, K
     valid = rows < N
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     row = tl.minimum(rows, N - 1)
-    y, y2 = product(w, row, valid, w2, row, x, m, M, norm, groups, K, BM, BN, BK, GATED, NORM, SIZE, PARTS, EPS,
-                    STAGES, PDL)  # fmt: skip
+    tile, tile2 = ahead(w, row, valid, w2, row, K, BM, BK, GATED)
+    wait_for_inputs(PDL)
+    factors = 0.0
+    if NORM == "groups":
+        factors = group_factors(groups, m, M, K, BM, SIZE, PARTS, EPS)
+    y, y2 = product(tile, tile2, w, row, valid, w2, row, x, m, M, norm, factors, K, BM, BN, BK, GATED, NORM, SIZE, EPS,
+                    STAGES)  # fmt: skip
     if BIAS:
         y += tl.load(bias + row).to(tl.float32)[:, None]
     if GATED:

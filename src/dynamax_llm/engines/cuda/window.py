@@ -1,0 +1,262 @@
+"""A machine whose tokens wait: exact state (``defer``), and taking tokens back (``verify``).
+
+Between two segments lies a pass whose rows are the tokens that wait there. A token that goes deeper joins them, and the
+segment runs over all of them at once; then they wait before the next segment, or every layer has seen them.
+
+    step      enter, segment 0, exit 0 asked
+    single i  segment i for the newest token alone, where none waits before it
+    join i    the newest token joins those that wait before segment i
+    run i     segment i over all that waits before it; they then wait before the next
+    ask i     exit i is asked about the newest token
+    leave i   every row has left: later heads hear of it, the exit speaks
+    speak     the last layer speaks for the newest token
+    window    the last layer speaks for every token that went through it together
+
+Recurrent states have two homes where tokens may be taken back: the older states are still there, and the ring still
+holds what every token fed, so ``replay`` makes the states after any number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynamax_llm.backbones import Backbone
+from dynamax_llm.backbones.cache import StackedCache
+from dynamax_llm.engines.cuda.attention import AttentionLayers
+from dynamax_llm.engines.cuda.check import NUMBER, NUMBERS, words
+from dynamax_llm.engines.cuda.kernels.rows import move_kernel, settle_kernel, show_kernel
+from dynamax_llm.engines.cuda.launch import overlaps, settings
+from dynamax_llm.engines.cuda.machine import Machine
+from dynamax_llm.engines.cuda.mamba import Mamba2Layers
+from dynamax_llm.engines.cuda.passes import Pass
+from dynamax_llm.engines.cuda.tiles import power_of_two
+from dynamax_llm.exits.confidence import Judge
+from dynamax_llm.exits.readout import Readout
+
+
+@dataclass
+class Waiting:
+    """Tokens that wait before a segment: their rows, and how many per sequence, on the device."""
+
+    rows: Pass
+    count: Tensor  # (1,) int32
+
+
+class WaitingMachine(Machine):
+    """A Machine whose layers may have seen different numbers of tokens; at most ``most`` wait per sequence."""
+
+    rides = True
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        exits: tuple[int, ...],
+        judge: Judge,
+        readout: Readout,
+        batch: int,
+        most: int,
+        *,
+        journal: bool = False,
+    ) -> None:
+        """``journal``: tokens may be taken back."""
+        self.most, self.journal = most, journal
+        device = backbone.device
+        wide = bool(getattr(backbone.config, "residual_in_fp32", False))
+        residual = torch.float32 if wide else backbone.dtype
+        pad = torch.zeros(batch, dtype=torch.int32, device=device)
+
+        def waiting(tokens: int, count: int) -> Waiting:
+            h = torch.zeros(batch * tokens, backbone.width, dtype=residual, device=device)
+            return Waiting(Pass(batch, tokens, h, pad), torch.tensor([count], dtype=torch.int32, device=device))
+
+        self.newest = waiting(1, 1)
+        self.waiting = [waiting(most, 0) for _ in exits]  # before segment i + 1
+        self.counts = [0] * len(exits)  # the same, as the host counts
+        self.joined = 0  # the last step whose token joined those that wait
+        self.shown = torch.zeros(batch, backbone.width, dtype=residual, device=device)  # what the judge sees
+        self.no_turn = torch.zeros(2, dtype=torch.int32, device=device)
+        vocabulary = len(backbone.model.get_output_embeddings().weight)
+        self.window_logits = torch.zeros(batch * most if journal else 0, vocabulary, device=device)
+        self.window_words = words(batch * most, device)
+        self.replayed = waiting(most, 0)
+        super().__init__(backbone, exits, judge, readout, batch, most)
+
+    def _family(self, batch: int, most: int) -> AttentionLayers | Mamba2Layers:
+        if self.backbone.kinds[0] == "mamba":
+            return Mamba2Layers(self.backbone, batch, most, 1 + self.journal, self.starts)
+        return AttentionLayers(self.backbone)
+
+    def _add_programs(self) -> None:
+        # One token's own rows, and padding, are shared with the passes of waiting tokens.
+        self.newest.rows = self.now
+        for item in (*self.waiting, self.replayed):
+            item.rows.pad = self.pad
+        add, last = self.programs.add, self.n_exits
+        add("step", self._step)
+        for index in range(1, last + 1):
+            add(f"single {index}", lambda index=index: self._single(index))
+            add(f"join {index}", lambda index=index: self._move(self.newest, self.waiting[index - 1], keep=True))
+            add(f"run {index}", lambda index=index: self._run(index))
+            if index < last:
+                add(f"ask {index}", lambda index=index: self.check.ask(index, self.shown, self.before, None))
+        for index in range(last):
+            add(f"leave {index}", lambda index=index: self._leave(index))
+        # What the full model says of a row that left matters only where it is checked.
+        speaker = self.now.h if self.journal else self.shown
+        add("speak", lambda: self._choose(self._read_out(speaker, self.logits)))
+        if self.journal:
+            add("window", self._window)
+            if isinstance(self.layers, Mamba2Layers):
+                add("replay", self._replay)
+
+    def adopt(self, cache: StackedCache, length: int, padding: Tensor | None, states: list | None) -> None:
+        super().adopt(cache, length, padding, states)
+        self.committed = 0
+        self.counts = [0] * self.n_exits
+        for item in self.waiting:
+            item.count.zero_()
+            item.rows.slot.fill_(-1)
+
+    def _step(self) -> None:
+        self._enter()
+        self._show(self.newest, self.shown, frozen=False)
+        self._layers(0, self.now, self.newest)
+        if self.n_exits:
+            self.check.ask(0, self.shown, self.before, None)
+        self._turn(0)
+
+    def _layers(self, segment: int, rows: Pass, source: Waiting) -> None:
+        """A segment's layers over ``rows``; the judge is shown the newest token, unless it has left."""
+        first, stop = self.starts[segment], self.stops[segment]
+        for layer in range(first, stop):
+            if segment < self.n_exits and layer == stop - 1:
+                self._show(source, self.before, frozen=False)
+            self.layers.layer(layer, rows)
+        self._show(source, self.shown, frozen=True)
+
+    def _single(self, segment: int) -> None:
+        self._layers(segment, self.now, self.newest)
+        if segment < self.n_exits:
+            self.check.ask(segment, self.shown, self.before, None)
+        self._turn(segment)
+
+    def _run(self, segment: int) -> None:
+        here = self.waiting[segment - 1]
+        self._layers(segment, here.rows, here)
+        if segment < self.n_exits:
+            self._move(here, self.waiting[segment], turn=self._turns(segment))
+        else:
+            self._settle(here, None, self._turns(segment), keep=self.journal)
+
+    def _leave(self, index: int) -> None:
+        self.check.advance(index, self.shown)
+        early = self.check.logits if index == 0 else None
+        self._choose(self._read_out(self.shown, self.logits) if early is None else early)
+
+    def _window(self) -> None:
+        """Logits (M, V) of every row that the last segment ran over, and their likeliest tokens."""
+        here = self.waiting[-1]
+        self._choose(self._read_out(here.rows.h, self.window_logits), self.window_words)
+        self._settle(here, None, self.no_turn)
+
+    def _replay(self) -> None:
+        assert isinstance(self.layers, Mamba2Layers)
+        self.layers.replay(self.replayed.rows)
+
+    # small kernels
+
+    def _show(self, source: Waiting, shown: Tensor, *, frozen: bool) -> None:
+        width, device = self.backbone.width, shown.device
+        show_kernel[(self.batch,)](
+            source.rows.h,
+            source.count,
+            self.check.left,
+            shown,
+            source.rows.tokens,
+            width,
+            power_of_two(width),
+            frozen,
+            overlaps(device),
+            **settings(device, 8),
+        )
+
+    def _move(self, here: Waiting, there: Waiting, *, keep: bool = False, turn: Tensor | None = None) -> None:
+        width, device, rows = self.backbone.width, here.rows.h.device, here.rows
+        move_kernel[(rows.rows,)](
+            rows.h,
+            rows.slot,
+            rows.place,
+            here.count,
+            there.rows.h,
+            there.rows.slot,
+            there.rows.place,
+            there.count,
+            rows.tokens,
+            there.rows.tokens,
+            width,
+            power_of_two(width),
+            overlaps(device),
+            **settings(device, 8),
+        )
+        self._settle(here, there, self.no_turn if turn is None else turn, keep=keep)
+
+    def _settle(self, here: Waiting, there: Waiting | None, turn: Tensor, *, keep: bool = False) -> None:
+        device = here.rows.h.device
+        settle_kernel[(1,)](
+            here.rows.slot,
+            here.count,
+            here.count if there is None else there.count,
+            turn,
+            here.rows.rows,
+            power_of_two(here.rows.rows),
+            keep,
+            there is not None,
+            overlaps(device),
+            **settings(device, 1),
+        )
+
+    def _turns(self, segment: int) -> Tensor:
+        """Which homes a segment's states are read from and written to."""
+        return self.layers.turn[segment] if isinstance(self.layers, Mamba2Layers) else self.no_turn
+
+    def _turn(self, segment: int) -> None:
+        """A segment's states have been written: they are the ones to read."""
+        if self.journal and isinstance(self.layers, Mamba2Layers):
+            self._settle(self.newest, None, self._turns(segment), keep=True)
+
+    # what the host does
+
+    def window_bytes(self) -> int:
+        """Memory of what waits and of what is kept for taking tokens back."""
+        held = sum(item.rows.h.nbytes for item in self.waiting)
+        spare = self.layers.states[0].nbytes if self.journal and isinstance(self.layers, Mamba2Layers) else 0
+        return held + spare
+
+    def window_choices(self, count: int) -> list[list[int]]:
+        """The likeliest tokens of the last window, per row, of ``count`` tokens each; waits for them."""
+        read, number = self.window_words.numpy(), self.steps & NUMBERS
+        while (read >> NUMBER != number).any():
+            pass
+        return (read & 0xFFFFFFFF).reshape(self.batch, self.most)[:, :count].tolist()
+
+    def keep(self, width: int, counts: Sequence[int]) -> None:
+        """Of the ``width`` tokens since the last call, all seen by every layer, keep each row's first ``counts``."""
+        if min(counts) < width:
+            kept = torch.tensor(counts, dtype=torch.int32, device=self.length.device)
+            start = self.length - width
+            if isinstance(self.layers, Mamba2Layers):
+                at = torch.arange(self.most, dtype=torch.int32, device=kept.device)
+                slots = torch.where(at < kept.unsqueeze(1), start.unsqueeze(1) + at, -1)
+                self.replayed.rows.slot.copy_(slots.flatten().to(torch.int32))
+                self.layers.commit(self.committed)
+                self.programs.run("replay")
+            self.length.copy_(start + kept)
+            self.slots = int(self.slots - width + max(counts))
+        if isinstance(self.layers, Mamba2Layers):
+            self.committed = 1 - self.committed
+            self.layers.commit(self.committed)
+
