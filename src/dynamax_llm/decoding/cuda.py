@@ -35,7 +35,7 @@ def machine_for(backbone: Backbone, plan: ExitPlan, batch: int) -> Machine:
     if key not in kept:
         parts = (backbone, plan.layers, plan.judge, plan.readout, batch, most)
         machine = WaitingMachine(*parts, journal=policy.exact_output) if policy.exact_state else Machine(*parts)
-        machine.programs.record()
+        machine.record()
         kept[key] = machine
         while len(kept) > KEPT:
             kept.popitem(last=False)

@@ -135,7 +135,9 @@ class WaitingMachine(Machine):
         for layer in range(first, stop):
             if segment < self.n_exits and layer == stop - 1:
                 self._show(source, self.before, frozen=False)
-            self.layers.layer(layer, rows)
+            # Tokens that waited have been moved; only one that goes on alone is still as its layer left it.
+            fresh = layer == first and (segment == 0 or source is not self.newest)
+            self.layers.layer(layer, rows, fresh=fresh)
         self._show(source, self.shown, frozen=True)
 
     def _single(self, segment: int) -> None:
