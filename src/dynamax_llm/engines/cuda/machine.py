@@ -62,8 +62,8 @@ class Machine:
         self.resting = False  # whether any row is
         self.bias = torch.zeros(len(head), dtype=torch.float32, device=device)
         self._banned: tuple[int, ...] = ()
-        self.words = words(batch, device)
-        self._read = self.words.numpy()
+        self.words = words(2 * batch, device)
+        self._read = self.words.numpy().reshape(2, batch)
         self.slots = 0  # entered so far, as the host counts
         self.programs = Programs(device)
         self._add_programs()
@@ -197,9 +197,9 @@ class Machine:
             if tokens:
                 self.bias[list(tokens)] = -torch.inf
 
-    def chosen(self) -> tuple[list[int], list[int]]:
-        """Every row's token and exit index; waits until the device has chosen."""
-        read, number = self._read, self.steps & NUMBERS
+    def chosen(self, step: int) -> tuple[list[int], list[int]]:
+        """Every row's token and exit index at step number ``step``, this one or the one before; waits for them."""
+        read, number = self._read[step & 1], step & NUMBERS
         while (read >> NUMBER != number).any():
             pass
         return (read & 0xFFFFFFFF).tolist(), (read >> 32 & 0xFF).tolist()

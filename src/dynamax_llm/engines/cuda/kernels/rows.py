@@ -139,4 +139,5 @@ def choose_kernel(logits, bias, ticket, exit_index, ids, words, found, counter, 
         if FEED:
             tl.store(ids + b, token)
             word += tl.load(exit_index + b).to(tl.int64) * (1 << 32)
-        tl.store(words + b, word + token)
+        # Steps write in turns, so that one may begin before the host has read the one before.
+        tl.store(words + (tl.load(ticket) & 1) * tl.num_programs(0) + b, word + token)
