@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,12 +19,11 @@ from dynamax_llm.shapes import Ids, Logits, RowFlags
 
 #: Machines kept per backbone: each holds caches and recorded programs for one batch size and judge.
 KEPT = 4
-_machines: WeakKeyDictionary[Backbone, OrderedDict[tuple[Any, ...], Machine]] = WeakKeyDictionary()
 
 
 def machine_for(backbone: Backbone, plan: ExitPlan, batch: int) -> Machine:
     """The machine for ``batch`` sequences under ``plan``: one made before, if the weights are where they were."""
-    kept = _machines.setdefault(backbone, OrderedDict())
+    kept = backbone.machines
     weights = hash(tuple((weight.data_ptr(), weight._version) for weight in backbone.model.parameters()))
     policy = plan.policy
     most = power_of_two(max(plan.window, 2)) if policy.exact_state else 1

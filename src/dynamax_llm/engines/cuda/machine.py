@@ -31,6 +31,8 @@ from dynamax_llm.exits.readout import Readout
 NOWHERE = -(1 << 20)
 #: Programs that share the search for a row's likeliest token.
 CHOOSERS = 32
+#: Tokens that one of them looks at, at least.
+LEAST_SHARE = 512
 
 
 class Machine:
@@ -171,19 +173,19 @@ class Machine:
     def _choose(self, logits: Tensor, words: Tensor | None = None) -> None:
         """The likeliest tokens: the next step's, or only reported in ``words`` (M,)."""
         rows, vocabulary = logits.shape
-        device, block = logits.device, power_of_two(blocks(vocabulary, CHOOSERS))
-        choose_kernel[rows, CHOOSERS](
+        device, splits = logits.device, min(CHOOSERS, power_of_two(blocks(vocabulary, LEAST_SHARE)))
+        choose_kernel[rows, splits](
             logits,
             self.bias,
             self.ticket,
             self.check.exit_index,
             self.ids,
             self.words if words is None else words,
-            self.now.buffer(f"found {rows}", rows, CHOOSERS, 2, dtype=torch.float32),
+            self.now.buffer(f"found {rows}", rows, splits, 2, dtype=torch.float32),
             self.now.buffer(f"choosers {rows}", rows, dtype=torch.int32),
             vocabulary,
-            block,
-            CHOOSERS,
+            power_of_two(blocks(vocabulary, splits)),
+            splits,
             words is None,
             overlaps(device),
             **settings(device, 4),
