@@ -45,7 +45,29 @@ def launch(name, tile, m, tensors, pdl, warmup=False):
     grid = (-(-n // bn), 1)
     size, parts = (1024, 32) if norm == "groups" else (1, 1)
     bm = 1 if m == 1 else max(16, 1 << (m - 1).bit_length())
-    arguments = (x, w, w2, w, weight, groups, live, out, m, n, k, bm, bn, bk, norm, size, parts, 1e-5, gated, False, add)
+    arguments = (
+        x,
+        w,
+        w2,
+        w,
+        weight,
+        groups,
+        live,
+        out,
+        m,
+        n,
+        k,
+        bm,
+        bn,
+        bk,
+        norm,
+        size,
+        parts,
+        1e-5,
+        gated,
+        False,
+        add,
+    )
     settings = {"num_warps": warps, "launch_pdl": pdl}
     if warmup:
         linear_kernel.warmup(*arguments, stages, pdl, grid=grid, **settings)
@@ -127,6 +149,7 @@ def main():
             found = []
             for tile in SINGLE if m == 1 else SEVERAL:
                 for pdl in (True,):
+
                     def work(tile=tile, pdl=pdl):
                         for w, w2 in pairs:
                             launch(name, tile, m, (x, w, w2, weight, groups, live, out), pdl)

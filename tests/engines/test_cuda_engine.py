@@ -19,6 +19,7 @@ from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.testing import ScriptedJudge, random_ids, tiny_model
 
@@ -90,6 +91,27 @@ def test_tokens_are_taken_back_row_by_row(family: str) -> None:
                     decoder.keep(counts.to(DEVICE))
 
 
+def test_a_head_on_h_alone_decides_as_in_eager() -> None:
+    """It is one kernel here; rows leave by themselves."""
+    torch.manual_seed(3)
+    model = small("mistral")
+    config = ExitConfig((1, 2), 3, "mlp", ("hidden",), width=8)
+    heads = ExitHeads(config, 16).to(DEVICE)
+    with torch.no_grad():
+        heads.bank.out.normal_(std=2.0)
+        heads.shift.normal_()
+        heads.prior.normal_()
+    exits = Exits.of(adapt(model), config, heads)
+    ids = random_ids(2, 5, vocab=19).to(DEVICE)
+    outs = [
+        model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, custom_generate=early)
+        for early in (EarlyExit(exits, threshold=[0.55, 0.45], engine=engine) for engine in ("eager", "cuda"))
+    ]
+    assert outs[1].engine == "cuda" and 1 < len(outs[0].exit_layers.unique())
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    assert torch.equal(outs[0].exit_layers, outs[1].exit_layers)
+
+
 def test_programs_serve_prompts_of_any_length_and_are_made_once() -> None:
     model = small("mistral", layers=2)
     exits = Exits.untrained(adapt(model), (1,))
@@ -99,7 +121,8 @@ def test_programs_serve_prompts_of_any_length_and_are_made_once() -> None:
         out = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, custom_generate=early)
         eager = EarlyExit(exits, measure="softmax_max", threshold=0.5, engine="eager")
         assert torch.equal(
-            out.sequences, model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, custom_generate=eager).sequences
+            out.sequences,
+            model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, custom_generate=eager).sequences,
         )
     assert len(exits.drive(model).machines) == 1
 

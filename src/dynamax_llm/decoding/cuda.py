@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan, Step
@@ -24,7 +24,8 @@ KEPT = 4
 def machine_for(backbone: Backbone, plan: ExitPlan, batch: int) -> Machine:
     """The machine for ``batch`` sequences under ``plan``: one made before, if the weights are where they were."""
     kept = backbone.machines
-    weights = hash(tuple((weight.data_ptr(), weight._version) for weight in backbone.model.parameters()))
+    parameters = [*backbone.model.parameters(), *(plan.judge.parameters() if isinstance(plan.judge, nn.Module) else ())]
+    weights = hash(tuple((weight.data_ptr(), weight._version) for weight in parameters))
     policy = plan.policy
     most = power_of_two(max(plan.window, 2)) if policy.exact_state else 1
     key = (batch, most, policy.exact_output, plan.layers, id(plan.judge), plan.readout.config, weights)

@@ -96,9 +96,7 @@ class GreedyRun:
         self.exits.append([-1 if ended else at for at, ended in zip(exits, self.ended, strict=True)])
         long = self.prompt + len(self.tokens) >= self.request.max_length
         eos = self.request.eos
-        self.ended = [
-            ended or long or token in eos for token, ended in zip(tokens, self.ended, strict=True)
-        ]
+        self.ended = [ended or long or token in eos for token, ended in zip(tokens, self.ended, strict=True)]
 
     @property
     def ids(self) -> Tensor:

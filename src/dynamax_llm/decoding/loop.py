@@ -43,7 +43,8 @@ OnToken = Callable[[Tensor, Tensor], None]
 @dataclass(frozen=True)
 class EarlyExitOutput:
     """``sequences`` (B, prompt + new), ``exit_layers`` (B, new) layers run until a token was decided (0 after a row's
-    end), the ``trace``, under ``verify`` what became of the proposals, the ``engine`` that ran, and per step ``scores`` (processed) and
+    end), the ``trace``, under ``verify`` what became of the proposals, the ``engine`` that ran and
+    its own ``kernels``, and per step ``scores`` (processed) and
     ``logits`` (raw), each (B, V), when asked for; under ``verify`` they are 0 after a row's end."""
 
     sequences: Tensor
@@ -51,6 +52,7 @@ class EarlyExitOutput:
     trace: Trace
     verification: Verification | None = None
     engine: str = "eager"
+    kernels: tuple[str, ...] = ()
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
 
@@ -139,7 +141,9 @@ class EarlyExit:
         request = Request(input_ids, logits_processor, stopping_criteria, generation_config)
         decoder, engine = pick_decoder(backbone, plan, padding, batch=len(input_ids), engine=self.engine)
         run = self._verified if self.policy.exact_output else self._decoded
-        return replace(run(decoder, request, costs), engine=engine)
+        out = run(decoder, request, costs)
+        machine = getattr(decoder, "machine", None)
+        return replace(out, engine=engine, kernels=() if machine is None else machine.kernels)
 
     def _decoded(self, decoder: Decoder, request: Request, costs: TokenCosts) -> EarlyExitOutput:
         """Every token is what its exit, or the last layer, says."""

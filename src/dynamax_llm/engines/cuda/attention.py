@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.cache import KVLayer, StackedCache
 from dynamax_llm.engines.cuda.kernels.attention import attend_kernel, kv_kernel, qkv_kernel
-from dynamax_llm.engines.cuda.launch import add_linear, linear, overlaps, settings
+from dynamax_llm.engines.cuda.launch import add_linear, linear, overlaps, ready_for, settings
 from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.tiles import LEAST_VECTORS, blocks, power_of_two, tile
 
@@ -20,6 +20,8 @@ SLOTS = 64
 
 class AttentionLayers:
     """The layers of a llama, mistral or qwen2 model, on a K/V cache that the stock prompt pass filled."""
+
+    kernels = ("qkv_kernel", "attend_kernel", "kv_kernel")
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
@@ -179,15 +181,17 @@ class AttentionLayers:
         )
 
     def update_states(self, first: int, stop: int, p: Pass) -> None:
-        """Keys and values of layers ``first`` to ``stop - 1``, all from p.h, in one kernel."""
+        """Keys and values of layers ``first`` to ``stop - 1``, all from p.h, in two kernels."""
         if first >= stop:
             return
         norm = self.backbone.layers[0].input_layernorm.weight
         t = tile(8192, self.backbone.width, p.rows, norm.dtype, pairs=True)
         rows = self._rows(p, t.rows)
         programs = 2 * self.groups * blocks(self.dim // 2, rows)
+        x, sums = ready_for(p, self.table, self.table.shape[1] - 1, first, stop, norm.dtype)
         kv_kernel[programs, blocks(p.rows, t.vectors), stop - first](
-            p.h,
+            x,
+            sums,
             self.table,
             p.slot,
             p.place,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from dynamax_llm.engines.cuda.fused import MlpCheck
 from dynamax_llm.engines.cuda.kernels.rows import decide_kernel
 from dynamax_llm.engines.cuda.launch import overlaps, settings
 from dynamax_llm.engines.cuda.tiles import power_of_two
 from dynamax_llm.exits.confidence import Judge, Signals, State, observe, select
+from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Readout
 
 #: Bits of a word below the number of the token it belongs to.
@@ -43,6 +46,8 @@ class Check:
         self.words = words(n_exits, device)
         self._read = self.words.numpy()
         self.signals: list[Signals | None] = [None] * n_exits
+        fused = n_exits > 0 and MlpCheck.fits(judge)
+        self.fused = MlpCheck(cast(ExitHeads, judge), batch, device) if fused else None
         self.logits: Tensor | None = None  # (B, V) of an exit that read the whole vocabulary
         # Of all exits the judge has, asked or not: a token that leaves is heard of by all later ones.
         self.states: list[State] | None = judge.initial_state(batch, device) if n_exits else None
@@ -69,6 +74,10 @@ class Check:
 
         Rows that leave are no longer ``live`` (B,), if given.
         """
+        if self.fused is not None:
+            word = self.words[index:]
+            self.fused.ask(index, h, self.thresholds, self.ticket, live, self.left, self.exit_index, word)
+            return
         h, before = h.unsqueeze(1), before.unsqueeze(1)
         earlier = self.signals[index - 1] if index else None
         logits = None
@@ -101,6 +110,11 @@ class Check:
             overlaps(self.device),
             **settings(self.device, 1),
         )
+
+    @property
+    def sees_before(self) -> bool:
+        """Whether ``ask`` reads h before the last layer."""
+        return self.fused is None
 
     def advance(self, index: int, h: Tensor) -> None:
         """Every row has left by exit ``index`` or before: later recurrent heads read what it left with."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamax_llm.engines.cuda.kernels.product import linear_kernel, norm_groups_kernel
+from dynamax_llm.engines.cuda.kernels.product import linear_kernel, norm_groups_kernel, ready_kernel
 from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.tiles import blocks, power_of_two, tile
 
@@ -134,3 +134,28 @@ def norm_groups(x: Tensor, norm: Tensor, sums: Tensor, size: int, eps: float) ->
         overlaps(x.device),
         **settings(x.device, 4),
     )
+
+
+def ready_for(p: Pass, table: Tensor, column: int, first: int, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """p.h made ready for the norms of layers ``first`` to ``stop - 1``: (layers, M, d) and sums of squares (M, 1).
+
+    ``table`` (all layers, columns) holds the norms' addresses in ``column``.
+    """
+    width = p.h.shape[1]
+    out = p.buffer(f"ready {stop - first}", stop - first, p.rows, width, dtype=dtype)
+    sums = p.buffer("ready sums", p.rows, 1, dtype=torch.float32)
+    ready_kernel[p.rows, stop - first](
+        p.h,
+        table,
+        out,
+        sums,
+        first,
+        p.rows,
+        table.shape[1],
+        column,
+        width,
+        power_of_two(width),
+        overlaps(out.device),
+        **settings(out.device, 8),
+    )
+    return out, sums

@@ -82,6 +82,12 @@ class Machine:
             if index < self.n_exits:
                 self.programs.add(f"skip {index}", lambda index=index: self._skip(index))
 
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Kernels of this engine that the programs launch; an exit may be asked by PyTorch's own besides."""
+        head = ("mlp_head_kernel",) if self.check.fused is not None else ("decide_kernel",) if self.n_exits else ()
+        return (*self.layers.kernels, "linear_kernel", "ready_kernel", "enter_kernel", "choose_kernel", *head)
+
     def record(self) -> None:
         """Make the programs ready to run."""
         self.programs.record()
@@ -140,7 +146,7 @@ class Machine:
             self._enter()
         first, stop, asks = self.starts[index], self.stops[index], index < self.n_exits
         for layer in range(first, stop):
-            if asks and layer == stop - 1:
+            if asks and layer == stop - 1 and self.check.sees_before:
                 self.before.copy_(self.now.h)
             self.layers.layer(layer, self.now, fresh=layer == 0)
         if asks:

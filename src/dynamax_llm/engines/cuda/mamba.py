@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.cache import SSMLayer, StackedCache
 from dynamax_llm.engines.cuda.kernels.mamba import convolve_kernel, mamba_cell_kernel, mamba_in_kernel
-from dynamax_llm.engines.cuda.launch import add_linear, norm_groups, overlaps, settings
+from dynamax_llm.engines.cuda.launch import add_linear, norm_groups, overlaps, ready_for, settings
 from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.tiles import blocks, power_of_two, tile
 
@@ -28,6 +28,8 @@ class Mamba2Layers:
     the other, so that the older ones are there to go back to: ``turn`` (segments, 2) names, for the layers from each of
     ``starts``, the home to read and the home to write.
     """
+
+    kernels = ("mamba_in_kernel", "convolve_kernel", "mamba_cell_kernel", "norm_groups_kernel")
 
     def __init__(
         self, backbone: Backbone, batch: int, most: int = 1, homes: int = 1, starts: Sequence[int] = (0,)
@@ -110,9 +112,9 @@ class Mamba2Layers:
         return self.backbone.layers[index + 1].norm.weight
 
     def update_states(self, first: int, stop: int, p: Pass) -> None:
-        """States of layers ``first`` to ``stop - 1``, all from p.h, in two kernels."""
+        """States of layers ``first`` to ``stop - 1``, all from p.h, in three kernels."""
         if first < stop:
-            self._project(first, stop, p, skip=True, fresh=True)
+            self._project(first, stop, p, skip=True, fresh=False)
             self._advance(first, stop, p, None, None)
 
     def replay(self, p: Pass) -> None:
@@ -125,13 +127,17 @@ class Mamba2Layers:
         z = p.buffer("z", p.rows, self.inner, dtype=weight.dtype)
         outputs = self.width if skip else self.inner + self.width
         t = tile(max(outputs, 8192 if skip else 0), self.backbone.width, p.rows, weight.dtype)
-        parts = 1 if fresh or p.sums is None else p.sums.shape[1]
+        x, sums = (p.h, norm.weight) if fresh else (p.ready, p.sums)
+        if skip:
+            x, sums = ready_for(p, self.table, self.table.shape[1] - 1, first, stop, weight.dtype)
+        kind = "whole" if fresh else "ready"
+        parts = 1 if fresh or sums is None else sums.shape[1]
         mamba_in_kernel[blocks(outputs, t.rows), blocks(p.rows, t.vectors), stop - first](
-            p.h if fresh else p.ready,
+            x,
             weight,
             weight if bias is None else bias,
             norm.weight,
-            norm.weight if fresh else p.sums,
+            sums,
             self.table,
             p.slot,
             z,
@@ -149,7 +155,7 @@ class Mamba2Layers:
             t.vectors,
             t.rows,
             t.columns,
-            "whole" if fresh else "ready",
+            kind,
             parts,
             power_of_two(parts),
             norm.variance_epsilon,

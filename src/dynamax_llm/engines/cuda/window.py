@@ -133,7 +133,7 @@ class WaitingMachine(Machine):
         """A segment's layers over ``rows``; the judge is shown the newest token, unless it has left."""
         first, stop = self.starts[segment], self.stops[segment]
         for layer in range(first, stop):
-            if segment < self.n_exits and layer == stop - 1:
+            if segment < self.n_exits and layer == stop - 1 and self.check.sees_before:
                 self._show(source, self.before, frozen=False)
             # Tokens that waited have been moved; only one that goes on alone is still as its layer left it.
             fresh = layer == first and (segment == 0 or source is not self.newest)
@@ -261,4 +261,3 @@ class WaitingMachine(Machine):
         if isinstance(self.layers, Mamba2Layers):
             self.committed = 1 - self.committed
             self.layers.commit(self.committed)
-

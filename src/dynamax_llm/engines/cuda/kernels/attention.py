@@ -107,15 +107,16 @@ def qkv_kernel(h, wq, wk, wv, bq, bk, bv, norm, sums, slot, place, q, where, lay
 
 
 @triton.jit
-def kv_kernel(h, table, slot, place, where, first, M, T, B, HKV: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
+def kv_kernel(x, sums, table, slot, place, where, first, M, T, B, HKV: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr, BIAS: tl.constexpr,
               STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """Keys and values of many layers, all reading the same h (M, K): one pass over all their weights.
+    """Keys and values of many layers, all reading the same h: one pass over all their weights.
 
-    ``table`` (layers, 5) holds the addresses of k_proj, v_proj, their biases and the norm; grid axis 2 counts layers
+    x (layers, M, K) is h ready for each layer's norm, with ``sums`` (M, 1). ``table`` (layers, 5) holds the addresses of k_proj, v_proj, their biases and the norm; grid axis 2 counts layers
     from ``first``.
     """
-    kind = h.dtype.element_ty
+    kind = x.dtype.element_ty
+    x += tl.program_id(2).to(tl.int64) * M * K
     layer = first + tl.program_id(2)
     half: tl.constexpr = D // 2
     parts: tl.constexpr = (half + BN - 1) // BN
@@ -127,12 +128,11 @@ def kv_kernel(h, table, slot, place, where, first, M, T, B, HKV: tl.constexpr, D
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     line = table + layer * 5
     w = tl.multiple_of(tl.load(line + value).to(tl.pointer_type(kind)), 16)
-    norm = tl.multiple_of(tl.load(line + 4).to(tl.pointer_type(kind)), 16)
     row = own * D + tl.minimum(i, half - 1)
     tile, tile2 = ahead(w, row, valid, w, row + half, K, BM, BK, True)
     wait_for_inputs(PDL)
-    slots, c, s, base, capacity = _surroundings(slot, place, where, m, M, i, valid, half, h)
-    low, high = _halves(tile, tile2, w, own * D, i, valid, h, m, M, norm, norm, half, K, BM, BN, BK, "whole", 1, 1, EPS,
+    slots, c, s, base, capacity = _surroundings(slot, place, where, m, M, i, valid, half, x)
+    low, high = _halves(tile, tile2, w, own * D, i, valid, x, m, M, sums, sums, half, K, BM, BN, BK, "ready", 1, 1, EPS,
                         STAGES)  # fmt: skip
     if BIAS:
         bias = tl.load(line + 2 + value).to(tl.pointer_type(kind))

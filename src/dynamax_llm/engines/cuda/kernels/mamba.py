@@ -23,7 +23,7 @@ def mamba_in_kernel(h, w, bias, norm, sums, table, slot, z, ring, first, M, T, B
     """in_proj of h (M, K), normed (NORM and ``sums``: see ``product``): the gate to ``z`` (M, INNER), x, B, C and dt (WIDTH together) into the ring.
 
     SKIP: the gate is left out, as for a layer that only updates its state. TABLE: weights of layer ``first`` + grid
-    axis 2 are taken from the addresses in ``table`` (layers, 3): in_proj, its bias, the norm.
+    axis 2 are taken from the addresses in ``table`` (layers, 3): in_proj, its bias, the norm; h is (layers, M, K), ready for each.
     """
     layer = first
     if TABLE:
@@ -32,7 +32,7 @@ def mamba_in_kernel(h, w, bias, norm, sums, table, slot, z, ring, first, M, T, B
         line = table + layer * 3
         w = tl.multiple_of(tl.load(line).to(tl.pointer_type(kind)), 16)
         bias = tl.multiple_of(tl.load(line + 1).to(tl.pointer_type(kind)), 16)
-        norm = tl.multiple_of(tl.load(line + 2).to(tl.pointer_type(kind)), 16)
+        h += tl.program_id(2).to(tl.int64) * M * K
     lead: tl.constexpr = INNER if SKIP else 0
     last: tl.constexpr = INNER + WIDTH - 1
     rows = lead + tl.program_id(0) * BN + tl.arange(0, BN)

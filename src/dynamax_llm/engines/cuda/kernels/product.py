@@ -175,3 +175,22 @@ def norm_groups_kernel(x, norm, sums, K: tl.constexpr, SIZE: tl.constexpr, BS: t
     found = tl.load(x + m * K + place, mask=at < SIZE, other=0.0).to(tl.float32)
     found *= tl.load(norm + place, mask=at < SIZE, other=0.0).to(tl.float32) * tl.rsqrt(total / SIZE + EPS)
     tl.store(x + m * K + place, found.to(x.dtype.element_ty), mask=at < SIZE)
+
+
+@triton.jit
+def ready_kernel(h, table, out, sums, first, M, COLUMNS: tl.constexpr, COLUMN: tl.constexpr, K: tl.constexpr,
+                 BK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """h (M, K) made ready for the norms of many layers: out (layers, M, K), and its sums of squares, sums (M, 1).
+
+    A norm's address is in the column COLUMN of ``table`` (all layers, COLUMNS); grid axis 1 counts from ``first``.
+    """
+    wait_for_inputs(PDL)
+    m, layer = tl.program_id(0), tl.program_id(1)
+    kind = out.dtype.element_ty
+    norm = tl.load(table + (first + layer) * COLUMNS + COLUMN).to(tl.pointer_type(kind))
+    at = tl.arange(0, BK)
+    found = tl.load(h + m * K + at, mask=at < K, other=0.0).to(tl.float32)
+    weighted = found * tl.load(norm + at, mask=at < K, other=0.0).to(tl.float32)
+    tl.store(out + (layer * M + m).to(tl.int64) * K + at, weighted.to(kind), mask=at < K)
+    if layer == 0:
+        tl.store(sums + m, tl.sum(found * found))
