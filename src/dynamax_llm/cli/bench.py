@@ -188,7 +188,7 @@ def _show(found: Bench) -> None:
         f"tokens, {load.repeats} repeats; a copy moves {place.copy_bandwidth / 1e9:,.0f} GB/s"
     )
     wide = console.width >= WIDE
-    columns = ("setting · engine", "ms/token", "tokens/s", "x full", "bandwidth")
+    columns: tuple[str, ...] = ("setting · engine", "ms/token", "tokens/s", "x full", "bandwidth")
     columns += ("first token", "building") if wide else ()
     for batch in sorted({row.batch for row in found.rows}):
         times = table(f"{heading}, batch {batch}", *columns)

@@ -14,7 +14,7 @@ from dynamax_llm.report.scanned import check_target
 
 DOCUMENT = "bench.json"
 #: Inches: of a bar with its gap, and around the bars of a batch size.
-WIDTH, BAR, AROUND = 7.6, 0.26, 0.95
+WIDTH, BAR, AROUND = 8.6, 0.24, 0.75
 
 
 def target(out: str | Path) -> Path:
@@ -48,7 +48,7 @@ def plot(found: Bench, name: str = "bench") -> Plot:
         top = height - 0.55
         for rows in panels:
             tall = BAR * len(rows)
-            axes = figure.add_axes((0.44, (top - tall) / height, 0.45, tall / height))
+            axes = figure.add_axes((0.49, (top - tall) / height, 0.44, tall / height))
             _panel(axes, rows, found, palette)
             top -= tall + AROUND
         title = f"{clean(found.backbone.name, 40)}, {clean(found.place.device_name, 30)}, {found.place.dtype}"
@@ -79,7 +79,9 @@ def _panel(axes: Any, rows: list[Row], found: Bench, palette: Palette) -> None:
             axes.axvline(limit, color=palette["muted"], linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
             axes.annotate("weights once", (limit, len(rows) - 0.5), (3, 1), textcoords="offset points",
                           color=palette["muted"], fontsize=7.5, annotation_clip=False)  # fmt: skip
-    axes.set_yticks(range(len(rows) - 1, -1, -1), [clean(f"{row.label} · {row.engine}", 62) for row in rows])
+    axes.set_yticks(
+        range(len(rows) - 1, -1, -1), [clean(f"{row.label} · {row.engine}", 66) for row in rows], fontsize=8
+    )
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlim(left=0)
     axes.grid(axis="y", visible=False)

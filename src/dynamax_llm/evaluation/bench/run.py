@@ -19,25 +19,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynamax_llm.backbones import adapt
-from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.decoding.state import DEFAULT_WINDOW
-from dynamax_llm.decoding.thresholds import NEVER
 from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.bench import agree
 from dynamax_llm.evaluation.bench.counted import Counted
+from dynamax_llm.evaluation.bench.deciders import Deciders
 from dynamax_llm.evaluation.bench.device import describe, forget_peak, peak, wait
 from dynamax_llm.evaluation.bench.document import Bench, Load, Missing, Row, Sameness, Spread
-from dynamax_llm.evaluation.bench.judges import DrawnJudge, draw
 from dynamax_llm.evaluation.bench.plan import COMPILED, EAGER, STOCK, BenchSettings, Planned, Setting
 from dynamax_llm.evaluation.facts import backbone_facts, run_facts
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.config import HEADS, ExitConfig
-from dynamax_llm.exits.heads import ExitHeads
-
-#: Judges without asking for logits, and is never below 0: with a threshold of 0 every token leaves.
-FREE = "state_similarity"
-#: Random heads are as sure as not; nothing is this sure.
-SURE = 1.0
+from dynamax_llm.exits.config import ExitConfig
 
 
 @dataclass
@@ -125,43 +116,7 @@ class _Run:
         self.done: dict[Setting, Measured] = {}
         self.missing: list[Missing] = []
         self.sameness: list[Sameness] = []
-        self._early: dict[Setting, EarlyExit] = {}
-
-    # settings
-
-    def early(self, setting: Setting) -> EarlyExit:
-        """What decides under a setting; made once, as engines keep what they built for its judge."""
-        if setting not in self._early:
-            self._early[setting] = self._made(setting)
-        return self._early[setting]
-
-    def _made(self, setting: Setting) -> EarlyExit:
-        window = DEFAULT_WINDOW if setting.window is None else setting.window
-        exits, bar, measure = self.exits, NEVER if setting.kind == "full" else 0.0, FREE
-        if setting.exits:
-            config = dataclasses.replace(exits.config, layers=setting.exits)
-            exits = dataclasses.replace(exits, config=config)
-        if setting.kind == "checks":
-            return self._asked(exits, setting)
-        common: dict[str, Any] = {"policy": setting.policy, "window": window, "engine": setting.engine}
-        early = EarlyExit(exits, threshold=bar, measure=measure, **common)
-        if setting.kind == "spread":
-            assert setting.together is not None
-            count = len(setting.exits)
-            pattern = draw(setting.batch, count, self.settings.leave, setting.together, self.settings.seed)
-            early = EarlyExit(exits, threshold=0.5, measure=measure, **common)
-            early.judge = DrawnJudge(pattern.to(self.device), count)
-        return early
-
-    def _asked(self, exits: Exits, setting: Setting) -> EarlyExit:
-        """Exits that are asked and by which no token leaves: random heads, or a measure of random weights."""
-        judge = self.settings.judge
-        if judge not in HEADS:
-            return EarlyExit(exits, threshold=SURE, measure=judge, engine=setting.engine)
-        config = ExitConfig(exits.config.layers, exits.config.n_layers, judge, self.settings.inputs)
-        torch.manual_seed(self.settings.seed)
-        heads = ExitHeads(config, self.backbone.width).to(self.device).eval()
-        return EarlyExit(dataclasses.replace(exits, config=config, heads=heads), threshold=SURE, engine=setting.engine)
+        self.early = Deciders(self.exits, settings, backbone.width, self.device)
 
     def call(self, setting: Setting, new: int) -> tuple[float, Any]:
         """Seconds of one greedy generation of exactly ``new`` tokens, and what it gave."""
@@ -209,6 +164,8 @@ class _Run:
                 f"batch {setting.batch}, {found.engine}, {setting.label}: "
                 f"{1e3 * statistics.median(fresh):.3f} ms per token"
             )
+            if self.settings.sameness and setting.policy == "verify":
+                self._compare_verify(setting, group[0])
         if any(setting.engine == COMPILED for setting in group):
             _forget_compiled(self.model)
 
@@ -253,7 +210,7 @@ class _Run:
     # what engines say
 
     def compare(self) -> None:
-        """Full depth of the engine that ran against the eager one, and ``verify`` against full depth."""
+        """Full depth of the engine that ran against the eager one, and exact equality in float32."""
         dtype = self.place.dtype
         for batch in self.settings.batches:
             full = next((s for s in self.done if s.kind == "full" and s.batch == batch and s.engine != EAGER), None)
@@ -262,9 +219,6 @@ class _Run:
                 continue
             engine = self.done[full].engine
             self._compare_full(full, engine, dtype, forced=batch == max(self.settings.batches))
-            for setting in self.done:
-                if setting.policy == "verify" and setting.batch == batch:
-                    self._compare_verify(setting, full, engine)
         ran = {found.engine for found in self.done.values()}
         if dtype != "float32" and "cuda" in ran:
             self.sameness += agree.twins(self.device, self.backbone.model_type, "cuda")
@@ -290,12 +244,12 @@ class _Run:
         for of, said in found.items():
             self._note_forced(of, reference, said, expected)
 
-    def _compare_verify(self, setting: Setting, full: Setting, engine: str) -> None:
+    def _compare_verify(self, setting: Setting, full: Setting) -> None:
         prompt, text = self.settings.prompt, self.done[setting].sequences
         said = agree.forced(self.early(full), self.model, text, prompt)
         equal, first = agree.compared(text[:, prompt:], self.done[full].sequences[:, prompt:])
         of = f"{self.done[setting].engine}, {setting.label}"
-        self._note_forced(of, f"{engine}, full depth", said, text[:, prompt + 1 :], equal, first)
+        self._note_forced(of, f"{self.done[full].engine}, full depth", said, text[:, prompt + 1 :], equal, first)
 
     def _note_forced(
         self, of: str, reference: str, said: Tensor, other: Tensor, equal: float | None = None, first: int | None = None
