@@ -16,7 +16,8 @@ parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(short batch long exact)
 tiny=tiny-transformer
 [ "$shape" = mistral-7b ] || tiny=tiny-mamba
-export PYTHONPATH="$PWD/src:$PWD/.carry/bench${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 COLUMNS=160
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 COLUMNS=160
+"${PYTHON:-python3}" -c "import pydantic, typer; typer.TyperException" 2>/dev/null || export PYTHONPATH="$PWD/.carry/bench:$PYTHONPATH"
 mkdir -p "$OUT"
 deadline=$((SECONDS + ${LIMIT:-570}))
 
