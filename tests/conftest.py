@@ -8,6 +8,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+# Kernels of the GPU engine run in Triton's interpreter here; on a machine with a GPU tests run the real thing.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from jaxtyping import install_import_hook
 
 #: Rooms whose shapes are checked on every call. Must come before anything imports them.
@@ -21,7 +27,6 @@ CHECKED = (
 install_import_hook(CHECKED, "beartype.beartype")
 
 import pytest
-import torch
 
 torch.set_num_threads(1)  # tiny models: threads only add noise
 

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, d width, V vocabulary. Layers are indexed from 0; *de
 from __future__ import annotations
 
 import abc
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,6 +87,8 @@ class Backbone(abc.ABC):
         self.vocab_size = int(self.config.vocab_size)
         #: What each layer remembers: "attention", "mamba", "hybrid" (both) or "none".
         self.kinds: tuple[str, ...] = self._find_kinds()
+        #: What an engine has made ready for this backbone, the latest last; it lives as long as the backbone does.
+        self.machines: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
 
     @property
     def device(self) -> torch.device:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,12 +19,11 @@ from dynamax_llm.shapes import Ids, Logits, RowFlags
 
 #: Machines kept per backbone: each holds caches and recorded programs for one batch size and judge.
 KEPT = 4
-_machines: WeakKeyDictionary[Backbone, OrderedDict[tuple[Any, ...], Machine]] = WeakKeyDictionary()
 
 
 def machine_for(backbone: Backbone, plan: ExitPlan, batch: int) -> Machine:
     """The machine for ``batch`` sequences under ``plan``: one made before, if the weights are where they were."""
-    kept = _machines.setdefault(backbone, OrderedDict())
+    kept = backbone.machines
     weights = hash(tuple((weight.data_ptr(), weight._version) for weight in backbone.model.parameters()))
     policy = plan.policy
     most = power_of_two(max(plan.window, 2)) if policy.exact_state else 1
@@ -35,7 +31,7 @@ def machine_for(backbone: Backbone, plan: ExitPlan, batch: int) -> Machine:
     if key not in kept:
         parts = (backbone, plan.layers, plan.judge, plan.readout, batch, most)
         machine = WaitingMachine(*parts, journal=policy.exact_output) if policy.exact_state else Machine(*parts)
-        machine.programs.record()
+        machine.record()
         kept[key] = machine
         while len(kept) > KEPT:
             kept.popitem(last=False)
@@ -46,10 +42,13 @@ def machine_for(backbone: Backbone, plan: ExitPlan, batch: int) -> Machine:
 class CudaDecoder(Decoder):
     """A Decoder under ``propagate`` whose steps are recorded programs. The prompt runs through the stock layers."""
 
+    _first = "segment 0"  # the program that a token begins with
+
     def __init__(self, backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None) -> None:
         super().__init__(backbone, plan, padding)
         self.machine: Machine | None = None  # from the first step on: until then the prompt's cache may change hands
         self._passes = 0
+        self._begun = False  # whether the next token's first program has been launched
 
     def _begin(self, batch: int) -> Machine:
         machine = machine_for(self.backbone, self.plan, batch)
@@ -65,11 +64,17 @@ class CudaDecoder(Decoder):
         return Step(machine.spoken(skipped).clone(), machine.check.exit_index.long())
 
     def follow(
-        self, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None, banned: Sequence[int] = ()
+        self,
+        ids: Tensor | None,
+        thresholds: Sequence[float | None],
+        idle: Tensor | None,
+        banned: Sequence[int] = (),
+        ahead: bool = False,
     ) -> tuple[list[int], list[int]]:
         """A greedy step whose token never leaves the device: (tokens, exit indices), one per row.
 
-        ``ids`` (B,) are read first; None: the tokens of the step before. ``banned`` tokens are not chosen.
+        ``ids`` (B,) are read first; None: the tokens of the step before. ``banned`` tokens are not chosen. ``ahead``:
+        the next step is begun at once, with the same settings, while the host still looks at this one's tokens.
         """
         machine = self.machine
         if machine is None:
@@ -77,23 +82,36 @@ class CudaDecoder(Decoder):
             machine = self._begin(len(ids))
         machine.ban(banned)
         self._advance(machine, ids, thresholds, idle)
-        return machine.chosen()
+        step = machine.steps
+        if ahead:
+            machine.enter(None, idle if self.n_exits else None)
+            machine.programs.run(self._first)
+            self._begun = True
+        return machine.chosen(step)
+
+    def _start(
+        self, machine: Machine, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None
+    ) -> None:
+        """The first segment of a token, unless it was begun ahead."""
+        if not self._begun:
+            machine.check.set_thresholds(thresholds)
+            machine.enter(ids, idle if self.n_exits else None)
+            machine.programs.run(self._first)
+        self._begun = False
 
     def _advance(
         self, machine: Machine, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None
     ) -> int | None:
         """One token through as many programs as it needs; the exit by which the last row left, None for full depth."""
         check, programs = machine.check, machine.programs
-        check.set_thresholds(thresholds)
-        machine.enter(ids, idle if self.n_exits else None)
+        self._start(machine, ids, thresholds, idle)
+        self._passes += machine.stops[0]
         for index in range(self.n_exits):
-            programs.run(f"segment {index}")
-            self._passes += machine.stops[index] - machine.starts[index]
             if thresholds[index] is not None and check.running(index, machine.steps) == 0:
                 programs.run(f"skip {index}")
                 return index
-        programs.run(f"segment {self.n_exits}")
-        self._passes += machine.stops[-1] - machine.starts[-1]
+            programs.run(f"segment {index + 1}")
+            self._passes += machine.stops[index + 1] - machine.starts[index + 1]
         return None
 
     def spent(self) -> Spent:
@@ -102,6 +120,8 @@ class CudaDecoder(Decoder):
 
 class CudaDeferredDecoder(CudaDecoder):
     """A DeferredDecoder (``defer``) whose passes are recorded programs."""
+
+    _first = "step"
 
     def __init__(self, backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None) -> None:
         super().__init__(backbone, plan, padding)
@@ -123,10 +143,15 @@ class CudaDeferredDecoder(CudaDecoder):
         return step
 
     def follow(
-        self, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None, banned: Sequence[int] = ()
+        self,
+        ids: Tensor | None,
+        thresholds: Sequence[float | None],
+        idle: Tensor | None,
+        banned: Sequence[int] = (),
+        ahead: bool = False,
     ) -> tuple[list[int], list[int]]:
-        tokens, exits = super().follow(ids, thresholds, idle, banned)
-        self._note(torch.tensor(exits), None if idle is None else idle.cpu())
+        tokens, exits = super().follow(ids, thresholds, idle, banned, ahead)
+        self._note(torch.tensor(exits), _on_host(idle))
         return tokens, exits
 
     def _note(self, exit_index: Tensor, idle: Tensor | None) -> None:
@@ -150,10 +175,8 @@ class CudaDeferredDecoder(CudaDecoder):
     ) -> tuple[int | None, bool]:
         """The exit by which the last row left, None for full depth; and whether the newest token went alone."""
         check, programs = machine.check, machine.programs
-        check.set_thresholds(thresholds)
-        machine.enter(ids, idle if self.n_exits else None)
+        self._start(machine, ids, thresholds, idle)
         self._live = machine.batch - (0 if idle is None or not self.n_exits else int(idle.sum()))
-        programs.run("step")
         self._count(machine, 0, 1)
         alone = True
         for index in range(self.n_exits):
@@ -238,9 +261,17 @@ class CudaVerifyingDecoder(CudaDeferredDecoder):
         return Checked(window[:, -1], full, window)
 
     def draft(
-        self, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None, banned: Sequence[int] = ()
+        self,
+        ids: Tensor | None,
+        thresholds: Sequence[float | None],
+        idle: Tensor | None,
+        banned: Sequence[int] = (),
+        ahead: bool = False,
     ) -> tuple[list[int], list[int]] | None:
-        """A greedy step: the rows' proposals and exits; None once the window is closed, for ``window_choices``."""
+        """A greedy step: the rows' proposals and exits; None once the window is closed, for ``window_choices``.
+
+        ``ahead``: as in ``follow``, unless the next token would fill the window.
+        """
         machine = self.machine
         if machine is None:
             assert ids is not None, "there is no step before the first"
@@ -251,14 +282,19 @@ class CudaVerifyingDecoder(CudaDeferredDecoder):
             # Rows that had left before the others went deep keep their exits in what was spent.
             self._note(machine.check.exit_index.cpu() if machine.batch > 1 else _FULL + self.n_exits, _on_host(idle))
             return None
-        tokens, exits = machine.chosen()
+        step = machine.steps
+        if ahead and self.drafted + 1 < self.plan.window:
+            machine.enter(None, idle if self.n_exits else None)
+            machine.programs.run(self._first)
+            self._begun = True
+        tokens, exits = machine.chosen(step)
         self._note(torch.tensor(exits), _on_host(idle))
         return tokens, exits
 
     def window_choices(self) -> list[list[int]]:
         """The full model's greedy token after every token of the window, per row."""
         if self._alone:
-            return [[token] for token in self.waiting.chosen()[0]]
+            return [[token] for token in self.waiting.chosen(self.waiting.steps)[0]]
         return self.waiting.window_choices(self.drafted)
 
     def _advance(

@@ -18,10 +18,18 @@ from dynamax_llm.decoding.verify import Draft, VerifiedRun, Verifier
 
 
 class Follow(Protocol):
-    """A greedy step: reads ids (B,), or the tokens it chose last if None; (tokens, exit indices) of the rows."""
+    """A greedy step: reads ids (B,), or the tokens it chose last if None; (tokens, exit indices) of the rows.
+
+    ``ahead``: the next step may be begun with the same settings before this one's tokens are known here.
+    """
 
     def __call__(
-        self, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None, banned: Sequence[int] = ()
+        self,
+        ids: Tensor | None,
+        thresholds: Sequence[float | None],
+        idle: Tensor | None,
+        banned: Sequence[int] = (),
+        ahead: bool = False,
     ) -> tuple[list[int], list[int]]: ...
 
 
@@ -29,9 +37,14 @@ class Drafter(Verifier, Protocol):
     """A Verifier that drafts without its tokens leaving the device."""
 
     def draft(
-        self, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None, banned: Sequence[int] = ()
+        self,
+        ids: Tensor | None,
+        thresholds: Sequence[float | None],
+        idle: Tensor | None,
+        banned: Sequence[int] = (),
+        ahead: bool = False,
     ) -> tuple[list[int], list[int]] | None:
-        """The rows' proposals and exits; None once every layer has seen the window."""
+        """The rows' proposals and exits; None once every layer has seen the window. ``ahead``: see ``Follow``."""
 
     def check_choices(self) -> None:
         """Let every layer see the window, whose tokens have all left."""
@@ -68,9 +81,12 @@ class GreedyRun:
                 return
             count = len(self.tokens)
             idle = torch.tensor(self.ended, device=device) if any(self.ended) else None
-            tokens, exits = self.follow(
-                ids, self.thresholds.at(count, horizon), idle, request.banned(self.prompt + count)
-            )
+            thresholds, banned = self.thresholds.at(count, horizon), request.banned(self.prompt + count)
+            later = self.thresholds.at(count + 1, horizon), request.banned(self.prompt + count + 1)
+            # A row that ends on its own leaves nothing to begin; one of several would begin as if it had not ended.
+            same = later == (thresholds, banned) and self.prompt + count + 1 < request.max_length
+            ahead = same and (self.batch == 1 or request.eos <= set(banned))
+            tokens, exits = self.follow(ids, thresholds, idle, banned, ahead)
             ids = None
             self._append(tokens, [self.full if at == self.active else at for at in exits])
 
@@ -129,7 +145,11 @@ class GreedyVerifiedRun(VerifiedRun):
         while True:
             thresholds = self.thresholds.at(begun + len(proposals), self.most)
             idle = torch.tensor(resting, device=device) if any(resting) else None
-            found = self.decoder.draft(ids, thresholds, idle, self.banned)
+            # A proposal that may end its row, or that is the last, has nothing after it to begin.
+            longest = max(map(len, self.texts)) + len(proposals) + 2
+            later = self.thresholds.at(begun + len(proposals) + 1, self.most)
+            ahead = self.eos <= set(self.banned) and later == thresholds and longest <= self.most
+            found = self.decoder.draft(ids, thresholds, idle, self.banned, ahead and idle is None)
             if found is None:
                 return draft, proposals, exits
             ids = None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.cache import KVLayer, StackedCache
 from dynamax_llm.engines.cuda.kernels.attention import attend_kernel, kv_kernel, qkv_kernel
-from dynamax_llm.engines.cuda.launch import linear, overlaps, settings
+from dynamax_llm.engines.cuda.launch import add_linear, linear, overlaps, settings
 from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.tiles import LEAST_VECTORS, blocks, power_of_two, tile
 
@@ -77,33 +77,51 @@ class AttentionLayers:
         cos, sin = self.turns
         self.where.copy_(torch.tensor([buffer.data_ptr(), buffer.shape[4], cos.data_ptr(), sin.data_ptr()]))
 
-    def layer(self, index: int, p: Pass) -> None:
-        """Layer ``index`` on p.h, in place where rows are live; every row's key and value go into the cache."""
+    def layer(self, index: int, p: Pass, *, fresh: bool) -> None:
+        """Layer ``index`` on p.h, in place where rows are live; every row's key and value go into the cache.
+
+        ``fresh``: p.h does not come from the layer before, so p.ready is not what this one reads.
+        """
         layer = self.backbone.layers[index]
         dtype, mlp = layer.input_layernorm.weight.dtype, layer.mlp
         q = p.buffer("q", p.rows, self.queries * self.dim, dtype=dtype)
         seen = p.buffer("seen", p.rows, self.queries * self.dim, dtype=dtype)
         inner = p.buffer("inner", p.rows, len(mlp.gate_proj.weight), dtype=dtype)
-        self._project(index, p, q)
+        self._project(index, p, q, fresh=fresh)
         self._attend(index, p, q, seen)
-        linear(seen, layer.self_attn.o_proj.weight, p.h, live=p.live)
         norm = layer.post_attention_layernorm
-        linear(p.h, mlp.gate_proj.weight, inner, second=mlp.up_proj.weight, norm=norm.weight, eps=norm.variance_epsilon)
-        linear(inner, mlp.down_proj.weight, p.h, live=p.live)
+        add_linear(seen, layer.self_attn.o_proj.weight, p, norm.weight)
+        assert p.ready is not None
+        linear(p.ready, mlp.gate_proj.weight, inner, second=mlp.up_proj.weight, eps=norm.variance_epsilon, sums=p.sums)
+        add_linear(inner, mlp.down_proj.weight, p, self._next_norm(index))
 
-    def _project(self, index: int, p: Pass, q: Tensor) -> None:
+    def _next_norm(self, index: int) -> Tensor:
+        """Weight of the norm that reads what layer ``index`` leaves."""
+        if index + 1 == self.backbone.n_layers:
+            return self.backbone.model.model.norm.weight
+        return self.backbone.layers[index + 1].input_layernorm.weight
+
+    def _rows(self, p: Pass, rows: int) -> int:
+        """Dimensions of a head, and their partners, in one program."""
+        if p.rows == 1:
+            return max(min(rows, power_of_two(self.dim // 2)), 1)
+        return max(min(rows // 2, power_of_two(self.dim // 2)), LEAST_VECTORS // 2)
+
+    def _project(self, index: int, p: Pass, q: Tensor, *, fresh: bool) -> None:
         layer = self.backbone.layers[index]
         attention, norm = layer.self_attn, layer.input_layernorm.weight
         weights = [part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
         biases = [part.bias for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
         heads = self.queries + 2 * self.groups
         t = tile(heads * self.dim, self.backbone.width, p.rows, norm.dtype, pairs=True)
-        rows = max(min(t.rows, power_of_two(self.dim // 2)), 1 if p.rows == 1 else LEAST_VECTORS)
+        rows = self._rows(p, t.rows)
+        parts = 1 if fresh or p.sums is None else p.sums.shape[1]
         qkv_kernel[heads * blocks(self.dim // 2, rows), blocks(p.rows, t.vectors)](
-            p.h,
+            p.h if fresh else p.ready,
             *weights,
             *(biases if self.biased else weights),
             norm,
+            norm if fresh else p.sums,
             p.slot,
             p.place,
             q,
@@ -119,6 +137,9 @@ class AttentionLayers:
             t.vectors,
             rows,
             t.columns,
+            "whole" if fresh else "ready",
+            parts,
+            power_of_two(parts),
             self.eps,
             self.biased,
             t.stages,
@@ -163,7 +184,7 @@ class AttentionLayers:
             return
         norm = self.backbone.layers[0].input_layernorm.weight
         t = tile(8192, self.backbone.width, p.rows, norm.dtype, pairs=True)
-        rows = max(min(t.rows, power_of_two(self.dim // 2)), 1 if p.rows == 1 else LEAST_VECTORS)
+        rows = self._rows(p, t.rows)
         programs = 2 * self.groups * blocks(self.dim // 2, rows)
         kv_kernel[programs, blocks(p.rows, t.vectors), stop - first](
             p.h,

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamax_llm.engines.cuda.kernels.product import linear_kernel
-from dynamax_llm.engines.cuda.tiles import blocks, tile
+from dynamax_llm.engines.cuda.kernels.product import linear_kernel, norm_groups_kernel
+from dynamax_llm.engines.cuda.passes import Pass
+from dynamax_llm.engines.cuda.tiles import blocks, power_of_two, tile
 
 
 def settings(device: torch.device, warps: int = 4, stages: int | None = None) -> dict[str, Any]:
@@ -37,31 +38,67 @@ def linear(
     bias: Tensor | None = None,
     norm: Tensor | None = None,
     eps: float = 0.0,
-    squares: Tensor | None = None,
-    size: int = 1,
-    live: Tensor | None = None,
+    sums: Tensor | None = None,
+    size: int = 0,
 ) -> None:
-    """out (M, N) = norm(x) weightᵀ, x (M, K), in one kernel.
+    """out (M, N) = norm(x) weightᵀ, x (M, K), in one kernel; ``second``: silu of that, times norm(x) secondᵀ.
 
-    ``second``: silu of that, times norm(x) secondᵀ. ``live`` (M,) int32: added to ``out`` instead, where it is not 0.
-    ``squares`` (M, K / size * parts): the norm is over groups of ``size`` inputs, and these are their sums of squares.
+    ``sums``: x is ready, weighted by the norm, and these (M, parts) are its sums of squares. With ``size`` the norm is
+    over groups of so many inputs, with (M, K / size * parts) sums of squares.
     """
+    _linear(x, weight, out, second, bias, norm, eps, sums, size, None, None)
+
+
+def add_linear(
+    x: Tensor,
+    weight: Tensor,
+    p: Pass,
+    next_norm: Tensor,
+    *,
+    bias: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    sums: Tensor | None = None,
+    size: int = 0,
+) -> None:
+    """p.h += norm(x) weightᵀ where rows are live; and p.ready, p.sums for the norm of weight ``next_norm``."""
+    _linear(x, weight, p.h, None, bias, norm, eps, sums, size, p, next_norm)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    second: Tensor | None,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    sums: Tensor | None,
+    size: int,
+    p: Pass | None,
+    next_norm: Tensor | None,
+) -> None:
     vectors, inputs = x.shape
     outputs = len(weight)
-    group = size if squares is not None else 0
-    t = tile(outputs, inputs, vectors, weight.dtype, pairs=second is not None, group=group)
-    kind = "none" if norm is None else "whole" if squares is None else "groups"
-    parts = 1 if squares is None else squares.shape[1] * size // inputs
+    t = tile(outputs, inputs, vectors, weight.dtype, pairs=second is not None, group=size)
+    kind = "groups" if size else "ready" if sums is not None else "none" if norm is None else "whole"
+    parts = 1 if sums is None else sums.shape[1] * size // inputs if size else sums.shape[1]
+    programs = blocks(outputs, t.rows)
+    if p is not None:
+        p.prepare(programs, weight.dtype)
     anything = weight  # stands for what a kernel of this kind does not read
-    linear_kernel[blocks(outputs, t.rows), blocks(vectors, t.vectors)](
+    linear_kernel[programs, blocks(vectors, t.vectors)](
         x,
         weight,
         anything if second is None else second,
         anything if bias is None else bias,
         anything if norm is None else norm,
-        anything if squares is None else squares,
-        anything if live is None else live,
+        anything if sums is None else sums,
+        anything if p is None else p.live,
         out,
+        anything if next_norm is None else next_norm,
+        anything if p is None else p.ready,
+        anything if p is None else p.sums,
         vectors,
         outputs,
         inputs,
@@ -69,13 +106,31 @@ def linear(
         t.rows,
         t.columns,
         kind,
-        size,
+        max(size, 1),
         parts,
+        power_of_two(parts),
         eps,
         second is not None,
         bias is not None,
-        live is not None,
+        p is not None,
         t.stages,
         overlaps(x.device),
         **settings(x.device, t.warps),
+    )
+
+
+def norm_groups(x: Tensor, norm: Tensor, sums: Tensor, size: int, eps: float) -> None:
+    """RMSNorm of x (M, K) in place, over groups of ``size``, given (M, K / size * parts) sums of squares."""
+    rows, width = x.shape
+    norm_groups_kernel[rows, width // size](
+        x,
+        norm,
+        sums,
+        width,
+        size,
+        power_of_two(size),
+        sums.shape[1] * size // width,
+        eps,
+        overlaps(x.device),
+        **settings(x.device, 4),
     )

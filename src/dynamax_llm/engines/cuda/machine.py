@@ -23,12 +23,16 @@ from dynamax_llm.engines.cuda.kernels.rows import choose_kernel, enter_kernel
 from dynamax_llm.engines.cuda.launch import linear, overlaps, settings
 from dynamax_llm.engines.cuda.mamba import Mamba2Layers
 from dynamax_llm.engines.cuda.passes import Pass
-from dynamax_llm.engines.cuda.tiles import power_of_two
+from dynamax_llm.engines.cuda.tiles import blocks, power_of_two
 from dynamax_llm.exits.confidence import Judge
 from dynamax_llm.exits.readout import Readout
 
 #: A length at which nothing is written: programs are tried out with it.
 NOWHERE = -(1 << 20)
+#: Programs that share the search for a row's likeliest token.
+CHOOSERS = 32
+#: Tokens that one of them looks at, at least.
+LEAST_SHARE = 512
 
 
 class Machine:
@@ -60,8 +64,8 @@ class Machine:
         self.resting = False  # whether any row is
         self.bias = torch.zeros(len(head), dtype=torch.float32, device=device)
         self._banned: tuple[int, ...] = ()
-        self.words = words(batch, device)
-        self._read = self.words.numpy()
+        self.words = words(2 * batch, device)
+        self._read = self.words.numpy().reshape(2, batch)
         self.slots = 0  # entered so far, as the host counts
         self.programs = Programs(device)
         self._add_programs()
@@ -77,6 +81,11 @@ class Machine:
             self.programs.add(f"segment {index}", lambda index=index: self._segment(index))
             if index < self.n_exits:
                 self.programs.add(f"skip {index}", lambda index=index: self._skip(index))
+
+    def record(self) -> None:
+        """Make the programs ready to run."""
+        self.programs.record()
+        self.steps = int(self.ticket)  # trying programs out counts as steps
 
     def adopt(self, cache: StackedCache, length: int, padding: Tensor | None, states: list | None) -> None:
         """Go on from the prompt: ``cache`` holds ``length`` slots, ``padding`` (B, length) is 0 at left pads."""
@@ -133,11 +142,11 @@ class Machine:
         for layer in range(first, stop):
             if asks and layer == stop - 1:
                 self.before.copy_(self.now.h)
-            self.layers.layer(layer, self.now)
+            self.layers.layer(layer, self.now, fresh=layer == 0)
         if asks:
             self.check.ask(index, self.now.h, self.before, self.now.live)
         else:
-            self._choose(self._read_out(self.now.h, self.logits))
+            self._choose(self._read_out(self.now.h, self.logits, self.now))
 
     def _skip(self, index: int) -> None:
         """Every row left by exit ``index`` or before."""
@@ -151,28 +160,35 @@ class Machine:
         early = self.check.logits if skipped == 0 else None
         return self.logits if early is None else early
 
-    def _read_out(self, h: Tensor, logits: Tensor) -> Tensor:
-        """``logits`` (M, V), float32, of h (M, d)."""
+    def _read_out(self, h: Tensor, logits: Tensor, p: Pass | None = None) -> Tensor:
+        """``logits`` (M, V), float32, of h (M, d); ``p``: the pass that has just been through the last layer."""
         norm = final_norm(self.backbone)
-        head = self.backbone.model.get_output_embeddings().weight
-        linear(h, head, logits, norm=norm.weight, eps=norm.variance_epsilon)
+        head, eps = self.backbone.model.get_output_embeddings().weight, norm.variance_epsilon
+        if p is None or p.ready is None:
+            linear(h, head, logits, norm=norm.weight, eps=eps)
+        else:
+            linear(p.ready, head, logits, eps=eps, sums=p.sums)
         return logits
 
     def _choose(self, logits: Tensor, words: Tensor | None = None) -> None:
         """The likeliest tokens: the next step's, or only reported in ``words`` (M,)."""
-        vocabulary, device = logits.shape[-1], logits.device
-        choose_kernel[(len(logits),)](
+        rows, vocabulary = logits.shape
+        device, splits = logits.device, min(CHOOSERS, power_of_two(blocks(vocabulary, LEAST_SHARE)))
+        choose_kernel[rows, splits](
             logits,
             self.bias,
             self.ticket,
             self.check.exit_index,
             self.ids,
             self.words if words is None else words,
+            self.now.buffer(f"found {rows}", rows, splits, 2, dtype=torch.float32),
+            self.now.buffer(f"choosers {rows}", rows, dtype=torch.int32),
             vocabulary,
-            min(power_of_two(vocabulary), 32768),
+            power_of_two(blocks(vocabulary, splits)),
+            splits,
             words is None,
             overlaps(device),
-            **settings(device, 32),
+            **settings(device, 4),
         )
 
     def ban(self, tokens: Sequence[int]) -> None:
@@ -183,9 +199,9 @@ class Machine:
             if tokens:
                 self.bias[list(tokens)] = -torch.inf
 
-    def chosen(self) -> tuple[list[int], list[int]]:
-        """Every row's token and exit index; waits until the device has chosen."""
-        read, number = self._read, self.steps & NUMBERS
+    def chosen(self, step: int) -> tuple[list[int], list[int]]:
+        """Every row's token and exit index at step number ``step``, this one or the one before; waits for them."""
+        read, number = self._read[step & 1], step & NUMBERS
         while (read >> NUMBER != number).any():
             pass
         return (read & 0xFFFFFFFF).tolist(), (read >> 32 & 0xFF).tolist()

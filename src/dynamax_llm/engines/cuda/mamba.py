@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.cache import SSMLayer, StackedCache
-from dynamax_llm.engines.cuda.kernels.mamba import mamba_cell_kernel, mamba_in_kernel
-from dynamax_llm.engines.cuda.launch import linear, overlaps, settings
+from dynamax_llm.engines.cuda.kernels.mamba import convolve_kernel, mamba_cell_kernel, mamba_in_kernel
+from dynamax_llm.engines.cuda.launch import add_linear, norm_groups, overlaps, settings
 from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.tiles import blocks, power_of_two, tile
 
@@ -85,48 +85,53 @@ class Mamba2Layers:
     def reserve(self, length: int) -> None:
         """Nothing grows."""
 
-    def layer(self, index: int, p: Pass) -> None:
-        """Layer ``index`` on p.h, in place where rows are live; every row's token goes into the state."""
-        layer = self.backbone.layers[index]
-        mixer, dtype = layer.mixer, layer.mixer.in_proj.weight.dtype
-        gated = p.buffer("gated", p.rows, self.inner, dtype=dtype)
-        parts = blocks(self.dim, self.part)
-        squares = p.buffer("squares", p.rows, self.heads * parts, dtype=torch.float32)
-        self._project(index, index + 1, p, skip=False)
+    def layer(self, index: int, p: Pass, *, fresh: bool) -> None:
+        """Layer ``index`` on p.h, in place where rows are live; every row's token goes into the state.
+
+        ``fresh``: p.h does not come from the layer before, so p.ready is not what this one reads.
+        """
+        mixer = self.backbone.layers[index].mixer
+        gated = p.buffer("gated", p.rows, self.inner, dtype=mixer.in_proj.weight.dtype)
+        squares = p.buffer("squares", p.rows, self.heads * blocks(self.dim, self.part), dtype=torch.float32)
+        self._project(index, index + 1, p, skip=False, fresh=fresh)
         self._advance(index, index + 1, p, gated, squares)
-        linear(
-            gated,
-            mixer.out_proj.weight,
-            p.h,
-            bias=mixer.out_proj.bias,
-            norm=mixer.norm.weight,
-            eps=mixer.norm.variance_epsilon,
-            squares=squares,
-            size=self.inner // self.groups,
-            live=p.live,
-        )
+        weight, bias = mixer.out_proj.weight, mixer.out_proj.bias
+        norm, eps, size = mixer.norm.weight, mixer.norm.variance_epsilon, self.inner // self.groups
+        if p.rows == 1:
+            add_linear(gated, weight, p, self._next_norm(index), bias=bias, norm=norm, eps=eps, sums=squares, size=size)
+        else:  # tensor cores take their vectors as they lie
+            norm_groups(gated, norm, squares, size, eps)
+            add_linear(gated, weight, p, self._next_norm(index), bias=bias)
+
+    def _next_norm(self, index: int) -> Tensor:
+        """Weight of the norm that reads what layer ``index`` leaves."""
+        if index + 1 == self.backbone.n_layers:
+            return self.backbone.model.backbone.norm_f.weight
+        return self.backbone.layers[index + 1].norm.weight
 
     def update_states(self, first: int, stop: int, p: Pass) -> None:
         """States of layers ``first`` to ``stop - 1``, all from p.h, in two kernels."""
         if first < stop:
-            self._project(first, stop, p, skip=True)
+            self._project(first, stop, p, skip=True, fresh=True)
             self._advance(first, stop, p, None, None)
 
     def replay(self, p: Pass) -> None:
         """States of all layers over tokens that are still in the ring, as p.slot names them."""
         self._advance(0, self.backbone.n_layers, p, None, None)
 
-    def _project(self, first: int, stop: int, p: Pass, *, skip: bool) -> None:
+    def _project(self, first: int, stop: int, p: Pass, *, skip: bool, fresh: bool) -> None:
         layer = self.backbone.layers[first]
         weight, bias, norm = layer.mixer.in_proj.weight, layer.mixer.in_proj.bias, layer.norm
         z = p.buffer("z", p.rows, self.inner, dtype=weight.dtype)
         outputs = self.width if skip else self.inner + self.width
         t = tile(max(outputs, 8192 if skip else 0), self.backbone.width, p.rows, weight.dtype)
+        parts = 1 if fresh or p.sums is None else p.sums.shape[1]
         mamba_in_kernel[blocks(outputs, t.rows), blocks(p.rows, t.vectors), stop - first](
-            p.h,
+            p.h if fresh else p.ready,
             weight,
             weight if bias is None else bias,
             norm.weight,
+            norm.weight if fresh else p.sums,
             self.table,
             p.slot,
             z,
@@ -144,6 +149,9 @@ class Mamba2Layers:
             t.vectors,
             t.rows,
             t.columns,
+            "whole" if fresh else "ready",
+            parts,
+            power_of_two(parts),
             norm.variance_epsilon,
             bias is not None,
             t.stages,
@@ -153,6 +161,7 @@ class Mamba2Layers:
 
     def _advance(self, first: int, stop: int, p: Pass, out: Tensor | None, squares: Tensor | None) -> None:
         z = p.buffer("z", p.rows, self.inner, dtype=self.ring.dtype)
+        ready = self._convolve(first, p) if out is not None and p.tokens > 1 else None
         programs = p.batch * self.heads * blocks(self.dim, self.part)
         mamba_cell_kernel[programs, stop - first](
             self.ring,
@@ -165,6 +174,7 @@ class Mamba2Layers:
             self.states,
             self.turn[bisect_right(self.starts, first) - 1],
             p.slot,
+            self.skip if ready is None else ready,
             z if out is None else out,
             self.skip if squares is None else squares,
             first,
@@ -181,6 +191,29 @@ class Mamba2Layers:
             power_of_two(self.size),
             power_of_two(p.tokens),
             out is not None,
+            ready is not None,
             overlaps(p.h.device),
             **settings(p.h.device, 4),
         )
+
+    def _convolve(self, layer: int, p: Pass) -> Tensor:
+        """x, B and C (M, C) of a pass of several tokens, after the convolution."""
+        ready = p.buffer("convolved", p.rows, self.channels, dtype=torch.float32)
+        convolve_kernel[p.rows, blocks(self.channels, 1024)](
+            self.ring,
+            self.conv,
+            self.conv_bias,
+            p.slot,
+            ready,
+            layer,
+            p.tokens,
+            p.batch,
+            self.channels,
+            self.width,
+            self.ring_size,
+            self.taps,
+            1024,
+            overlaps(ready.device),
+            **settings(ready.device, 4),
+        )
+        return ready

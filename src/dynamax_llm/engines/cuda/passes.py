@@ -24,6 +24,8 @@ class Pass:
     slot: Tensor = field(init=False)
     place: Tensor = field(init=False)
     live: Tensor = field(init=False)
+    ready: Tensor | None = None  # (M, d): h weighted by the norm that reads it next, in the weights' dtype
+    sums: Tensor | None = None  # (M, parts): sums of squares of h
     scratch: dict[str, Tensor] = field(default_factory=dict)  # of the family's layers, by name
 
     def __post_init__(self) -> None:
@@ -36,6 +38,13 @@ class Pass:
 
     def _rows(self, value: int) -> Tensor:
         return torch.full((self.rows,), value, dtype=torch.int32, device=self.h.device)
+
+    def prepare(self, parts: int, dtype: torch.dtype) -> None:
+        """Have room for h made ready by a kernel of ``parts`` programs."""
+        if self.ready is None:
+            self.ready = torch.zeros(self.h.shape, dtype=dtype, device=self.h.device)
+        if self.sums is None or self.sums.shape[1] != parts:
+            self.sums = self.buffer(f"sums {parts}", self.rows, parts, dtype=torch.float32)
 
     def buffer(self, name: str, *shape: int, dtype: torch.dtype) -> Tensor:
         """Memory of this name, made on first use."""

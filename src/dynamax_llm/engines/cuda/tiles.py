@@ -31,7 +31,7 @@ def tile(outputs: int, inputs: int, vectors: int, dtype: torch.dtype, *, pairs: 
     else:
         rows, columns, warps, stages = (32, 256, 4, 5) if few else (64, 128, 8, 3)
         if pairs:
-            rows, columns, warps, stages = (32, 256, 4, 3)
+            rows, columns, warps, stages = (64, 256, 4, 3)
     wide = dtype == torch.float32
     columns = min(columns // 2 if wide else columns, power_of_two(inputs))
     if vectors > 1:

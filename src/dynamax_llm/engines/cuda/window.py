@@ -81,7 +81,7 @@ class WaitingMachine(Machine):
         self.no_turn = torch.zeros(2, dtype=torch.int32, device=device)
         vocabulary = len(backbone.model.get_output_embeddings().weight)
         self.window_logits = torch.zeros(batch * most if journal else 0, vocabulary, device=device)
-        self.window_words = words(batch * most, device)
+        self.window_words = words(2 * batch * most, device)
         self.replayed = waiting(most, 0)
         super().__init__(backbone, exits, judge, readout, batch, most)
 
@@ -135,7 +135,9 @@ class WaitingMachine(Machine):
         for layer in range(first, stop):
             if segment < self.n_exits and layer == stop - 1:
                 self._show(source, self.before, frozen=False)
-            self.layers.layer(layer, rows)
+            # Tokens that waited have been moved; only one that goes on alone is still as its layer left it.
+            fresh = layer == first and (segment == 0 or source is not self.newest)
+            self.layers.layer(layer, rows, fresh=fresh)
         self._show(source, self.shown, frozen=True)
 
     def _single(self, segment: int) -> None:
@@ -238,7 +240,7 @@ class WaitingMachine(Machine):
 
     def window_choices(self, count: int) -> list[list[int]]:
         """The likeliest tokens of the last window, per row, of ``count`` tokens each; waits for them."""
-        read, number = self.window_words.numpy(), self.steps & NUMBERS
+        read, number = self.window_words.numpy().reshape(2, -1)[self.steps & 1], self.steps & NUMBERS
         while (read >> NUMBER != number).any():
             pass
         return (read & 0xFFFFFFFF).reshape(self.batch, self.most)[:, :count].tolist()

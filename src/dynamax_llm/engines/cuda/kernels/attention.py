@@ -32,6 +32,26 @@ def _surroundings(slot, place, where, m, M, i, valid, half: tl.constexpr, like):
 
 
 @triton.jit
+def _halves(tile, tile2, w, first, i, valid, h, m, M, norm, sums, half: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+            BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr,
+            EPS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Products (BN, BM) of the rows i, and i + half, of the head whose rows begin at ``first``."""
+    if BM == 1:
+        row = first + tl.minimum(i, half - 1)
+        low, high = product(tile, tile2, w, row, valid, w, row + half, h, m, M, norm, sums, K, BM, BN, BK, True, NORM, 1,
+                            PARTS, BP, EPS, STAGES)  # fmt: skip
+    else:
+        # Tensor cores like one tall block better than two flat ones.
+        r = tl.arange(0, 2 * BN)
+        of_i = tl.min(i, 0) + r % BN
+        row = first + tl.minimum(of_i, half - 1) + r // BN * half
+        both, _ = product(tile, tile2, w, row, of_i < half, w, row, h, m, M, norm, sums, K, BM, 2 * BN, BK, False, NORM,
+                          1, PARTS, BP, EPS, STAGES)  # fmt: skip
+        low, high = tl.split(tl.permute(tl.reshape(both, [2, BN, BM]), [1, 2, 0]))
+    return low, high
+
+
+@triton.jit
 def _into_cache(low, high, base, capacity, layer, value, head, slots, m, T, B, i, known, HKV: tl.constexpr,
                 D: tl.constexpr):  # fmt: skip
     """Write the halves (BN, BM) of a head's rows into the cache."""
@@ -44,11 +64,12 @@ def _into_cache(low, high, base, capacity, layer, value, head, slots, m, T, B, i
 
 
 @triton.jit
-def qkv_kernel(h, wq, wk, wv, bq, bk, bv, norm, slot, place, q, where, layer, M, T, B, HQ: tl.constexpr,
+def qkv_kernel(h, wq, wk, wv, bq, bk, bv, norm, sums, slot, place, q, where, layer, M, T, B, HQ: tl.constexpr,
                HKV: tl.constexpr, D: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-               BK: tl.constexpr, EPS: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
-               PDL: tl.constexpr):  # fmt: skip
-    """Queries (M, HQ, D) to ``q``, keys and values into layer ``layer`` of the cache, from h (M, K) normed and turned.
+               BK: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, EPS: tl.constexpr,
+               BIAS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """Queries (M, HQ, D) to ``q``, keys and values into layer ``layer`` of the cache, from h (M, K) normed (NORM and
+    ``sums``: see ``product``) and turned.
 
     A program owns BN dimensions i of one head, and i + D / 2, which rotary positions turn together.
     """
@@ -69,8 +90,8 @@ def qkv_kernel(h, wq, wk, wv, bq, bk, bv, norm, slot, place, q, where, layer, M,
     tile, tile2 = ahead(w, row, valid, w, row + half, K, BM, BK, True)
     wait_for_inputs(PDL)
     slots, c, s, base, capacity = _surroundings(slot, place, where, m, M, i, valid, half, q)
-    low, high = product(tile, tile2, w, row, valid, w, row + half, h, m, M, norm, norm, K, BM, BN, BK, True, "whole", 1,
-                        EPS, STAGES)  # fmt: skip
+    low, high = _halves(tile, tile2, w, own * D, i, valid, h, m, M, norm, sums, half, K, BM, BN, BK, NORM, PARTS, BP, EPS,
+                        STAGES)  # fmt: skip
     if BIAS:
         low += tl.load(bias + row).to(tl.float32)[:, None]
         high += tl.load(bias + row + half).to(tl.float32)[:, None]
@@ -111,8 +132,8 @@ def kv_kernel(h, table, slot, place, where, first, M, T, B, HKV: tl.constexpr, D
     tile, tile2 = ahead(w, row, valid, w, row + half, K, BM, BK, True)
     wait_for_inputs(PDL)
     slots, c, s, base, capacity = _surroundings(slot, place, where, m, M, i, valid, half, h)
-    low, high = product(tile, tile2, w, row, valid, w, row + half, h, m, M, norm, norm, K, BM, BN, BK, True, "whole", 1,
-                        EPS, STAGES)  # fmt: skip
+    low, high = _halves(tile, tile2, w, own * D, i, valid, h, m, M, norm, norm, half, K, BM, BN, BK, "whole", 1, 1, EPS,
+                        STAGES)  # fmt: skip
     if BIAS:
         bias = tl.load(line + 2 + value).to(tl.pointer_type(kind))
         low += tl.load(bias + row).to(tl.float32)[:, None]

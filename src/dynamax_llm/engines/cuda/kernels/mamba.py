@@ -15,11 +15,12 @@ from dynamax_llm.engines.cuda.kernels.product import ahead, product, wait_for_in
 
 
 @triton.jit
-def mamba_in_kernel(h, w, bias, norm, table, slot, z, ring, first, M, T, B, INNER: tl.constexpr, WIDTH: tl.constexpr,
-                    RING: tl.constexpr, SKIP: tl.constexpr, TABLE: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-                    BN: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
+def mamba_in_kernel(h, w, bias, norm, sums, table, slot, z, ring, first, M, T, B, INNER: tl.constexpr,
+                    WIDTH: tl.constexpr, RING: tl.constexpr, SKIP: tl.constexpr, TABLE: tl.constexpr, K: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr,
+                    BP: tl.constexpr, EPS: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
                     PDL: tl.constexpr):  # fmt: skip
-    """in_proj of normed h (M, K): the gate to ``z`` (M, INNER), x, B, C and dt (WIDTH together) into the ring.
+    """in_proj of h (M, K), normed (NORM and ``sums``: see ``product``): the gate to ``z`` (M, INNER), x, B, C and dt (WIDTH together) into the ring.
 
     SKIP: the gate is left out, as for a layer that only updates its state. TABLE: weights of layer ``first`` + grid
     axis 2 are taken from the addresses in ``table`` (layers, 3): in_proj, its bias, the norm.
@@ -41,7 +42,7 @@ def mamba_in_kernel(h, w, bias, norm, table, slot, z, ring, first, M, T, B, INNE
     tile, tile2 = ahead(w, row, valid, w, row, K, BM, BK, False)
     wait_for_inputs(PDL)
     slots = tl.load(slot + m, mask=m < M, other=-1)
-    y, _ = product(tile, tile2, w, row, valid, w, row, h, m, M, norm, norm, K, BM, BN, BK, False, "whole", 1, EPS,
+    y, _ = product(tile, tile2, w, row, valid, w, row, h, m, M, norm, sums, K, BM, BN, BK, False, NORM, 1, PARTS, BP, EPS,
                    STAGES)  # fmt: skip
     if BIAS:
         y += tl.load(bias + row).to(tl.float32)[:, None]
@@ -74,19 +75,53 @@ def _convolved(history, ring, time, weight, channel, valid, WIDTH: tl.constexpr,
 
 
 @triton.jit
+def convolve_kernel(ring, conv, conv_bias, slot, out, layer, T, B, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+                    RING: tl.constexpr, TAPS: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """out (M, CHANNELS): x, B and C of every row after the convolution; for passes of several tokens."""
+    wait_for_inputs(PDL)
+    m = tl.program_id(0)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    valid = channel < CHANNELS
+    time = tl.load(slot + m)
+    if time >= 0:
+        ring += (layer * B + m // T).to(tl.int64) * RING * WIDTH
+        conv += layer * CHANNELS * TAPS
+        conv_bias += layer * CHANNELS
+        found = _history(ring, time, conv, conv_bias, channel, valid, WIDTH, RING, TAPS)
+        found = _convolved(found, ring, time, conv, channel, valid, WIDTH, RING, TAPS)
+        tl.store(out + m * CHANNELS + channel, found, mask=valid)
+
+
+@triton.jit
 def _softplus(x):
     return tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
 
 
 @triton.jit
-def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, turn, slot, out, squares, first, T, B,
-                      sequences, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
+def _row(ready, ring, z, m, time, of_x, of_key, of_query, head, in_p, in_n, CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
+         RING: tl.constexpr, INNER: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
+    """What a head reads of row m: x, B and C after the convolution, dt before its bias, and the gate."""
+    line = ready + m * CHANNELS
+    x = tl.load(line + of_x, mask=in_p, other=0.0).to(tl.float32)
+    key = tl.load(line + of_key, mask=in_n, other=0.0).to(tl.float32)
+    dt = tl.load(ring + (time & (RING - 1)) * WIDTH + CHANNELS + head).to(tl.float32)
+    query, gate = key, x
+    if WRITE:
+        query = tl.load(line + of_query, mask=in_n, other=0.0).to(tl.float32)
+        gate = tl.load(z + m * INNER + of_x, mask=in_p, other=0.0).to(tl.float32)
+    return x, key, query, dt, gate
+
+
+@triton.jit
+def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, turn, slot, ready, out, squares, first, T,
+                      B, sequences, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
                       RING: tl.constexpr, TAPS: tl.constexpr, PB: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
-                      WRITE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                      WRITE: tl.constexpr, READY: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """A sequence's next tokens, already in the ring, through convolution and state of layer ``first`` + grid axis 1.
 
     A program owns PB of a head's P channels. WRITE: ``out`` (M, HEADS * P) is the gated output before its norm,
-    ``squares`` (M, HEADS * parts) the sums of squares that the norm needs. ``sequences``: all layers' times B. Small
+    ``squares`` (M, HEADS * parts) the sums of squares that the norm needs. READY: ``ready`` (M, CHANNELS) holds x, B
+    and C after the convolution. ``sequences``: all layers' times B. Small
     weights are stacked over layers: conv (C, TAPS), conv_bias (C,), dt_bias, decay and skip (HEADS,) float32.
     """
     INNER: tl.constexpr = HEADS * P
@@ -120,31 +155,44 @@ def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, tu
     state = tl.load(source + where, mask=inside, other=0.0).to(tl.float32)
     of_x, of_key = head * P + p, INNER + group * N + n
     of_query = INNER + (GROUPS + group) * N + n
-    x = _history(ring, begin, conv, conv_bias, of_x, in_p, WIDTH, RING, TAPS)
-    key = _history(ring, begin, conv, conv_bias, of_key, in_n, WIDTH, RING, TAPS)
-    query = key
-    if WRITE:
-        query = _history(ring, begin, conv, conv_bias, of_query, in_n, WIDTH, RING, TAPS)
-    wait_for_inputs(PDL)
+    if not READY:
+        x = _history(ring, begin, conv, conv_bias, of_x, in_p, WIDTH, RING, TAPS)
+        key = _history(ring, begin, conv, conv_bias, of_key, in_n, WIDTH, RING, TAPS)
+        query = key
+        if WRITE:
+            query = _history(ring, begin, conv, conv_bias, of_query, in_n, WIDTH, RING, TAPS)
+        wait_for_inputs(PDL)
+    else:
+        wait_for_inputs(PDL)
+        x, key, query, dt, gate = _row(ready, ring, z, b * T, begin, of_x, of_key, of_query, head, in_p, in_n, CHANNELS,
+                                       WIDTH, RING, INNER, WRITE)  # fmt: skip
     for step in range(0, count):
         time = begin + step
-        if step > 0:
-            x = _history(ring, time, conv, conv_bias, of_x, in_p, WIDTH, RING, TAPS)
-            key = _history(ring, time, conv, conv_bias, of_key, in_n, WIDTH, RING, TAPS)
+        m = b * T + step
+        if not READY:
+            if step > 0:
+                x = _history(ring, time, conv, conv_bias, of_x, in_p, WIDTH, RING, TAPS)
+                key = _history(ring, time, conv, conv_bias, of_key, in_n, WIDTH, RING, TAPS)
+                if WRITE:
+                    query = _history(ring, time, conv, conv_bias, of_query, in_n, WIDTH, RING, TAPS)
+            x = _convolved(x, ring, time, conv, of_x, in_p, WIDTH, RING, TAPS)
+            key = _convolved(key, ring, time, conv, of_key, in_n, WIDTH, RING, TAPS)
+            dt = tl.load(ring + (time & (RING - 1)) * WIDTH + CHANNELS + head).to(tl.float32)
+            gate = x
             if WRITE:
-                query = _history(ring, time, conv, conv_bias, of_query, in_n, WIDTH, RING, TAPS)
-        x = _convolved(x, ring, time, conv, of_x, in_p, WIDTH, RING, TAPS)
-        key = _convolved(key, ring, time, conv, of_key, in_n, WIDTH, RING, TAPS)
-        dt = tl.load(ring + (time & (RING - 1)) * WIDTH + CHANNELS + head).to(tl.float32)
-        dt = _softplus(dt + dt0)
-        state = state * tl.exp(dt * rate) + (dt * x)[:, None] * key[None, :]
+                query = _convolved(query, ring, time, conv, of_query, in_n, WIDTH, RING, TAPS)
+                gate = tl.load(z + m * INNER + of_x, mask=in_p, other=0.0).to(tl.float32)
+        now_x, now_key, now_query, now_gate = x, key, query, gate
+        now_dt = _softplus(dt + dt0)
+        if READY:  # the next token's rows are on their way while this one's state is made
+            ahead_of = tl.minimum(step + 1, count - 1)
+            x, key, query, dt, gate = _row(ready, ring, z, b * T + ahead_of, begin + ahead_of, of_x, of_key, of_query,
+                                           head, in_p, in_n, CHANNELS, WIDTH, RING, INNER, WRITE)  # fmt: skip
+        state = state * tl.exp(now_dt * rate) + (now_dt * now_x)[:, None] * now_key[None, :]
         if WRITE:
-            query = _convolved(query, ring, time, conv, of_query, in_n, WIDTH, RING, TAPS)
-            m = b * T + step
-            y = tl.sum(state * query[None, :], 1) + direct * x
-            gate = tl.load(z + m * INNER + head * P + p, mask=in_p, other=0.0).to(tl.float32)
-            y = (y * gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty)
-            tl.store(out + m * INNER + head * P + p, y, mask=in_p)
+            y = tl.sum(state * now_query[None, :], 1) + direct * now_x
+            y = (y * now_gate / (1.0 + tl.exp(-now_gate))).to(out.dtype.element_ty)
+            tl.store(out + m * INNER + of_x, y, mask=in_p)
             y = tl.where(in_p, y.to(tl.float32), 0.0)
             tl.store(squares + m * HEADS * PARTS + head * PARTS + part, tl.sum(y * y))
     tl.store(target + where, state.to(states.dtype.element_ty), mask=inside)

@@ -1,9 +1,9 @@
 """Rows of a weight matrix times a few vectors, near memory bandwidth: what decoding spends its time on.
 
 One program owns a block of the matrix's rows and walks along all columns. With one vector it multiplies and adds in
-registers, with more it uses tensor cores; either way every weight is read once. Norms ride along for free: a norm of
-the input is linear up to one factor per vector, so weights meet the unnormed input (times the norm's weight) and the
-factor, summed up on the way, is applied to the result.
+registers, with more it uses tensor cores; either way every weight is read once. Norms ride along: a norm of the
+input is linear up to one factor per vector, so weights meet the input times the norm's weight, which the kernel before
+has left ready, and the factor is applied to the result.
 
 A program asks for its first weights before it waits for the kernel before it (programmatic dependent launch), so that
 memory is never idle between kernels.
@@ -35,32 +35,31 @@ def _weights(w, rows, valid, start, K: tl.constexpr, BK: tl.constexpr, EVEN: tl.
 
 
 @triton.jit
-def group_factors(groups, m, M, K: tl.constexpr, BM: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
-                  EPS: tl.constexpr):  # fmt: skip
-    """Factors (BM, groups) of a norm over groups of SIZE inputs, from sums of squares (M, K / SIZE * PARTS)."""
-    COUNT: tl.constexpr = K // SIZE
-    at = tl.arange(0, COUNT)[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
-    found = tl.load(groups + m[:, None, None] * (COUNT * PARTS) + at[None], mask=(m < M)[:, None, None], other=0.0)
-    return tl.rsqrt(tl.sum(found, 2) / SIZE + EPS)
+def inputs(x, m, M, norm, sums, start, K: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, SIZE: tl.constexpr,
+           PARTS: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
+    """x[m, start : start + BK] (BM, BK), normed as far as that can be done here; and the sum of squares (BM,)."""
+    at = start + tl.arange(0, BK)
+    known = (m < M)[:, None] & (at < K)[None, :]
+    found = tl.load(x + m[:, None] * K + at[None, :], mask=known, other=0.0)
+    squares = tl.zeros([m.shape[0]], tl.float32)
+    if NORM == "whole" or NORM == "groups":
+        found = found.to(tl.float32)
+        if NORM == "whole":
+            squares = tl.sum(found * found, 1)
+        found *= tl.load(norm + at, mask=at < K, other=0.0).to(tl.float32)[None, :]
+    if NORM == "groups":
+        part = (start // SIZE) * PARTS + tl.arange(0, PARTS)
+        total = tl.load(sums + m[:, None] * (K // SIZE * PARTS) + part[None, :], mask=(m < M)[:, None], other=0.0)
+        found *= tl.rsqrt(tl.sum(total, 1) / SIZE + EPS)[:, None]
+    return found, squares
 
 
 @triton.jit
-def inputs(x, m, M, norm, factors, start, K: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, SIZE: tl.constexpr):
-    """x[m, start : start + BK] (BM, BK) in float32, weighted by the norm; and the sum of squares (BM,).
-
-    NORM "whole": RMSNorm over all K; the sum is for the caller. NORM "groups": over groups of SIZE, whose ``factors``
-    are applied here.
-    """
-    at = start + tl.arange(0, BK)
-    known = (m < M)[:, None] & (at < K)[None, :]
-    found = tl.load(x + m[:, None] * K + at[None, :], mask=known, other=0.0).to(tl.float32)
-    squares = tl.sum(found * found, 1)
-    if NORM != "none":
-        found *= tl.load(norm + at, mask=at < K, other=0.0).to(tl.float32)[None, :]
-    if NORM == "groups":
-        mine = tl.arange(0, K // SIZE) == start // SIZE
-        found *= tl.sum(tl.where(mine[None, :], factors, 0.0), 1)[:, None]
-    return found, squares
+def sum_of_squares(sums, m, M, PARTS: tl.constexpr, BP: tl.constexpr):
+    """Of each vector m (BM,), from the ``PARTS`` sums that the kernel before left in ``sums`` (M, PARTS)."""
+    at = tl.arange(0, BP)
+    known = (m < M)[:, None] & (at < PARTS)[None, :]
+    return tl.sum(tl.load(sums + m[:, None] * PARTS + at[None, :], mask=known, other=0.0), 1)
 
 
 @triton.jit
@@ -77,15 +76,19 @@ def ahead(w, rows, valid, w2, rows2, K: tl.constexpr, BM: tl.constexpr, BK: tl.c
 
 
 @triton.jit
-def product(tile, tile2, w, rows, valid, w2, rows2, x, m, M, norm, factors, K: tl.constexpr, BM: tl.constexpr,
+def product(tile, tile2, w, rows, valid, w2, rows2, x, m, M, norm, sums, K: tl.constexpr, BM: tl.constexpr,
             BN: tl.constexpr, BK: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr, SIZE: tl.constexpr,
-            EPS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """(BN, BM) products of ``rows`` of w, and with TWO of ``rows2`` of w2, with the vectors m of x, normed.
+            PARTS: tl.constexpr, BP: tl.constexpr, EPS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """(BN, BM) products of ``rows`` of w, and with TWO of ``rows2`` of w2, with the vectors m of x.
 
-    ``tile`` and ``tile2`` come from ``ahead``.
+    NORM says what x is: "none", taken as it is; "whole", RMSNorm is yet to be applied; "ready", the kernel before has
+    weighted it by the norm and left sums of squares in ``sums`` (M, PARTS); "groups", RMSNorm over groups of SIZE, with
+    PARTS sums of squares a group in ``sums``. ``tile`` and ``tile2`` come from ``ahead``.
     """
     EVEN: tl.constexpr = K % BK == 0
     squares = tl.zeros([BM], tl.float32)
+    if NORM == "ready":
+        squares = sum_of_squares(sums, m, M, PARTS, BP)
     if BM == 1:
         acc = tl.zeros([BN, BK], tl.float32)
         acc2 = tl.zeros([BN, BK], tl.float32)
@@ -95,11 +98,12 @@ def product(tile, tile2, w, rows, valid, w2, rows2, x, m, M, norm, factors, K: t
                 tile = _weights(w, rows, valid, start + BK, K, BK, EVEN)
                 if TWO:
                     tile2 = _weights(w2, rows2, valid, start + BK, K, BK, EVEN)
-            found, part = inputs(x, m, M, norm, factors, start, K, BK, NORM, SIZE)
+            found, part = inputs(x, m, M, norm, sums, start, K, BK, NORM, SIZE, PARTS, EPS)
             squares += part
-            acc += now.to(tl.float32) * found
+            vector = found.to(tl.float32)
+            acc += now.to(tl.float32) * vector
             if TWO:
-                acc2 += now2.to(tl.float32) * found
+                acc2 += now2.to(tl.float32) * vector
         out = tl.sum(acc, 1)[:, None]
         out2 = tl.sum(acc2, 1)[:, None]
     else:
@@ -107,14 +111,14 @@ def product(tile, tile2, w, rows, valid, w2, rows2, x, m, M, norm, factors, K: t
         out2 = tl.zeros([BN, BM], tl.float32)
         for start in tl.range(0, K, BK, num_stages=STAGES):
             block = _weights(w, rows, valid, start, K, BK, EVEN)
-            found, part = inputs(x, m, M, norm, factors, start, K, BK, NORM, SIZE)
+            found, part = inputs(x, m, M, norm, sums, start, K, BK, NORM, SIZE, PARTS, EPS)
             squares += part
             vectors = tl.trans(found.to(block.dtype))
             out = tl.dot(block, vectors, out, input_precision="ieee")
             if TWO:
                 block2 = _weights(w2, rows2, valid, start, K, BK, EVEN)
                 out2 = tl.dot(block2, vectors, out2, input_precision="ieee")
-    if NORM == "whole":
+    if NORM == "whole" or NORM == "ready":
         factor = tl.rsqrt(squares / K + EPS)[None, :]
         out *= factor
         out2 *= factor
@@ -122,29 +126,52 @@ def product(tile, tile2, w, rows, valid, w2, rows2, x, m, M, norm, factors, K: t
 
 
 @triton.jit
-def linear_kernel(x, w, w2, bias, norm, groups, live, out, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-                  BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr,
-                  EPS: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
-    """out (M, N) = norm(x) wᵀ; GATED: silu(norm(x) wᵀ) * norm(x) w2ᵀ; ADD: added to ``out`` where ``live`` (M,)."""
+def linear_kernel(x, w, w2, bias, norm, sums, live, out, next_norm, next_x, next_sums, M, N: tl.constexpr,
+                  K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
+                  SIZE: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, EPS: tl.constexpr, GATED: tl.constexpr,
+                  BIAS: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """out (M, N) = norm(x) wᵀ; GATED: silu(norm(x) wᵀ) * norm(x) w2ᵀ.
+
+    ADD: it is added to ``out`` where ``live`` (M,), and ``out`` made ready for the norm that comes next: weighted by
+    ``next_norm`` (N,) in ``next_x`` (M, N), sums of squares, one a program, in ``next_sums`` (M, programs).
+    """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     valid = rows < N
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     row = tl.minimum(rows, N - 1)
     tile, tile2 = ahead(w, row, valid, w2, row, K, BM, BK, GATED)
     wait_for_inputs(PDL)
-    factors = 0.0
-    if NORM == "groups":
-        factors = group_factors(groups, m, M, K, BM, SIZE, PARTS, EPS)
-    y, y2 = product(tile, tile2, w, row, valid, w2, row, x, m, M, norm, factors, K, BM, BN, BK, GATED, NORM, SIZE, EPS,
-                    STAGES)  # fmt: skip
+    where = out + m[None, :] * N + rows[:, None]
+    known = valid[:, None] & (m < M)[None, :]
+    if ADD:
+        old = tl.load(where, mask=known, other=0.0).to(tl.float32)
+        added = tl.load(live + m, mask=m < M, other=0)
+        weight = tl.load(next_norm + row, mask=valid, other=0.0).to(tl.float32)
+    y, y2 = product(tile, tile2, w, row, valid, w2, row, x, m, M, norm, sums, K, BM, BN, BK, GATED, NORM, SIZE, PARTS,
+                    BP, EPS, STAGES)  # fmt: skip
     if BIAS:
         y += tl.load(bias + row).to(tl.float32)[:, None]
     if GATED:
         y = y / (1.0 + tl.exp(-y)) * y2
-    where = out + m[None, :] * N + rows[:, None]
-    known = valid[:, None] & (m < M)[None, :]
     if ADD:
-        known = known & (tl.load(live + m, mask=m < M, other=0) != 0)[None, :]
-        y += tl.load(where, mask=known, other=0.0).to(tl.float32)
-    tl.store(where, y.to(out.dtype.element_ty), mask=known)
+        y = tl.where((added != 0)[None, :], old + y, old).to(out.dtype.element_ty)
+        tl.store(where, y, mask=known)
+        y = tl.where(valid[:, None], y.to(tl.float32), 0.0)
+        tl.store(next_x + m[None, :] * N + rows[:, None], (y * weight[:, None]).to(next_x.dtype.element_ty), mask=known)
+        tl.store(next_sums + m * tl.num_programs(0) + tl.program_id(0), tl.sum(y * y, 0), mask=m < M)
+    else:
+        tl.store(where, y.to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def norm_groups_kernel(x, norm, sums, K: tl.constexpr, SIZE: tl.constexpr, BS: tl.constexpr, PARTS: tl.constexpr,
+                       EPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """RMSNorm of x (M, K) in place, over groups of SIZE, whose sums of squares are in ``sums`` (M, K / SIZE * PARTS)."""
+    wait_for_inputs(PDL)
+    m, group = tl.program_id(0), tl.program_id(1)
+    at = tl.arange(0, BS)
+    total = tl.sum(tl.load(sums + (m * (K // SIZE) + group) * PARTS + tl.arange(0, PARTS)))
+    place = group * SIZE + at
+    found = tl.load(x + m * K + place, mask=at < SIZE, other=0.0).to(tl.float32)
+    found *= tl.load(norm + place, mask=at < SIZE, other=0.0).to(tl.float32) * tl.rsqrt(total / SIZE + EPS)
+    tl.store(x + m * K + place, found.to(x.dtype.element_ty), mask=at < SIZE)

@@ -111,26 +111,33 @@ def decide_kernel(confidence, thresholds, index, ticket, live, left, exit_index,
 
 
 @triton.jit
-def choose_kernel(logits, bias, ticket, exit_index, ids, words, V, BV: tl.constexpr, FEED: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+def choose_kernel(logits, bias, ticket, exit_index, ids, words, found, counter, V, BV: tl.constexpr, SPLITS: tl.constexpr,
+                  FEED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The likeliest token of every row of logits (M, V), the first of equals, to the host; FEED: it is the next step's,
     and the exit index is told too. ``bias`` (V,) is added to the logits.
+
+    SPLITS programs share a row; the one that finishes last compares what they ``found`` (M, SPLITS, 2).
     """
     wait_for_inputs(PDL)
-    b = tl.program_id(0)
-    v = tl.arange(0, BV)
-    best = tl.full([BV], float("-inf"), tl.float32)
-    at = tl.zeros([BV], tl.int32)
-    for start in range(0, V, BV):
-        here = start + v
-        found = tl.load(logits + b.to(tl.int64) * V + here, mask=here < V, other=float("-inf"))
-        found += tl.load(bias + here, mask=here < V, other=0.0)
-        at = tl.where(found > best, here, at)
-        best = tl.maximum(best, found)
-    top = tl.max(best, 0)
-    token = tl.min(tl.where(best == top, at, 2147483647), 0)
-    word = (tl.load(ticket) & NUMBERS).to(tl.int64) * (1 << 40)
-    if FEED:
-        tl.store(ids + b, token.to(tl.int64))
-        word += tl.load(exit_index + b).to(tl.int64) * (1 << 32)
-    tl.store(words + b, word + token)
+    b, split = tl.program_id(0), tl.program_id(1)
+    v = split * BV + tl.arange(0, BV)
+    row = tl.load(logits + b.to(tl.int64) * V + v, mask=v < V, other=float("-inf"))
+    row += tl.load(bias + v, mask=v < V, other=0.0)
+    top = tl.max(row, 0)
+    first = tl.min(tl.where((row == top) & (v < V), v, V - 1), 0)
+    tl.store(found + (b * SPLITS + split) * 2, top)
+    tl.store(found + (b * SPLITS + split) * 2 + 1, first.to(tl.float32))
+    tl.debug_barrier()
+    if tl.atomic_add(counter + b, 1) == SPLITS - 1:
+        each = tl.arange(0, SPLITS)
+        tops = tl.load(found + (b * SPLITS + each) * 2, cache_modifier=".cg")
+        firsts = tl.load(found + (b * SPLITS + each) * 2 + 1, cache_modifier=".cg")
+        best = tl.max(tops, 0)
+        token = tl.min(tl.where(tops == best, firsts, 2.0**24), 0).to(tl.int64)
+        tl.store(counter + b, 0)
+        word = (tl.load(ticket) & NUMBERS).to(tl.int64) * (1 << 40)
+        if FEED:
+            tl.store(ids + b, token)
+            word += tl.load(exit_index + b).to(tl.int64) * (1 << 32)
+        # Steps write in turns, so that one may begin before the host has read the one before.
+        tl.store(words + (tl.load(ticket) & 1) * tl.num_programs(0) + b, word + token)

@@ -1,0 +1,124 @@
+"""Law 10 for the GPU engine: the tokens, depths and counts of the eager one, in float32.
+
+Without a GPU its kernels are interpreted, which is slow: the models are as small as they come.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from dynamax_llm.backbones import adapt
+from dynamax_llm.decoding import EarlyExit
+from dynamax_llm.decoding.cuda import new_decoder as new_cuda_decoder
+from dynamax_llm.decoding.decoder import ExitPlan
+from dynamax_llm.decoding.deferred import new_decoder
+from dynamax_llm.decoding.loop import EarlyExitOutput
+from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.errors import UsageError
+from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.readout import Readout
+from dynamax_llm.testing import ScriptedJudge, random_ids, tiny_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = {
+    "mistral": {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "mamba2": {"hidden_size": 8, "num_heads": 2, "head_dim": 8, "n_groups": 1, "state_size": 6},
+}
+SIZES["qwen2"] = SIZES["llama"] = SIZES["mistral"]
+
+
+def small(family: str, layers: int = 3) -> PreTrainedModel:
+    extra = {} if family == "mamba2" else {"head_dim": 8}
+    return tiny_model(family, layers=layers, vocab=19, **SIZES[family], **extra).to(DEVICE)
+
+
+def generate(model: PreTrainedModel, batch: int, engine: str | None, **settings) -> EarlyExitOutput:
+    exits = Exits.untrained(adapt(model), (1, 2))
+    ids = random_ids(batch, 5, vocab=19).to(DEVICE)
+    mask = torch.ones_like(ids)
+    if batch > 1:
+        mask[0, :2] = 0
+    early = EarlyExit(exits, measure="softmax_max", engine=engine, **settings)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, custom_generate=early)
+
+
+@pytest.mark.parametrize(
+    ("family", "batch", "policy", "threshold"),
+    [
+        ("mistral", 1, "propagate", "never"),
+        ("qwen2", 2, "propagate", 0.3),
+        ("mamba2", 2, "propagate", 0.3),
+        ("mistral", 2, "defer", 0.3),
+        ("mamba2", 1, "defer", 0.3),
+        ("llama", 1, "verify", 0.2),
+        ("mamba2", 2, "verify", 0.2),
+    ],
+)
+def test_same_tokens_depths_and_counts_as_eager(family: str, batch: int, policy: str, threshold: float | str) -> None:
+    model = small(family)
+    eager, cuda = (generate(model, batch, e, policy=policy, threshold=threshold, window=3) for e in ("eager", "cuda"))
+    assert (eager.engine, cuda.engine) == ("eager", "cuda")
+    assert torch.equal(eager.sequences, cuda.sequences)
+    assert torch.equal(eager.exit_layers, cuda.exit_layers)
+    assert eager.trace.spent.passes == cuda.trace.spent.passes
+    assert eager.verification == cuda.verification
+
+
+@pytest.mark.parametrize("family", ["mistral", "mamba2"])
+def test_tokens_are_taken_back_row_by_row(family: str) -> None:
+    """Law 4 here: after a rejection every row's state is that of the tokens it kept."""
+    model = small(family)
+    backbone, pattern = adapt(model), torch.tensor([[0, 1, 2, 0, 0, 2], [0, 2, 0, 0, 1, 2]])
+    readout = Readout(backbone, ExitConfig((1, 2), 3))
+    plans = [ExitPlan((1, 2), ScriptedJudge(pattern.to(DEVICE)), readout, POLICIES["verify"], 4) for _ in range(2)]
+    decoders = [make(backbone, plan) for make, plan in zip((new_decoder, new_cuda_decoder), plans, strict=True)]
+    ids, kept = random_ids(2, 4, vocab=19).to(DEVICE), torch.tensor([1, 2])
+    with torch.no_grad():
+        token = [decoder.prefill(ids) for decoder in decoders][0].argmax(-1, keepdim=True)
+        for step in range(6):
+            found = [decoder.step(token, (0.5, 0.5)) for decoder in decoders]
+            assert torch.equal(found[0].exit_index, found[1].exit_index)
+            assert torch.allclose(found[0].logits, found[1].logits, atol=1e-4)
+            token = found[0].logits.argmax(-1, keepdim=True)
+            if found[0].window is not None:
+                assert torch.allclose(found[0].window, found[1].window, atol=1e-4)
+                counts = kept.clamp(max=found[0].window.shape[1])
+                for decoder in decoders:
+                    decoder.keep(counts.to(DEVICE))
+
+
+def test_programs_serve_prompts_of_any_length_and_are_made_once() -> None:
+    model = small("mistral", layers=2)
+    exits = Exits.untrained(adapt(model), (1,))
+    early = EarlyExit(exits, measure="softmax_max", threshold=0.5, engine="cuda")
+    for length in (3, 9):
+        ids = random_ids(1, length, vocab=19).to(DEVICE)
+        out = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, custom_generate=early)
+        eager = EarlyExit(exits, measure="softmax_max", threshold=0.5, engine="eager")
+        assert torch.equal(
+            out.sequences, model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, custom_generate=eager).sequences
+        )
+    assert len(exits.drive(model).machines) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "said"),
+    [
+        ("gemma", {}, "family 'gemma'"),
+        ("mistral", {"policy": "copy"}, "policy 'copy'"),
+        ("mistral", {"policy": "defer", "window": 512}, "512 waiting tokens"),
+    ],
+)
+def test_what_it_cannot_do_is_said_or_left_to_eager(family: str, settings: dict, said: str) -> None:
+    model = tiny_model(family, layers=3, vocab=19).to(DEVICE)
+    with pytest.raises(UsageError, match=said):
+        generate(model, 1, "cuda", threshold=0.5, **settings)
+    assert generate(model, 1, None, threshold=0.5, **settings).engine == "eager"
+
+
+def test_an_unknown_engine_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown engine 'cdua'"):
+        EarlyExit(Exits.untrained(adapt(small("mistral")), (1, 2)), measure="entropy", engine="cdua")
