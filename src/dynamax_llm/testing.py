@@ -30,9 +30,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from dynamax_llm.backbones import adapt
+from dynamax_llm.evaluation.random_models import zero_tail
 from dynamax_llm.exits.confidence import Judge, Signals, State
 from dynamax_llm.registry import Registry
+
+__all__ = ["TINY", "ScriptedJudge", "random_ids", "tiny_model", "zero_tail"]
 
 
 def _cycle(*kinds: str) -> Callable[[int], list[str]]:
@@ -238,14 +240,3 @@ class ScriptedJudge(Judge):
 
     def macs(self, exit: int) -> int:
         return 0
-
-
-@torch.no_grad()
-def zero_tail(model: nn.Module, depth: int) -> nn.Module:
-    """Make the layers after ``depth`` add nothing: stopping there then gives exactly the full model's output, at the
-    full model's cost. Zeroes every projection that writes into the residual stream; changes ``model`` in place."""
-    for layer in adapt(model).layers[depth:]:
-        for name, parameter in layer.named_parameters():
-            if any(part in name for part in ("o_proj", "down_proj", "out_proj", "output_linear")):
-                parameter.zero_()
-    return model

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.main import get_command
 
-from dynamax_llm.cli import calibrate, demo, eval, generate, paper, report, scan, train, tune
+from dynamax_llm.cli import bench, calibrate, demo, eval, generate, paper, report, scan, train, tune
 from dynamax_llm.errors import DynamaxError
 
 REFUSED, INTERRUPTED = 2, 130
@@ -30,6 +30,7 @@ app.command()(tune.tune)
 app.command()(calibrate.calibrate)
 app.command()(generate.generate)
 app.command(name="eval")(eval.evaluate)
+app.command()(bench.bench)
 app.command()(report.report)
 app.command()(paper.paper)
 

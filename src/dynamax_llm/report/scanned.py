@@ -16,10 +16,13 @@ DOCUMENT = "scan.json"
 SIZE = (6.4, 3.6)
 
 
-def check_target(out: str | Path) -> Path:
-    """The .json file that ``out``, a folder or that file, stands for. Raises UsageError, OSError if it cannot be."""
+def check_target(out: str | Path, document: str = DOCUMENT) -> Path:
+    """The .json file that ``out``, a folder (then ``document`` in it) or that file, stands for.
+
+    Raises UsageError, OSError if it cannot be.
+    """
     given = Path(out).expanduser()
-    path = given if given.suffix == ".json" and not given.is_dir() else given / DOCUMENT
+    path = given if given.suffix == ".json" and not given.is_dir() else given / document
     place = path.parent
     while not place.exists():
         place = place.parent

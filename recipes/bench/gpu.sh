@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# The bars of the GPU engine at one 7B shape, on one GPU: OUT=DIR bash recipes/bench/gpu.sh SHAPE [PART ...]
+#   SHAPE  mistral-7b or codestral-mamba-7b
+#   PART   short  batch 1, 64 + 256 tokens: depths, policies, checks, baselines
+#          batch  batch 8: rows that leave by themselves
+#          long   2,000 + 2,000 tokens
+#          exact  2,000 + 2,000 tokens of a tiny float32 model of the family: the same tokens as the eager engine
+# Leaves OUT/SHAPE-PART.json, written as it goes, plots beside them, and OUT/SHAPE.md with the bars. One call per shape
+# takes minutes. PYTHON names the interpreter; packages it lacks may lie in .carry/bench (README.md).
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+: "${OUT:?folder for results}"
+shape=${1:?mistral-7b or codestral-mamba-7b}
+shift
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(short batch long exact)
+tiny=tiny-transformer
+[ "$shape" = mistral-7b ] || tiny=tiny-mamba
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 COLUMNS=160
+"${PYTHON:-python3}" -c "import pydantic, typer; typer.TyperException" 2>/dev/null || export PYTHONPATH="$PWD/.carry/bench:$PYTHONPATH"
+mkdir -p "$OUT"
+deadline=$((SECONDS + ${LIMIT:-570}))
+
+bench() { # PART OPTIONS ...
+    local left=$((deadline - SECONDS)) part=$1
+    shift
+    [ "$left" -gt 10 ] || { echo "$part: no time left"; return; }
+    echo "== $shape, $part, $left s left"
+    timeout -s INT "$left" "${PYTHON:-python3}" -m dynamax_llm.cli bench "$@" --device "${DEVICE:-cuda}" \
+        --out "$OUT/$shape-$part.json" || echo "$part ended with $?"
+}
+
+for part in "${parts[@]}"; do
+    case $part in
+    short) bench short --shape "$shape" --batch 1 --checks 4 --dtype bfloat16 ;;
+    batch) bench batch --shape "$shape" --batch 8 --policy propagate,defer --window 8 --spread 0,0.5,1 --repeats 2 \
+        --no-baselines --dtype bfloat16 ;;
+    long) bench long --shape "$shape" --batch 1 --policy propagate --prompt 2000 --new 2000 --repeats 2 \
+        --no-baselines --no-sameness --dtype bfloat16 ;;
+    exact) bench exact --shape "$tiny" --batch 1 --policy propagate,verify --window 16 --prompt 2000 --new 2000 \
+        --baseline-new 2000 --repeats 1 --no-baselines --dtype float32 ;;
+    *) echo "no part $part: short, batch, long, exact" >&2; exit 2 ;;
+    esac
+done
+"${PYTHON:-python3}" recipes/bench/bars.py "$OUT" --shape "$shape" | tee "$OUT/$shape.md"
