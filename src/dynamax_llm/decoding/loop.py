@@ -43,9 +43,9 @@ OnToken = Callable[[Tensor, Tensor], None]
 @dataclass(frozen=True)
 class EarlyExitOutput:
     """``sequences`` (B, prompt + new), ``exit_layers`` (B, new) layers run until a token was decided (0 after a row's
-    end), the ``trace``, under ``verify`` what became of the proposals, the ``engine`` that ran and
-    its own ``kernels``, and per step ``scores`` (processed) and
-    ``logits`` (raw), each (B, V), when asked for; under ``verify`` they are 0 after a row's end."""
+    end), the ``trace``, under ``verify`` what became of the proposals, the ``engine`` that ran and its
+    own ``kernels``, and per step ``scores`` (processed) and ``logits`` (raw), each (B, V), when asked for; under
+    ``verify`` they are 0 after a row's end."""
 
     sequences: Tensor
     exit_layers: Tensor

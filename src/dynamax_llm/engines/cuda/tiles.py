@@ -1,4 +1,4 @@
-"""Block sizes of the products, found by ``recipes/bench/tiles.py`` on one H200."""
+"""Block sizes of the products, found by ``recipes/speed/tiles.py`` on one H200."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 MOST_VECTORS = 64
 #: Fewest that tensor cores take.
 LEAST_VECTORS = 16
+#: Shared memory, in bytes, that the blocks on their way may fill.
+SHARED = 224 * 1024
 
 
 class Tile(NamedTuple):
@@ -34,14 +36,18 @@ def tile(outputs: int, inputs: int, vectors: int, dtype: torch.dtype, *, pairs: 
             rows, columns, warps, stages = (64, 256, 4, 3)
     wide = dtype == torch.float32
     columns = min(columns // 2 if wide else columns, power_of_two(inputs))
+    block = 1 if vectors == 1 else min(max(power_of_two(vectors), LEAST_VECTORS), MOST_VECTORS)
     if vectors > 1:
         columns = max(columns, LEAST_VECTORS)
         stages = 2 if wide else stages
+        held = (rows * (1 + pairs) + block) * (4 if wide else 2)  # bytes of a column, of weights and of vectors
+        stages = min(stages, max(2, SHARED // (held * columns)))
+        while columns > LEAST_VECTORS and stages * held * columns > SHARED:
+            columns //= 2
     while group and group % columns:
         columns //= 2
     least = 1 if vectors == 1 else LEAST_VECTORS
     rows = max(min(rows, power_of_two(outputs)), least)
-    block = 1 if vectors == 1 else min(max(power_of_two(vectors), LEAST_VECTORS), MOST_VECTORS)
     return Tile(rows, columns, block, warps, stages)
 
 

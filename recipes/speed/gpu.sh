@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The bars of the GPU engine at one 7B shape, on one GPU: OUT=DIR bash recipes/bench/gpu.sh SHAPE [PART ...]
+# The bars of the GPU engine at one 7B shape, on one GPU: OUT=DIR bash recipes/speed/gpu.sh SHAPE [PART ...]
 #   SHAPE  mistral-7b or codestral-mamba-7b
-#   PART   short  batch 1, 64 + 256 tokens: depths, policies, checks, baselines
+#   PART   short  batch 1, 64 + 256 tokens: depths, policies, checks by heads on h and by default ones
+#          stock  the same beside the eager engine and transformers, plain and compiled
 #          batch  batch 8: rows that leave by themselves
 #          long   2,000 + 2,000 tokens
 #          exact  2,000 + 2,000 tokens of a tiny float32 model of the family: the same tokens as the eager engine
@@ -13,7 +14,7 @@ cd "$(dirname "$0")/../.."
 shape=${1:?mistral-7b or codestral-mamba-7b}
 shift
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(short batch long exact)
+[ ${#parts[@]} -gt 0 ] || parts=(short batch long exact stock)
 tiny=tiny-transformer
 [ "$shape" = mistral-7b ] || tiny=tiny-mamba
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 COLUMNS=160
@@ -32,14 +33,19 @@ bench() { # PART OPTIONS ...
 
 for part in "${parts[@]}"; do
     case $part in
-    short) bench short --shape "$shape" --batch 1 --checks 4 --dtype bfloat16 ;;
-    batch) bench batch --shape "$shape" --batch 8 --policy propagate,defer --window 8 --spread 0,0.5,1 --repeats 2 \
-        --no-baselines --dtype bfloat16 ;;
-    long) bench long --shape "$shape" --batch 1 --policy propagate --prompt 2000 --new 2000 --repeats 2 \
+    short)
+        bench short --shape "$shape" --batch 1 --checks 4 --inputs hidden --no-baselines --baseline-new 48 --dtype bfloat16
+        bench default-head --shape "$shape" --batch 1 --policy propagate --checks 4 --new 128 --no-baselines \
+            --no-sameness --repeats 2 --dtype bfloat16 ;;
+    stock) bench stock --shape "$shape" --batch 1 --policy propagate --new 128 --baseline-new 32 --repeats 2 \
+        --no-sameness --dtype bfloat16 ;;
+    batch) bench batch --shape "$shape" --batch 8 --policy propagate,defer --window 8 --spread 0,0.5,1 --new 128 \
+        --repeats 2 --no-baselines --no-sameness --dtype bfloat16 ;;
+    long) bench long --shape "$shape" --batch 1 --policy propagate --prompt 2000 --new 2000 --repeats 1 \
         --no-baselines --no-sameness --dtype bfloat16 ;;
     exact) bench exact --shape "$tiny" --batch 1 --policy propagate,verify --window 16 --prompt 2000 --new 2000 \
         --baseline-new 2000 --repeats 1 --no-baselines --dtype float32 ;;
-    *) echo "no part $part: short, batch, long, exact" >&2; exit 2 ;;
+    *) echo "no part $part: short, batch, long, exact, stock" >&2; exit 2 ;;
     esac
 done
-"${PYTHON:-python3}" recipes/bench/bars.py "$OUT" --shape "$shape" | tee "$OUT/$shape.md"
+"${PYTHON:-python3}" recipes/speed/bars.py "$OUT" --shape "$shape" | tee "$OUT/$shape.md"

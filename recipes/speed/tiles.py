@@ -1,6 +1,6 @@
 """Which tiles suit a device: every product of a 7B layer alone, in a chain of layers, swept over block sizes.
 
-    python recipes/bench/tiles.py [--vectors 1 16] [--seconds 200]
+    python recipes/speed/tiles.py [--vectors 1 16] [--seconds 200]
 
 Prints, per product and tile, microseconds and the share of the measured copy bandwidth; the tables in
 ``engines/cuda/tiles.py`` are what this found on one H200.

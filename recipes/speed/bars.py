@@ -1,6 +1,6 @@
 """The GPU engine's bars beside what ``dynamax bench`` measured: a table.
 
-python recipes/bench/bars.py DIR [--shape mistral-7b]     reads DIR/SHAPE-PART.json, as gpu.sh leaves them
+python recipes/speed/bars.py DIR [--shape mistral-7b]     reads DIR/SHAPE-PART.json, as gpu.sh leaves them
 """
 
 from __future__ import annotations
