@@ -1,180 +1,141 @@
-"""Which tiles suit a device: every product of a 7B layer alone, in a chain of layers, swept over block sizes.
+"""Which tiles suit a device: every product of a 7B layer alone, in a chain of copies, swept over block sizes.
 
-    python recipes/speed/tiles.py [--vectors 1 16] [--seconds 200]
+    PYTHONPATH=src python recipes/speed/tiles.py [--vectors 1 16] [--seconds 200]
 
-Prints, per product and tile, microseconds and the share of the measured copy bandwidth; the tables in
-``engines/cuda/tiles.py`` are what this found on one H200.
+Prints, per product, the fastest tiles in microseconds and as a share of the bandwidth of a copy measured beside them.
+``engines/cuda/tiles.py`` holds what this found on one H200.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from dynamax_llm.engines.cuda.kernels.product import linear_kernel
-
-#: Name: outputs, inputs, norm, gated, added; of Mistral 7B, then of Codestral Mamba 7B.
-PRODUCTS = {
-    "qkv": (6144, 4096, "whole", False, False),
-    "o": (4096, 4096, "none", False, True),
-    "gate_up": (14336, 4096, "whole", True, False),
-    "down": (4096, 14336, "none", False, True),
-    "head": (32768, 4096, "whole", False, False),
-    "in_proj": (18560, 4096, "whole", False, False),
-    "out_proj": (4096, 8192, "groups", False, True),
-}
-SINGLE = [(bn, bk, warps, 1) for bn, bk, warps in itertools.product((2, 4, 8, 16), (512, 1024, 2048), (4, 8))]
-SINGLE = [tile for tile in SINGLE if 2048 <= tile[0] * tile[1] <= 16384]
-SEVERAL = [
-    (bn, bk, warps, stages)
-    for bn, bk, warps, stages in itertools.product((16, 32, 64), (128, 256), (4, 8), (3, 5))
-    if bn * bk * stages <= 48 * 1024 * 2 and not (bn == 16 and warps == 8)
-]
+from dynamax_llm.engines.cuda import launch
+from dynamax_llm.engines.cuda.passes import Pass
+from dynamax_llm.engines.cuda.tiles import LEAST_VECTORS, Tile, power_of_two
 
 
-def launch(name, tile, m, tensors, pdl, warmup=False):
-    n, k, norm, gated, add = PRODUCTS[name]
-    bn, bk, warps, stages = tile
-    x, w, w2, weight, groups, live, out = tensors
-    grid = (-(-n // bn), 1)
-    size, parts = (1024, 32) if norm == "groups" else (1, 1)
-    bm = 1 if m == 1 else max(16, 1 << (m - 1).bit_length())
-    arguments = (
-        x,
-        w,
-        w2,
-        w,
-        weight,
-        groups,
-        live,
-        out,
-        m,
-        n,
-        k,
-        bm,
-        bn,
-        bk,
-        norm,
-        size,
-        parts,
-        1e-5,
-        gated,
-        False,
-        add,
-    )
-    settings = {"num_warps": warps, "launch_pdl": pdl}
-    if warmup:
-        linear_kernel.warmup(*arguments, stages, pdl, grid=grid, **settings)
-    else:
-        linear_kernel[grid](*arguments, stages, pdl, **settings)
+@dataclass(frozen=True)
+class Product:
+    """Outputs and inputs of a matrix; ``gated``: of a pair of them; ``added``: to the residual stream."""
+
+    name: str
+    outputs: int
+    inputs: int
+    gated: bool = False
+    added: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.outputs * self.inputs * 2 * (1 + self.gated)
 
 
-def make(name, m, copies):
-    n, k, *_ = PRODUCTS[name]
+#: Of Mistral 7B, then of Codestral Mamba 7B.
+PRODUCTS = (
+    Product("qkv", 6144, 4096),
+    Product("o", 4096, 4096, added=True),
+    Product("gate_up", 14336, 4096, gated=True),
+    Product("down", 4096, 14336, added=True),
+    Product("head", 32768, 4096),
+    Product("in_proj", 18560, 4096),
+    Product("out_proj", 4096, 8192, added=True),
+)
+ONE = list(itertools.product((2, 4, 8, 16), (512, 1024, 2048), (4, 8), (1,)))
+SEVERAL = list(itertools.product((16, 32, 64), (128, 256), (4, 8), (3, 5)))
+
+
+def chain(product: Product, vectors: int, copies: int) -> Callable[[], None]:
+    """Work that multiplies with ``copies`` different matrices, one after the other."""
     kind = {"dtype": torch.bfloat16, "device": "cuda"}
-    x = torch.randn(m, k, **kind)
-    weights = [torch.randn(n, k, **kind) * k**-0.5 for _ in range(copies * (2 if PRODUCTS[name][3] else 1))]
-    groups = torch.rand(m, k // 1024 * 32, device="cuda") * 100
-    live = torch.ones(m, dtype=torch.int32, device="cuda")
-    return x, weights, torch.ones(k, **kind), groups, live, torch.zeros(m, n, **kind)
+    x = torch.randn(vectors, product.inputs, **kind)
+    weights = [torch.randn(product.outputs, product.inputs, **kind) * product.inputs**-0.5 for _ in range(copies)]
+    sums = torch.rand(vectors, 512, device="cuda")
+    out = torch.zeros(vectors, product.outputs, **kind)
+    norm = torch.ones(product.outputs, **kind)
+    p = Pass(1, vectors, out, torch.zeros(1, dtype=torch.int32, device="cuda"))
+
+    def work() -> None:
+        for index, weight in enumerate(weights):
+            if product.added:
+                launch.add_linear(x, weight, p, norm)
+            else:
+                second: Tensor | None = weights[index - 1] if product.gated else None
+                launch.linear(x, weight, out, second=second, eps=1e-5, sums=sums)
+
+    return work
 
 
-def compile_all(jobs):
-    for name, m, tile, pdl in jobs:
-        x, w, weight, groups, live, out = make(name, m, 1)
-        try:
-            launch(name, tile, m, (x, w[0], w[-1], weight, groups, live, out), pdl, warmup=True)
-        except Exception as error:
-            print(name, m, tile, str(error).splitlines()[0][:100], flush=True)
-
-
-def graph_time(work, repeats=7):
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        work()
+def microseconds(work: Callable[[], None], repeats: int = 7) -> float:
+    """Median time of a recorded program."""
+    work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
+    return timed(graph.replay, repeats)
+
+
+def timed(call: Callable[[], object], repeats: int = 7) -> float:
     times = []
     for _ in range(repeats + 2):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        graph.replay()
+        call()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3)
     return statistics.median(times[2:])
 
 
-def copy_bandwidth():
-    a = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() / graph_time(lambda: b.copy_(a)) * 1e6
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a large copy on the device."""
+    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / timed(lambda: target.copy_(source)) * 1e6
 
 
-def main():
-    parser = argparse.ArgumentParser()
+def sweep(product: Product, vectors: int, bandwidth: float, until: float) -> None:
+    """Print the fastest tiles of one product."""
+    copies = max(6, min(24, int(1.2e9 // product.nbytes)))
+    work, found = chain(product, vectors, copies), []
+    block = 1 if vectors == 1 else max(LEAST_VECTORS, power_of_two(vectors))
+    chosen = launch.tile
+    for rows, columns, warps, stages in ONE if vectors == 1 else SEVERAL:
+        if time.time() > until:
+            break
+        made = Tile(rows, columns, block, warps, stages)
+        launch.tile = lambda *arguments, made=made, **options: made
+        try:
+            found.append((microseconds(work) / copies, made))
+        except Exception as error:  # a tile that does not fit
+            print(f"   {made}: {str(error).splitlines()[0][:80]}")
+        finally:
+            launch.tile = chosen
+    floor = product.nbytes / bandwidth * 1e6
+    own = microseconds(work) / copies
+    print(f"{product.name}, {vectors} vectors: floor {floor:.1f} us, as shipped {own:.2f} us ({floor / own:.1%})")
+    for spent, made in sorted(found)[:5]:
+        print(f"   {spent:7.2f} us {floor / spent:5.1%} {made}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--names", nargs="+", default=list(PRODUCTS))
     parser.add_argument("--seconds", type=float, default=200)
     args = parser.parse_args()
-    began = time.time()
-    jobs = [
-        (name, m, tile, pdl)
-        for m in args.vectors
-        for name in args.names
-        for tile in (SINGLE if m == 1 else SEVERAL)
-        for pdl in (True,)
-    ]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(14, mp_context=context) as pool:
-        list(pool.map(compile_all, [jobs[i::14] for i in range(14)]))
-    print(f"compiled {len(jobs)} in {time.time() - began:.0f} s", flush=True)
+    until = time.time() + args.seconds
     bandwidth = copy_bandwidth()
-    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s, {torch.cuda.get_device_name()}", flush=True)
-    for m in args.vectors:
-        for name in args.names:
-            n, k, _, gated, _ = PRODUCTS[name]
-            size = n * k * 2 * (2 if gated else 1)
-            copies = max(6, min(24, int(1.2e9 // size)))
-            x, weights, weight, groups, live, out = make(name, m, copies)
-            pairs = list(zip(weights[:copies], weights[-copies:], strict=True))
-            found = []
-            for tile in SINGLE if m == 1 else SEVERAL:
-                for pdl in (True,):
-
-                    def work(tile=tile, pdl=pdl):
-                        for w, w2 in pairs:
-                            launch(name, tile, m, (x, w, w2, weight, groups, live, out), pdl)
-
-                    if time.time() - began > args.seconds:
-                        break
-                    try:
-                        found.append((graph_time(work) / copies, tile, pdl))
-                    except Exception as error:
-                        print(name, tile, str(error).splitlines()[0][:80], flush=True)
-            found.sort()
-            floor = size / bandwidth * 1e6
-            print(f"{name} m={m}: floor {floor:.1f} us", flush=True)
-            for us, tile, pdl in found[:6] + found[-1:]:
-                print(f"   {us:7.2f} us {floor / us:5.1%} tile {tile} pdl {pdl}", flush=True)
-            if found:
-                best = found[0][1]
-
-                def again(tile=best):
-                    for w, w2 in pairs:
-                        launch(name, tile, m, (x, w, w2, weight, groups, live, out), False)
-
-                us = graph_time(again) / copies
-                print(f"   {us:7.2f} us {floor / us:5.1%} tile {best} without overlap", flush=True)
-            del pairs, weights
+    print(f"{torch.cuda.get_device_name()}: a copy moves {bandwidth / 1e12:.2f} TB/s", flush=True)
+    for vectors, product in itertools.product(args.vectors, PRODUCTS):
+        sweep(product, vectors, bandwidth, until)
 
 
 if __name__ == "__main__":

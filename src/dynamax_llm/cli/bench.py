@@ -22,61 +22,76 @@ if TYPE_CHECKING:
     from dynamax_llm.evaluation.bench.document import Row, Spread
 
 
+Model = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="A model folder, a hub id, or a shipped backbone.")
+]
+Shape = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of MODEL, random weights at mistral-7b, codestral-mamba-7b, tiny-transformer or tiny-mamba; "
+        "layers after the first of --exit-at add nothing, so leaving there is always right.",
+        metavar="NAME",
+    ),
+]
+ExitAt = Annotated[
+    str, typer.Option(help="Where all tokens leave, one setting each: layers or shares.", metavar="LAYERS")
+]
+Policy = Annotated[str, typer.Option(help="State policies: propagate, copy, stale, defer, verify.", metavar="NAMES")]
+Window = Annotated[str, typer.Option(help="Tokens that wait under defer and verify.", metavar="NUMBERS")]
+Batch = Annotated[str, typer.Option(help="Batch sizes.", metavar="NUMBERS")]
+Prompt = Annotated[int, typer.Option(help="Prompt tokens.")]
+New = Annotated[int, typer.Option(help="New tokens.")]
+Repeats = Annotated[int, typer.Option(help="Times everything is measured.")]
+Checks = Annotated[int, typer.Option(help="Also so many exits that are asked and never taken.")]
+Head = Annotated[
+    str, typer.Option(help="Who is asked there: a kind of head, random, or a confidence measure.", metavar="NAME")
+]
+Inputs = Annotated[str, typer.Option(help="What that head sees: hidden, signals, tokens.", metavar="NAMES")]
+Shares = Annotated[
+    str | None,
+    typer.Option(help="Also rows that leave by themselves; shares of it that all do together.", metavar="SHARES"),
+]
+Leave = Annotated[float, typer.Option(help="With --spread: share of every row's tokens that leave.")]
+Engine = Annotated[str | None, typer.Option(help="cuda or eager. Default: the fastest that can.", metavar="NAME")]
+Baselines = Annotated[bool, typer.Option(help="The eager engine, transformers' generate, and the same compiled.")]
+BaselineNew = Annotated[int, typer.Option(help="New tokens of those, which are slow.")]
+Sameness = Annotated[bool, typer.Option(help="Look whether engines say the same tokens.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for bench.json and the plot as SVG and PNG, or the .json file, with the plot beside it. "
+        "Written after every group of settings, so that a run that is cut off leaves what it measured.",
+        metavar="DIR|FILE",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of weights, prompts and moments of leaving.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the whole document instead of tables.")]
+
+
 def bench(
-    model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A model folder, a hub id, or a shipped backbone.")
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            help="Instead of MODEL, random weights at mistral-7b, codestral-mamba-7b, tiny-transformer or tiny-mamba; "
-            "layers after the first of --exit-at add nothing, so leaving there is always right.",
-            metavar="NAME",
-        ),
-    ] = None,
-    exit_at: Annotated[
-        str, typer.Option(help="Where all tokens leave, one setting each: layers or shares.", metavar="LAYERS")
-    ] = "1/2",
-    policy: Annotated[
-        str, typer.Option(help="State policies: propagate, copy, stale, defer, verify.", metavar="NAMES")
-    ] = "propagate,defer,verify",
-    window: Annotated[str, typer.Option(help="Tokens that wait under defer and verify.", metavar="NUMBERS")] = "8,16",
-    batch: Annotated[str, typer.Option(help="Batch sizes.", metavar="NUMBERS")] = "1,8",
-    prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 64,
-    new: Annotated[int, typer.Option(help="New tokens.")] = 256,
-    repeats: Annotated[int, typer.Option(help="Times everything is measured.")] = 3,
-    checks: Annotated[int, typer.Option(help="Also so many exits that are asked and never taken.")] = 0,
-    head: Annotated[
-        str, typer.Option(help="Who is asked there: a kind of head, random, or a confidence measure.", metavar="NAME")
-    ] = "mlp",
-    inputs: Annotated[
-        str, typer.Option(help="What that head sees: hidden, signals, tokens.", metavar="NAMES")
-    ] = "hidden,signals,tokens",
-    spread: Annotated[
-        str | None,
-        typer.Option(help="Also rows that leave by themselves; shares of it that all do together.", metavar="SHARES"),
-    ] = None,
-    leave: Annotated[float, typer.Option(help="With --spread: share of every row's tokens that leave.")] = 0.5,
-    engine: Annotated[
-        str | None, typer.Option(help="cuda or eager. Default: the fastest that can.", metavar="NAME")
-    ] = None,
-    baselines: Annotated[
-        bool, typer.Option(help="The eager engine, transformers' generate, and the same compiled.")
-    ] = True,
-    baseline_new: Annotated[int, typer.Option(help="New tokens of those, which are slow.")] = 64,
-    sameness: Annotated[bool, typer.Option(help="Look whether engines say the same tokens.")] = True,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for bench.json and the plot as SVG and PNG, or the .json file, with the plot beside it. "
-            "Written after every group of settings, so that a run that is cut off leaves what it measured.",
-            metavar="DIR|FILE",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights, prompts and moments of leaving.")] = 0,
+    model: Model = None,
+    shape: Shape = None,
+    exit_at: ExitAt = "1/2",
+    policy: Policy = "propagate,defer,verify",
+    window: Window = "8,16",
+    batch: Batch = "1,8",
+    prompt: Prompt = 64,
+    new: New = 256,
+    repeats: Repeats = 3,
+    checks: Checks = 0,
+    head: Head = "mlp",
+    inputs: Inputs = "hidden,signals,tokens",
+    spread: Shares = None,
+    leave: Leave = 0.5,
+    engine: Engine = None,
+    baselines: Baselines = True,
+    baseline_new: BaselineNew = 64,
+    sameness: Sameness = True,
+    out: Out = None,
+    seed: Seed = 0,
     dtype: Dtype = "auto",
     device: Device = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole document instead of tables.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time decoding on this machine: policies, exit depths and batch sizes against full depth, in one run."""
     from dynamax_llm.evaluation.bench import BenchSettings

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan, Step
-from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.decoding.deferred import Checked, states_after
+from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.engines.cuda.machine import Machine
 from dynamax_llm.engines.cuda.tiles import power_of_two
 from dynamax_llm.engines.cuda.window import WaitingMachine
@@ -192,7 +192,7 @@ class CudaDeferredDecoder(CudaDecoder):
                 continue
             if machine.counts[index] == 0 or self._unjoined(machine, index):
                 self._join(machine, index + 1)
-            self._run(machine, index + 1)
+            self._run_segment(machine, index + 1)
             if index + 1 < self.n_exits:
                 programs.run(f"ask {index + 1}")
         return None, alone
@@ -206,7 +206,7 @@ class CudaDeferredDecoder(CudaDecoder):
         machine.counts[segment - 1] += 1
         machine.joined = machine.steps
 
-    def _run(self, machine: WaitingMachine, segment: int) -> None:
+    def _run_segment(self, machine: WaitingMachine, segment: int) -> None:
         """A segment over all that waits before it."""
         machine.programs.run(f"run {segment}")
         count = machine.counts[segment - 1]
@@ -218,7 +218,7 @@ class CudaDeferredDecoder(CudaDecoder):
     def _catch_up(self, machine: WaitingMachine) -> None:
         for segment in range(1, self.n_exits + 1):
             if machine.counts[segment - 1]:
-                self._run(machine, segment)
+                self._run_segment(machine, segment)
 
     def _count(self, machine: WaitingMachine, segment: int, tokens: int) -> None:
         first, stop = machine.starts[segment], machine.stops[segment]

@@ -173,7 +173,8 @@ class EarlyExit:
     ) -> EarlyExitOutput:
         """``_decoded`` where nothing but the likeliest token is asked for: tokens stay on the device between steps."""
         run = GreedyRun(request, follow, self.thresholds, decoder.n_exits, len(self.exits.config.layers))
-        run.run(logits, None if self.on_token is None else lambda tokens, at: self.on_token(tokens, costs.layers(at)))
+        hear = self.on_token
+        run.run(logits, None if hear is None else lambda tokens, at: hear(tokens, costs.layers(at)))
         trace = self._trace(run.exit_index, costs, decoder)
         return EarlyExitOutput(sequences=run.ids, exit_layers=trace.exit_layers, trace=trace)
 

@@ -34,6 +34,7 @@ class AttentionLayers:
         self.windows = [window if windowed else 0 for windowed in backbone.windowed]  # type: ignore[attr-defined]
         self.biased = attention.q_proj.bias is not None
         self.cache: StackedCache | None = None
+        self.room = 0  # slots that the cache has room for
         device = backbone.device
         self.table = torch.tensor([self._addresses(layer) for layer in backbone.layers], device=device)
         self.turns = self._turns(0)
@@ -65,8 +66,7 @@ class AttentionLayers:
     def reserve(self, length: int) -> None:
         """Make room for ``length`` slots; programs find the cache wherever it then lies."""
         assert self.cache is not None
-        buffer = self.cache.stacks[0].buffer
-        if buffer is None or buffer.shape[4] < length or len(self.turns[0]) < length:
+        if length > self.room:
             self._reserve(length)
 
     def _reserve(self, length: int) -> None:
@@ -77,6 +77,7 @@ class AttentionLayers:
         if len(self.turns[0]) < buffer.shape[4]:
             self.turns = self._turns(buffer.shape[4])
         cos, sin = self.turns
+        self.room = buffer.shape[4]
         self.where.copy_(torch.tensor([buffer.data_ptr(), buffer.shape[4], cos.data_ptr(), sin.data_ptr()]))
 
     def layer(self, index: int, p: Pass, *, fresh: bool) -> None:

@@ -21,8 +21,9 @@ class MlpCheck:
     @staticmethod
     def fits(judge: Judge) -> bool:
         """Whether a judge is such heads."""
-        hidden = isinstance(judge, ExitHeads) and judge.uses_hidden and not judge.needs_logits
-        return hidden and isinstance(judge.bank, MlpBank)
+        if not isinstance(judge, ExitHeads) or judge.needs_logits:
+            return False
+        return isinstance(judge.bank, MlpBank)
 
     @torch.no_grad()
     def __init__(self, judge: ExitHeads, batch: int, device: torch.device) -> None:

@@ -10,6 +10,7 @@ memory on the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,9 +79,9 @@ class Machine:
 
     def _add_programs(self) -> None:
         for index in range(len(self.starts)):
-            self.programs.add(f"segment {index}", lambda index=index: self._segment(index))
+            self.programs.add(f"segment {index}", partial(self._segment, index))
             if index < self.n_exits:
-                self.programs.add(f"skip {index}", lambda index=index: self._skip(index))
+                self.programs.add(f"skip {index}", partial(self._skip, index))
 
     @property
     def kernels(self) -> tuple[str, ...]:

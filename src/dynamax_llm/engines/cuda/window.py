@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,13 +99,13 @@ class WaitingMachine(Machine):
         add, last = self.programs.add, self.n_exits
         add("step", self._step)
         for index in range(1, last + 1):
-            add(f"single {index}", lambda index=index: self._single(index))
-            add(f"join {index}", lambda index=index: self._move(self.newest, self.waiting[index - 1], keep=True))
-            add(f"run {index}", lambda index=index: self._run(index))
+            add(f"single {index}", partial(self._single, index))
+            add(f"join {index}", partial(self._move, self.newest, self.waiting[index - 1], keep=True))
+            add(f"run {index}", partial(self._run, index))
             if index < last:
-                add(f"ask {index}", lambda index=index: self.check.ask(index, self.shown, self.before, None))
+                add(f"ask {index}", partial(self.check.ask, index, self.shown, self.before, None))
         for index in range(last):
-            add(f"leave {index}", lambda index=index: self._leave(index))
+            add(f"leave {index}", partial(self._leave, index))
         # What the full model says of a row that left matters only where it is checked.
         speaker = self.now.h if self.journal else self.shown
         add("speak", lambda: self._choose(self._read_out(speaker, self.logits)))

@@ -1,0 +1,1 @@
+"""Kernels of the GPU engine, in Triton's language; launched from the room above."""

@@ -38,8 +38,8 @@ def _halves(tile, tile2, w, first, i, valid, h, m, M, norm, sums, half: tl.const
     """Products (BN, BM) of the rows i, and i + half, of the head whose rows begin at ``first``."""
     if BM == 1:
         row = first + tl.minimum(i, half - 1)
-        low, high = product(tile, tile2, w, row, valid, w, row + half, h, m, M, norm, sums, K, BM, BN, BK, True, NORM, 1,
-                            PARTS, BP, EPS, STAGES)  # fmt: skip
+        low, high = product(tile, tile2, w, row, valid, w, row + half, h, m, M, norm, sums, K, BM, BN, BK, True, NORM,
+                            1, PARTS, BP, EPS, STAGES)  # fmt: skip
     else:
         # Tensor cores like one tall block better than two flat ones.
         r = tl.arange(0, 2 * BN)
@@ -90,8 +90,8 @@ def qkv_kernel(h, wq, wk, wv, bq, bk, bv, norm, sums, slot, place, q, where, lay
     tile, tile2 = ahead(w, row, valid, w, row + half, K, BM, BK, True)
     wait_for_inputs(PDL)
     slots, c, s, base, capacity = _surroundings(slot, place, where, m, M, i, valid, half, q)
-    low, high = _halves(tile, tile2, w, own * D, i, valid, h, m, M, norm, sums, half, K, BM, BN, BK, NORM, PARTS, BP, EPS,
-                        STAGES)  # fmt: skip
+    low, high = _halves(tile, tile2, w, own * D, i, valid, h, m, M, norm, sums, half, K, BM, BN, BK, NORM, PARTS, BP,
+                        EPS, STAGES)  # fmt: skip
     if BIAS:
         low += tl.load(bias + row).to(tl.float32)[:, None]
         high += tl.load(bias + row + half).to(tl.float32)[:, None]
@@ -112,8 +112,8 @@ def kv_kernel(x, sums, table, slot, place, where, first, M, T, B, HKV: tl.conste
               STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Keys and values of many layers, all reading the same h: one pass over all their weights.
 
-    x (layers, M, K) is h ready for each layer's norm, with ``sums`` (M, 1). ``table`` (layers, 5) holds the addresses of k_proj, v_proj, their biases and the norm; grid axis 2 counts layers
-    from ``first``.
+    x (layers, M, K) is h ready for each layer's norm, with ``sums`` (M, 1). ``table`` (layers, 5) holds the addresses
+    of k_proj, v_proj, their biases and the norm; grid axis 2 counts layers from ``first``.
     """
     kind = x.dtype.element_ty
     x += tl.program_id(2).to(tl.int64) * M * K
@@ -150,7 +150,7 @@ def _merge(scratch, line, used, m, d, BM: tl.constexpr, D: tl.constexpr, BD: tl.
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     out = tl.zeros([BM, BD], tl.float32)
-    for split in range(0, used):
+    for split in range(used):
         at = scratch + (line + split) * BM * (D + 2) + m * (D + 2)
         best = tl.load(at + D, cache_modifier=".cg")
         weight = tl.load(at + D + 1, cache_modifier=".cg")

@@ -1,11 +1,12 @@
 """Mamba-2 for decoded tokens: the projection into gate and state inputs, and the state-space cell.
 
-What a layer's state sees of a token, x, B and C before the convolution and dt after it, goes into a **ring** of the last
-R tokens, (layers, B, R, C + H): the convolution reads its window there, so nothing is shifted; and because the ring
-still holds what a token that is taken back has fed, the state can be made again from an older one.
+What a layer's state sees of a token, x, B and C before the convolution and dt after it, goes into a **ring** of the
+last R tokens, (layers, B, R, C + H): the convolution reads its window there, so nothing is shifted; and because the
+ring still holds what a token that is taken back has fed, the state can be made again from an older one.
 
 Rows of a pass are b * T + t; ``slot`` (M,) is a row's time, -1 for a row without a token; the ring place of time s is
-s modulo R, a power of two. SSM states are (homes, layers, B, H, P, N); ``turn`` names the home to read and the home to write.
+s modulo R, a power of two. SSM states are (homes, layers, B, H, P, N); ``turn`` names the home to read and the home to
+write.
 """
 
 import triton
@@ -20,10 +21,12 @@ def mamba_in_kernel(h, w, bias, norm, sums, table, slot, z, ring, first, M, T, B
                     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr,
                     BP: tl.constexpr, EPS: tl.constexpr, BIAS: tl.constexpr, STAGES: tl.constexpr,
                     PDL: tl.constexpr):  # fmt: skip
-    """in_proj of h (M, K), normed (NORM and ``sums``: see ``product``): the gate to ``z`` (M, INNER), x, B, C and dt (WIDTH together) into the ring.
+    """in_proj of h (M, K), normed (NORM and ``sums``: see ``product``): the gate to ``z`` (M, INNER), x, B, C and
+    dt (WIDTH together) into the ring.
 
     SKIP: the gate is left out, as for a layer that only updates its state. TABLE: weights of layer ``first`` + grid
-    axis 2 are taken from the addresses in ``table`` (layers, 3): in_proj, its bias, the norm; h is (layers, M, K), ready for each.
+    axis 2 are taken from the addresses in ``table`` (layers, 3): in_proj, its bias, the norm; h is (layers, M, K),
+    ready for each.
     """
     layer = first
     if TABLE:
@@ -42,8 +45,8 @@ def mamba_in_kernel(h, w, bias, norm, sums, table, slot, z, ring, first, M, T, B
     tile, tile2 = ahead(w, row, valid, w, row, K, BM, BK, False)
     wait_for_inputs(PDL)
     slots = tl.load(slot + m, mask=m < M, other=-1)
-    y, _ = product(tile, tile2, w, row, valid, w, row, h, m, M, norm, sums, K, BM, BN, BK, False, NORM, 1, PARTS, BP, EPS,
-                   STAGES)  # fmt: skip
+    y, _ = product(tile, tile2, w, row, valid, w, row, h, m, M, norm, sums, K, BM, BN, BK, False, NORM, 1, PARTS, BP,
+                   EPS, STAGES)  # fmt: skip
     if BIAS:
         y += tl.load(bias + row).to(tl.float32)[:, None]
     known = valid[:, None] & (m < M)[None, :]
@@ -128,12 +131,9 @@ def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, tu
     CHANNELS: tl.constexpr = INNER + 2 * GROUPS * N
     WIDTH: tl.constexpr = CHANNELS + HEADS
     PARTS: tl.constexpr = (P + PB - 1) // PB
-    layer = first + tl.program_id(1)
-    b = tl.program_id(0) // (HEADS * PARTS)
-    head = tl.program_id(0) // PARTS % HEADS
-    part = tl.program_id(0) % PARTS
-    p = part * PB + tl.arange(0, PB)
-    n = tl.arange(0, BN)
+    layer, b = first + tl.program_id(1), tl.program_id(0) // (HEADS * PARTS)
+    head, part = tl.program_id(0) // PARTS % HEADS, tl.program_id(0) % PARTS
+    p, n = part * PB + tl.arange(0, PB), tl.arange(0, BN)
     group = head // (HEADS // GROUPS)
     in_p, in_n = p < P, n < N
     conv += layer * CHANNELS * TAPS
@@ -166,7 +166,7 @@ def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, tu
         wait_for_inputs(PDL)
         x, key, query, dt, gate = _row(ready, ring, z, b * T, begin, of_x, of_key, of_query, head, in_p, in_n, CHANNELS,
                                        WIDTH, RING, INNER, WRITE)  # fmt: skip
-    for step in range(0, count):
+    for step in range(count):
         time = begin + step
         m = b * T + step
         if not READY:

@@ -166,7 +166,7 @@ def linear_kernel(x, w, w2, bias, norm, sums, live, out, next_norm, next_x, next
 @triton.jit
 def norm_groups_kernel(x, norm, sums, K: tl.constexpr, SIZE: tl.constexpr, BS: tl.constexpr, PARTS: tl.constexpr,
                        EPS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """RMSNorm of x (M, K) in place, over groups of SIZE, whose sums of squares are in ``sums`` (M, K / SIZE * PARTS)."""
+    """RMSNorm of x (M, K) in place, over groups of SIZE; ``sums`` (M, K / SIZE * PARTS) are of their squares."""
     wait_for_inputs(PDL)
     m, group = tl.program_id(0), tl.program_id(1)
     at = tl.arange(0, BS)

@@ -111,8 +111,8 @@ def decide_kernel(confidence, thresholds, index, ticket, live, left, exit_index,
 
 
 @triton.jit
-def choose_kernel(logits, bias, ticket, exit_index, ids, words, found, counter, V, BV: tl.constexpr, SPLITS: tl.constexpr,
-                  FEED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def choose_kernel(logits, bias, ticket, exit_index, ids, words, found, counter, V, BV: tl.constexpr,
+                  SPLITS: tl.constexpr, FEED: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """The likeliest token of every row of logits (M, V), the first of equals, to the host; FEED: it is the next step's,
     and the exit index is told too. ``bias`` (V,) is added to the logits.
 
