@@ -73,7 +73,9 @@ WRONG = {
 def test_wrong_input(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tasks, "_manager", small_manager(tasks._manager))
     options, said = WRONG[name]
-    assert cli.run(command(tmp_path / "out", *options, exits="exits" not in name or name.startswith("no"))) == 2
+    arguments = command(tmp_path / "out", *options, exits="exits" not in name or name.startswith("no"))
+    capsys.readouterr()  # of the folders that were made
+    assert cli.run(arguments) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert said in printed.err
