@@ -24,7 +24,7 @@ TINY_SHAPES: dict[str, PreTrainedConfig] = {
         sliding_window=None,
     ),
     "tiny-mamba": Mamba2Config(
-        **_TINY, num_heads=8, head_dim=16, expand=2, n_groups=2, state_size=16, tie_word_embeddings=False
+        **_TINY, num_heads=8, head_dim=16, expand=2, n_groups=2, state_size=16, chunk_size=32, tie_word_embeddings=False
     ),
 }
 RANDOM_SHAPES: Registry[PreTrainedConfig] = Registry("model shape", {**SHAPES, **TINY_SHAPES})

@@ -46,7 +46,10 @@ class Measured:
 
     def per_token(self, new: int) -> list[float]:
         """Seconds per token after the first, one per repeat."""
-        return [(long - first) / (new - 1) for long, first in zip(self.long, self.first, strict=True)]
+        # On a tiny model a moment of noise can outlast the whole text: then the prompt is counted too, never less than
+        # nothing.
+        pairs = zip(self.long, self.first, strict=True)
+        return [(long - first) / (new - 1) if long > first else long / new for long, first in pairs]
 
     @property
     def sequences(self) -> Tensor:
