@@ -103,7 +103,8 @@ def test_light_and_dark_differ_and_the_button_changes_them(opened):
     assert white != black and written != chalk
     tab.emulate_media(color_scheme="light")
     button = tab.locator("#theme")
-    tab.wait_for_function("document.querySelector('#theme').innerText === 'Dark'")  # the page hears of it in its own time
+    # The page hears of the change in its own time.
+    tab.wait_for_function("document.querySelector('#theme').innerText === 'Dark'")
     assert (button.inner_text(), button.get_attribute("aria-pressed")) == ("Dark", "false")
     button.click()
     assert (tab.evaluate(ground), tab.evaluate(ink)) == (black, chalk)
