@@ -3,12 +3,14 @@
     python recipes/exits/text.py --data DIR --out TEXT
     python recipes/heads/contest.py train transformer-ee --text TEXT --out OUT [--device cuda] [--tokens 4e6]
     python recipes/heads/contest.py judge transformer-ee --text TEXT --out OUT [--device cuda]
+    python recipes/heads/contest.py both transformer-ee --text TEXT --out OUT --runs seed0 fourteen seed1 seed2
     python recipes/heads/contest.py table OUT/transformer-ee.json
     TEXT=TEXT OUT=OUT bash recipes/heads/gpu.sh                # all of it, both backbones side by side
 
 OUT/MODEL gets one folder of exits per head and seed, OUT/MODEL.json every measured point. Killed and called again,
-`train` resumes. The judged text was seen neither by the backbones nor by the heads; one document is one row of at most
-512 tokens, so that intervals are over documents.
+`train` resumes; `both` judges each run when it is trained, so that a deadline costs only the last. The judged text
+was seen neither by the backbones nor by the heads; one document is one row of at most 512 tokens, so that intervals are
+over documents.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from dynamax_llm.training.trainer import train_many
 SIX = "1/4,3/8,1/2,5/8,3/4,7/8"
 SHARES = (4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 TWELVE = ",".join(f"{share}/16" for share in SHARES)
+FOURTEEN = "1/8,3/16," + TWELVE
 ROW = 512
 #: Free generation: prompts, their tokens, new tokens.
 PROMPTS, PROMPT, NEW = 48, 64, 64
@@ -58,17 +61,25 @@ def variants(n_layers: int, exits: str) -> dict[str, ExitConfig]:
     return found
 
 
+def chosen(configs: dict[str, ExitConfig], heads: list[str]) -> dict[str, ExitConfig]:
+    """Those named in ``heads``; all of them where none is."""
+    return {name: config for name, config in configs.items() if not heads or name in heads}
+
+
 def train(backbone: Backbone, tokenizer, args: argparse.Namespace) -> None:
     source = find_source(str(args.text / "train.jsonl.xz"))
     tokens = int(args.tokens)
     shared = {"eval_every": max(tokens // 3, 1), "patience": 1000, "quiet": not sys.stderr.isatty()}
-    configs = variants(backbone.n_layers, SIX)
+    configs = chosen(variants(backbone.n_layers, SIX), args.heads)
+    fourteen = chosen(variants(backbone.n_layers, FOURTEEN), args.heads or ["mlp", "mamba"])
+    fourteen = {head: fourteen[head] for head in ("mlp", "mamba") if head in fourteen}
     runs: dict[str, tuple[dict[str, ExitConfig], TrainSettings]] = {}
     for seed in args.seeds:
         settings = TrainSettings(max_tokens=tokens, batch_tokens=args.batch, seed=seed, **shared)
         runs[f"seed{seed}"] = (configs, settings)
         if seed == args.seeds[0]:
-            mamba = {"mamba": configs["mamba"]}
+            mamba = {"mamba": variants(backbone.n_layers, SIX)["mamba"]}
+            runs["fourteen"] = (fourteen, settings)
             runs["twelve"] = ({"mamba": variants(backbone.n_layers, TWELVE)["mamba"]}, settings)
             runs["again"] = (mamba, dataclasses.replace(settings, on_policy=0.5))
     preset = PRESETS.lookup("dynamax-paper")
@@ -95,9 +106,18 @@ def documents(tokenizer, path: Path, most: int) -> list[Batch]:
     return [pad(rows[start : start + 16]) for start in range(0, len(rows), 16)]
 
 
-def judge(backbone: Backbone, tokenizer, args: argparse.Namespace) -> None:
+def both(backbone: Backbone, tokenizer, args: argparse.Namespace) -> None:
+    """Train and judge one of ``--runs`` after another: cut off, what was judged stands."""
+    shown: list[dict] = []
+    for run in args.runs:
+        one = argparse.Namespace(**{**vars(args), "runs": [run]})
+        train(backbone, tokenizer, one)
+        judge(backbone, tokenizer, one, shown)
+
+
+def judge(backbone: Backbone, tokenizer, args: argparse.Namespace, shown: list[dict] | None = None) -> None:
     contest = Contest(backbone, documents(tokenizer, args.text / "eval.jsonl.xz", int(args.eval_tokens)))
-    folder, shown = args.out / args.model, []
+    folder, shown = args.out / args.model, [] if shown is None else shown
     start = time.time()
 
     def stand(candidate: Candidate, seen, run: str) -> Standing:
@@ -123,14 +143,14 @@ def judge(backbone: Backbone, tokenizer, args: argparse.Namespace) -> None:
             if run == f"seed{args.seeds[0]}" and name == "mamba":
                 uniform = dataclasses.replace(item, disturbance={})
                 stand(Candidate("mamba, thresholds not net", uniform), seen, "gross")
-            if run == f"seed{args.seeds[0]}" and name in HEADS:
+            if args.generation and run == f"seed{args.seeds[0]}" and name in HEADS:
                 shown[-1 if name != "mamba" else -2]["generation"] = generate(backbone, contest, standing)
         if run == f"seed{args.seeds[0]}":
             plainest = Exits.untrained(backbone, SIX)
             unread = contest.harvests(Candidate("", plainest, "softmax_margin"))
             for name in MEASURES:
                 standing = stand(Candidate(name, plainest, name), unread, "measure")
-                if name == "softmax_margin":
+                if args.generation and name == "softmax_margin":
                     shown[-1]["generation"] = generate(backbone, contest, standing)
             shown.append({"run": "static", "name": "static depth", "propagate": at(contest.static(plainest))})
         record(args, backbone, contest, shown, time.time() - start)
@@ -226,7 +246,7 @@ def merge(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("train", "judge", "merge", "table"))
+    parser.add_argument("stage", choices=("train", "judge", "both", "merge", "table"))
     parser.add_argument("model", help="a shipped backbone, or for table the JSON file")
     parser.add_argument("--text", type=Path, default=Path("TEXT"))
     parser.add_argument("--out", type=Path, default=Path("OUT"))
@@ -234,7 +254,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--eval-tokens", type=float, default=8e4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", nargs="+", default=[], help="only these: seed0, seed1, …, twelve, again, paper")
+    parser.add_argument("--runs", nargs="+", default=[], help="only these: seed0, …, fourteen, twelve, again, paper")
+    parser.add_argument("--heads", nargs="+", default=[], help="only these of the seeds' and fourteen's heads")
+    parser.add_argument("--generation", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.stage == "merge":
@@ -245,7 +267,7 @@ def main() -> None:
         return
     logging.set_verbosity_error()
     model, tokenizer = load(args.model, dtype="float32", device_map=args.device)
-    (train if args.stage == "train" else judge)(adapt(model), tokenizer, args)
+    {"train": train, "judge": judge, "both": both}[args.stage](adapt(model), tokenizer, args)
 
 
 if __name__ == "__main__":

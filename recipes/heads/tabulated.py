@@ -36,7 +36,9 @@ def table(facts: Mapping[str, Any]) -> str:
 def line(run: str, name: str, items: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> tuple[float, list[str]]:
     """The depth it is sorted by, and the cells."""
     first = items[0]
-    shown = {"paper": f"{name}, the paper's preset"}.get(run, NAMES.get(run, name))
+    shown = {"fourteen": f"{name}, fourteen exits", "paper": f"{name}, the paper's preset"}.get(
+        run, NAMES.get(run, name)
+    )
     if run == "static":
         cells = [shown, "–", "–", "–", "–", *["–"] * 3, *(depth(items, "propagate", one) for one in TARGETS), "0", "0"]
         return (9.0, cells)
