@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dynamax_llm.backbones import adapt
-from dynamax_llm.decoding import EarlyExit
+from dynamax_llm.decoding import EarlyExit, cuda, engines
 from dynamax_llm.decoding.cuda import new_decoder as new_cuda_decoder
 from dynamax_llm.decoding.decoder import ExitPlan
 from dynamax_llm.decoding.deferred import new_decoder
@@ -141,6 +141,18 @@ def test_what_it_cannot_do_is_said_or_left_to_eager(family: str, settings: dict,
     with pytest.raises(UsageError, match=said):
         generate(model, 1, "cuda", threshold=0.5, **settings)
     assert generate(model, 1, None, threshold=0.5, **settings).engine == "eager"
+
+
+def test_programs_that_cannot_be_made_are_an_error_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(cuda, "machine_for", full)
+    with pytest.raises(UsageError, match=r"could not be made \(CUDA out of memory. Tried to allocate 9 GiB\)"):
+        generate(small("mistral"), 1, "cuda", threshold=0.5)
+    monkeypatch.setattr(engines, "_on_gpu", lambda backbone: True)
+    with pytest.warns(RuntimeWarning, match="engine 'eager' instead of 'cuda'"):
+        assert generate(small("mistral"), 1, None, threshold=0.5).engine == "eager"
 
 
 def test_an_unknown_engine_is_refused() -> None:

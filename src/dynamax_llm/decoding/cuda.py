@@ -361,8 +361,13 @@ def _on_host(idle: Tensor | None) -> Tensor | None:
     return None if idle is None else idle.cpu()
 
 
-def new_decoder(backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None) -> Decoder:
-    """The decoder that carries out the plan's state policy on this engine."""
+def new_decoder(backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None, batch: int | None = None) -> Decoder:
+    """The decoder that carries out the plan's state policy on this engine.
+
+    With ``batch`` its programs are made at once, not at the first step. Raises RuntimeError if they cannot be.
+    """
+    if batch is not None:
+        machine_for(backbone, plan, batch)
     policy = plan.policy
     kind = CudaVerifyingDecoder if policy.exact_output else CudaDeferredDecoder if policy.exact_state else CudaDecoder
     return kind(backbone, plan, padding)

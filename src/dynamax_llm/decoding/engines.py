@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
@@ -27,18 +29,29 @@ def pick_decoder(
 ) -> tuple[Decoder, str]:
     """The decoder that carries out the plan's state policy for ``batch`` rows, and the name of its engine.
 
-    Without a name the GPU engine is taken where the weights lie on a CUDA device and it has everything the plan needs.
-    Raises UsageError if ``engine`` is "cuda" and it cannot: naming why, and the way out.
+    Without a name the GPU engine is taken where the weights lie on a CUDA device and it has everything the plan needs;
+    if its programs cannot be made after all, for want of memory say, eager takes over with a warning. Raises UsageError
+    if ``engine`` is "cuda" and it cannot: naming why, and the way out.
     """
     if engine != "eager":
         reason = _obstacle(backbone, plan, batch)
-        if reason is None and (engine == "cuda" or backbone.device.type == "cuda"):
+        if reason is None and (engine == "cuda" or _on_gpu(backbone)):
             from dynamax_llm.decoding import cuda  # Triton is there only where this engine can run
 
-            return cuda.new_decoder(backbone, plan, padding), "cuda"
+            try:
+                return cuda.new_decoder(backbone, plan, padding, batch), "cuda"
+            except RuntimeError as error:  # out of memory is one
+                said = str(error).strip() or type(error).__name__
+                reason = f"its programs could not be made ({said.splitlines()[0][:200].rstrip('. ')})"
+                if engine is None:
+                    warnings.warn(f"engine 'eager' instead of 'cuda': {reason}.", RuntimeWarning, stacklevel=2)
         if engine == "cuda":
             raise UsageError(f"engine 'cuda' cannot run this: {reason}. Use engine='eager', or leave it out.")
     return new_decoder(backbone, plan, padding), "eager"
+
+
+def _on_gpu(backbone: Backbone) -> bool:
+    return backbone.device.type == "cuda"
 
 
 def _obstacle(backbone: Backbone, plan: ExitPlan, batch: int) -> str | None:
