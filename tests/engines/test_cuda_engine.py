@@ -113,6 +113,25 @@ def test_a_head_on_h_alone_decides_as_in_eager() -> None:
     assert torch.equal(outs[0].exit_layers, outs[1].exit_layers)
 
 
+@pytest.mark.parametrize(("kind", "policy"), [("mamba", "defer"), ("transformer", "propagate")])
+def test_heads_that_remember_decide_as_in_eager(kind: str, policy: str) -> None:
+    """Their states live on the device, and hear of tokens that left before their exit."""
+    model = small("mistral")
+    config = ExitConfig((1, 2), 3, kind, width=16, candidates=8)
+    heads = ExitHeads(config, 16).to(DEVICE)
+    with torch.no_grad():
+        heads.bank.out.normal_(std=2.0)
+        heads.prior.normal_()
+    exits, ids = Exits.of(adapt(model), config, heads), random_ids(2, 5, vocab=19).to(DEVICE)
+    outs = [
+        model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, custom_generate=early)
+        for early in (EarlyExit(exits, threshold=[0.6, 0.5], policy=policy, engine=e) for e in ("eager", "cuda"))
+    ]
+    assert outs[1].engine == "cuda" and len(outs[0].exit_layers.unique()) > 1
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+    assert torch.equal(outs[0].exit_layers, outs[1].exit_layers)
+
+
 def test_programs_serve_prompts_of_any_length_and_are_made_once() -> None:
     model = small("mistral", layers=2)
     exits = Exits.untrained(adapt(model), (1,))
