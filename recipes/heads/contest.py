@@ -69,7 +69,12 @@ def chosen(configs: dict[str, ExitConfig], heads: list[str]) -> dict[str, ExitCo
 def train(backbone: Backbone, tokenizer, args: argparse.Namespace) -> None:
     source = find_source(str(args.text / "train.jsonl.xz"))
     tokens = int(args.tokens)
-    shared = {"eval_every": max(tokens // 3, 1), "patience": 1000, "quiet": not sys.stderr.isatty()}
+    shared = {
+        "eval_every": max(tokens // 3, 1),
+        "eval_tokens": int(args.held_out),
+        "patience": 1000,
+        "quiet": not sys.stderr.isatty(),
+    }
     configs = chosen(variants(backbone.n_layers, SIX), args.heads)
     fourteen = chosen(variants(backbone.n_layers, FOURTEEN), args.heads or ["mlp", "mamba"])
     fourteen = {head: fourteen[head] for head in ("mlp", "mamba") if head in fourteen}
@@ -252,7 +257,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("OUT"))
     parser.add_argument("--tokens", type=float, default=4e6)
     parser.add_argument("--batch", type=int, default=8192)
-    parser.add_argument("--eval-tokens", type=float, default=8e4)
+    parser.add_argument("--eval-tokens", type=float, default=8e4, help="that judge looks at")
+    parser.add_argument("--held-out", type=float, default=2e4, help="tokens that training looks at")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=[], help="only these: seed0, …, fourteen, twelve, again, paper")
     parser.add_argument("--heads", nargs="+", default=[], help="only these of the seeds' and fourteen's heads")
