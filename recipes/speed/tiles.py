@@ -3,7 +3,7 @@
     PYTHONPATH=src python recipes/speed/tiles.py [--vectors 1 16] [--seconds 200]
 
 Prints, per product, the fastest tiles in microseconds and as a share of the bandwidth of a copy measured beside them.
-``engines/cuda/tiles.py`` holds what this found on one H200.
+``engines/cuda/tiles.py`` holds what an earlier form of this found on one H200.
 """
 
 from __future__ import annotations

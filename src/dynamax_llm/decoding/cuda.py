@@ -77,18 +77,22 @@ class CudaDecoder(Decoder):
         ``ids`` (B,) are read first; None: the tokens of the step before. ``banned`` tokens are not chosen. ``ahead``:
         the next step is begun at once, with the same settings, while the host still looks at this one's tokens.
         """
+        machine = self._greedy(ids, banned)
+        self._advance(machine, ids, thresholds, idle)
+        step = machine.steps
+        if ahead:
+            self._start(machine, None, thresholds, idle)
+            self._begun = True
+        return machine.chosen(step)
+
+    def _greedy(self, ids: Tensor | None, banned: Sequence[int]) -> Machine:
+        """The machine, ready for a greedy step."""
         machine = self.machine
         if machine is None:
             assert ids is not None, "there is no step before the first"
             machine = self._begin(len(ids))
         machine.ban(banned)
-        self._advance(machine, ids, thresholds, idle)
-        step = machine.steps
-        if ahead:
-            machine.enter(None, idle if self.n_exits else None)
-            machine.programs.run(self._first)
-            self._begun = True
-        return machine.chosen(step)
+        return machine
 
     def _start(
         self, machine: Machine, ids: Tensor | None, thresholds: Sequence[float | None], idle: Tensor | None
@@ -190,16 +194,12 @@ class CudaDeferredDecoder(CudaDecoder):
                 programs.run(f"single {index + 1}")
                 self._count(machine, index + 1, 1)
                 continue
-            if machine.counts[index] == 0 or self._unjoined(machine, index):
+            if machine.joined < machine.steps:  # the newest token has yet to join those that wait
                 self._join(machine, index + 1)
             self._run_segment(machine, index + 1)
             if index + 1 < self.n_exits:
                 programs.run(f"ask {index + 1}")
         return None, alone
-
-    def _unjoined(self, machine: WaitingMachine, index: int) -> bool:
-        """Whether the newest token has yet to join those that wait before segment ``index + 1``."""
-        return machine.joined < machine.steps
 
     def _join(self, machine: WaitingMachine, segment: int) -> None:
         machine.programs.run(f"join {segment}")
@@ -273,11 +273,7 @@ class CudaVerifyingDecoder(CudaDeferredDecoder):
 
         ``ahead``: as in ``follow``, unless the next token would fill the window.
         """
-        machine = self.machine
-        if machine is None:
-            assert ids is not None, "there is no step before the first"
-            machine = self._begin(len(ids))
-        machine.ban(banned)
+        machine = self._greedy(ids, banned)
         left = self._advance(machine, ids, thresholds, idle)
         if left is None:
             # Rows that had left before the others went deep keep their exits in what was spent.
@@ -285,8 +281,7 @@ class CudaVerifyingDecoder(CudaDeferredDecoder):
             return None
         step = machine.steps
         if ahead and self.drafted + 1 < self.plan.window:
-            machine.enter(None, idle if self.n_exits else None)
-            machine.programs.run(self._first)
+            self._start(machine, None, thresholds, idle)
             self._begun = True
         tokens, exits = machine.chosen(step)
         self._note(torch.tensor(exits), _on_host(idle))

@@ -18,9 +18,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from dynamax_llm.errors import DataError
+from dynamax_llm.evaluation.reading import read_document
 from dynamax_llm.exits.files import write_atomically
 
 FORMAT, VERSION = "dynamax-eval", 1
@@ -204,21 +204,5 @@ class Evaluation(_Part):
         """Read what ``save`` wrote, from the folder or the file itself. Raises DataError naming the field at fault."""
         path = Path(folder)
         path = path / DOCUMENT if path.is_dir() else path
-        try:
-            document = cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise DataError(
-                f"cannot read {str(path)!r} ({error.strerror}). Give the folder that dynamax eval wrote."
-            ) from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the document"
-            raise DataError(
-                f"{path} is no evaluation that can be used: {place}: {first['msg']}. Run dynamax eval again."
-            ) from error
-        if document.format != FORMAT or document.version > VERSION:
-            raise DataError(
-                f"{path} says format {document.format!r}, version {document.version}; this DYNAMAX reads {FORMAT!r} "
-                f"up to version {VERSION}. Upgrade: pip install --upgrade dynamax-llm."
-            )
-        return document
+        known = (FORMAT, VERSION)
+        return read_document(cls, path, what="evaluation", command="dynamax eval", known=known, given="folder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,11 +21,27 @@ from dynamax_llm.exits.readout import Readout
 NUMBER = 40
 #: Numbers go up to here, and begin again.
 NUMBERS = 2**22 - 1
+#: Looks at a word before the device is asked whether it still works.
+PATIENCE = 100_000
 
 
 def words(count: int, device: torch.device) -> Tensor:
     """Memory of the host, (count,) int64, that kernels on ``device`` write into."""
     return torch.full((max(count, 1),), -1, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
+def heard(read: np.ndarray, number: int, device: torch.device) -> np.ndarray:
+    """The words ``read`` once all are of step ``number``. Raises RuntimeError if the device ends without them."""
+    turns = 0
+    while (read >> NUMBER != number & NUMBERS).any():
+        turns += 1
+        if turns % PATIENCE and device.type == "cuda":
+            continue
+        # Asking the stream raises what went wrong on the device; the words may have come while it was asked.
+        over = device.type != "cuda" or torch.cuda.current_stream(device).query()
+        if over and (read >> NUMBER != number & NUMBERS).any():
+            raise RuntimeError(f"the device ended step {number} without a word. Use engine='eager', and report this.")
+    return read
 
 
 class Check:
@@ -129,7 +146,4 @@ class Check:
 
     def running(self, index: int, number: int) -> int:
         """Rows that still run after exit ``index`` of step ``number``; waits until the device has said so."""
-        read = self._read
-        while read[index] >> NUMBER != number & NUMBERS:
-            pass
-        return int(read[index]) & 0xFFFFFFFF
+        return int(heard(self._read[index : index + 1], number, self.device)[0]) & 0xFFFFFFFF

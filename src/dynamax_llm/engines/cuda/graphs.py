@@ -5,7 +5,6 @@ On a device without graphs a program is simply called again; that is how tests r
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -16,7 +15,6 @@ class Programs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds = 0.0  # spent on recording
         self._work: dict[str, Callable[[], None]] = {}
         self._graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self._pool = None
@@ -24,18 +22,14 @@ class Programs:
 
     def add(self, name: str, work: Callable[[], None]) -> None:
         """Know ``work`` by ``name``. It may launch kernels, and neither wait for the device nor allocate what it does
-        not keep. It is called twice before it is recorded, so it must do no harm then."""
+        not keep. It is tried out once before it is recorded, so it must do no harm then."""
         self._work[name] = work
 
-    def record(self, tick: Callable[[], None] | None = None) -> None:
-        """Record what was added since. ``tick`` is called after every program."""
-        began = time.perf_counter()
+    def record(self) -> None:
+        """Record what was added since."""
         for name, work in self._work.items():
             if self.device.type == "cuda" and name not in self._graphs:
                 self._record(name, work)
-            if tick is not None:
-                tick()
-        self.seconds += time.perf_counter() - began
 
     def _record(self, name: str, work: Callable[[], None]) -> None:
         if self._stream is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.engines.cuda.attention import AttentionLayers
-from dynamax_llm.engines.cuda.check import NUMBER, NUMBERS, Check, words
+from dynamax_llm.engines.cuda.check import Check, heard, words
 from dynamax_llm.engines.cuda.graphs import Programs
 from dynamax_llm.engines.cuda.kernels.rows import choose_kernel, enter_kernel
 from dynamax_llm.engines.cuda.launch import linear, overlaps, settings
@@ -49,11 +49,10 @@ class Machine:
         self.n_exits = len(exits)
         device, head = backbone.device, backbone.model.get_output_embeddings().weight
         self.layers = self._family(batch, most)
-        # The residual stream of some families is kept in float32.
-        wide = bool(getattr(backbone.config, "residual_in_fp32", False))
-        self.residual = torch.float32 if wide else backbone.dtype
         self.pad = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.now = Pass(batch, 1, torch.zeros(batch, backbone.width, dtype=self.residual, device=device), self.pad)
+        self.now = Pass(
+            batch, 1, torch.zeros(batch, backbone.width, dtype=residual_dtype(backbone), device=device), self.pad
+        )
         self.before = torch.zeros_like(self.now.h)
         self.ids = torch.zeros(batch, dtype=torch.int64, device=device)
         self.length = torch.full((batch,), NOWHERE, dtype=torch.int32, device=device)
@@ -208,10 +207,13 @@ class Machine:
 
     def chosen(self, step: int) -> tuple[list[int], list[int]]:
         """Every row's token and exit index at step number ``step``, this one or the one before; waits for them."""
-        read, number = self._read[step & 1], step & NUMBERS
-        while (read >> NUMBER != number).any():
-            pass
+        read = heard(self._read[step & 1], step, self.ids.device)
         return (read & 0xFFFFFFFF).tolist(), (read >> 32 & 0xFF).tolist()
+
+
+def residual_dtype(backbone: Backbone) -> torch.dtype:
+    """Data type of the residual stream, which some families keep in float32."""
+    return torch.float32 if getattr(backbone.config, "residual_in_fp32", False) else backbone.dtype
 
 
 def final_norm(backbone: Backbone) -> torch.nn.Module:

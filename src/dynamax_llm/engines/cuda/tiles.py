@@ -1,4 +1,4 @@
-"""Block sizes of the products, found by ``recipes/speed/tiles.py`` on one H200."""
+"""Block sizes of the products, found with an earlier form of ``recipes/speed/tiles.py`` on one H200."""
 
 from __future__ import annotations
 

@@ -28,10 +28,10 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.engines.cuda.attention import AttentionLayers
-from dynamax_llm.engines.cuda.check import NUMBER, NUMBERS, words
+from dynamax_llm.engines.cuda.check import heard, words
 from dynamax_llm.engines.cuda.kernels.rows import move_kernel, settle_kernel, show_kernel
 from dynamax_llm.engines.cuda.launch import overlaps, settings
-from dynamax_llm.engines.cuda.machine import Machine
+from dynamax_llm.engines.cuda.machine import Machine, residual_dtype
 from dynamax_llm.engines.cuda.mamba import Mamba2Layers
 from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.tiles import power_of_two
@@ -66,8 +66,7 @@ class WaitingMachine(Machine):
         """``journal``: tokens may be taken back."""
         self.most, self.journal = most, journal
         device = backbone.device
-        wide = bool(getattr(backbone.config, "residual_in_fp32", False))
-        residual = torch.float32 if wide else backbone.dtype
+        residual = residual_dtype(backbone)
         pad = torch.zeros(batch, dtype=torch.int32, device=device)
 
         def waiting(tokens: int, count: int) -> Waiting:
@@ -241,9 +240,7 @@ class WaitingMachine(Machine):
 
     def window_choices(self, count: int) -> list[list[int]]:
         """The likeliest tokens of the last window, per row, of ``count`` tokens each; waits for them."""
-        read, number = self.window_words.numpy().reshape(2, -1)[self.steps & 1], self.steps & NUMBERS
-        while (read >> NUMBER != number).any():
-            pass
+        read = heard(self.window_words.numpy().reshape(2, -1)[self.steps & 1], self.steps, self.ids.device)
         return (read & 0xFFFFFFFF).reshape(self.batch, self.most)[:, :count].tolist()
 
     def keep(self, width: int, counts: Sequence[int]) -> None:

@@ -17,9 +17,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from dynamax_llm.errors import DataError
+from dynamax_llm.evaluation.reading import read_document
 from dynamax_llm.evaluation.results import BackboneFacts, Run, _Part
 from dynamax_llm.exits.files import write_atomically
 
@@ -147,21 +145,5 @@ class Bench(_Part):
     @classmethod
     def read(cls, path: str | Path) -> Bench:
         """Read what ``save`` wrote. Raises DataError naming the field at fault."""
-        try:
-            document = cls.model_validate_json(Path(path).read_bytes())
-        except OSError as error:
-            raise DataError(
-                f"cannot read {str(path)!r} ({error.strerror}). Give the file that dynamax bench wrote."
-            ) from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "the document"
-            raise DataError(
-                f"{path} is no benchmark that can be used: {place}: {first['msg']}. Run dynamax bench again."
-            ) from error
-        if document.format != FORMAT or document.version > VERSION:
-            raise DataError(
-                f"{path} says format {document.format!r}, version {document.version}; this DYNAMAX reads {FORMAT!r} "
-                f"up to version {VERSION}. Upgrade: pip install --upgrade dynamax-llm."
-            )
-        return document
+        known = (FORMAT, VERSION)
+        return read_document(cls, Path(path), what="benchmark", command="dynamax bench", known=known)
