@@ -205,6 +205,7 @@ def plain(standing: Standing) -> dict:
         "propagate": at(standing.propagate),
         "reduction": {str(target): standing.propagate.reduction(target) for target in TARGETS},
         "threshold": {str(target): standing.propagate.threshold(target) for target in TARGETS},
+        "threshold_intact": {str(target): standing.intact.threshold(target) for target in TARGETS},
         "parameters": 0 if heads is None else sum(parameter.numel() for parameter in heads.parameters()),
         "check_macs": candidate.judge.macs(0),
     }
