@@ -268,7 +268,7 @@ def test_a_preset_is_a_beginning_and_options_win(monkeypatch, tmp_path, capsys):
     assert settings.deciding()["preset"] == "dynamax-paper"
     assert cli.run([*arguments, "--tokens", "5k"]) == 130
     config, settings = asked["config"], asked["settings"]
-    assert (config.head, config.label, config.inputs) == ("mamba", "action", ("hidden", "signals", "tokens"))
+    assert (config.head, config.label, config.inputs) == ("mlp", "action", ("hidden", "signals", "tokens"))
     assert (settings.lr, settings.documents, settings.optimiser, settings.max_tokens) == (3e-3, None, "adamw", 5000)
     assert cli.run([*arguments, "--preset", "paper"]) == 2
     assert "unknown preset 'paper'" in capsys.readouterr().err

@@ -239,5 +239,5 @@ def test_shipped_exits_get_a_copy(tmp_path, capsys, monkeypatch):
     short = ["--prompt-tokens", 8, "--new-tokens", 8, "--out", tmp_path / "copy"]
     assert cli.run([str(part) for part in (*shipped, *short)]) == 0
     (promise,) = Exits.from_pretrained(tmp_path / "copy").promises
-    assert promise.judge == "mamba" and Exits.from_pretrained("transformer-ee").promises == ()
+    assert promise.judge == "mlp" and Exits.from_pretrained("transformer-ee").promises == ()
     assert "Saved in" in capsys.readouterr().out

@@ -25,7 +25,7 @@ from dynamax_llm.registry import Registry
 REFERENCE_BACKBONES = ("transformer-ee", "mamba-ee")
 REFERENCE_FOLDER = Path(__file__).parent / "reference"
 #: The head of the shipped exits that are used when none is named; all four kinds are shipped.
-DEFAULT_HEAD = "mamba"
+DEFAULT_HEAD = "mlp"
 
 #: "auto" is the stored dtype on an accelerator and float32 on a CPU, where half precision is emulated and slower.
 DTYPES: Registry[torch.dtype | None] = Registry(
@@ -84,7 +84,10 @@ def peek(name_or_path: str | Path) -> PreTrainedConfig:
 
 
 def shipped_exits(name_or_path: str | Path, head: str | None = None) -> Path | None:
-    """The folder of exits shipped with a reference backbone, with this head or the default; None for other models."""
+    """The folder of exits shipped with a reference backbone, with this head or the default; None for other models.
+
+    "four/HEAD" are the ones at the paper's four depths, trained earlier, on h and statistics: the grid's.
+    """
     if str(name_or_path) not in REFERENCE_BACKBONES:
         return None
     folder = REFERENCE_FOLDER / str(name_or_path) / "exits" / (head or DEFAULT_HEAD)

@@ -59,7 +59,7 @@ def train(
         typer.Option(help="A .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id.", metavar="PATH|ID"),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the exits; the same command again resumes a killed run.")],
-    head: Annotated[str, typer.Option(help="Exit head: linear, mlp, transformer or mamba.", metavar="NAME")] = "mamba",
+    head: Annotated[str, typer.Option(help="Exit head: linear, mlp, transformer or mamba.", metavar="NAME")] = "mlp",
     exits: Annotated[
         str, typer.Option(help="Where exits sit: layers (8,12) or shares of the depth (1/2,0.75).", metavar="LAYERS")
     ] = "1/4,3/8,1/2,5/8,3/4,7/8",

@@ -36,7 +36,7 @@ class ExitConfig:
 
     layers: tuple[int, ...]
     n_layers: int
-    head: str | None = "mamba"
+    head: str | None = "mlp"
     inputs: tuple[str, ...] = INPUTS
     width: int | None = 64
     readout: str = "head"

@@ -25,12 +25,13 @@ def exits_of(
     settings: TrainSettings,
     folder: Path,
 ) -> dict[str, Exits]:
-    """Exits by head, for one backbone. What is missing is trained on ``data`` in one pass, into ``folder``/HEAD.
+    """Exits by head, for one backbone, at the paper's four depths.
 
-    A killed training continues; finished exits are read again. Raises UsageError if exits are missing and there is no
-    ``data`` to train them on, and whatever ``train_many`` and ``Exits.from_pretrained`` raise.
+    What is missing is trained on ``data`` in one pass, into ``folder``/HEAD. A killed training
+    continues; finished exits are read again. Raises UsageError if exits are missing and there is no ``data`` to train
+    them on, and whatever ``train_many`` and ``Exits.from_pretrained`` raise.
     """
-    shipped = {head: place for head in heads if (place := shipped_exits(model, head)) is not None}
+    shipped = {head: place for head in heads if (place := shipped_exits(model, f"four/{head}")) is not None}
     own = [head for head in heads if head not in shipped]
     places = shipped | {head: folder / head for head in own}
     # All or none: they were trained together, and a run that a kill cut between two saves resumes at its end.
