@@ -150,6 +150,14 @@ def test_config_that_cannot_be(change, says, tmp_path):
     assert says in refusal(ArtifactCorrupt, folder)
 
 
+def test_exits_saved_before_there_was_a_choice_of_shortlist(tmp_path):
+    folder = copy(exits_folder(), tmp_path / "exits")
+    config = json.loads((folder / MANIFEST).read_text())["config"]
+    assert config.pop("shortlist") == Exits.from_pretrained(folder).config.shortlist == "pairs"
+    edit(folder, config=config)
+    assert Exits.from_pretrained(folder).config.shortlist == "top"
+
+
 def test_missing_field_is_named(tmp_path):
     folder = copy(exits_folder(), tmp_path / "exits")
     edit(folder, fingerprint=None)

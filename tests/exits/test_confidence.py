@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from dynamax_llm.errors import UsageError
-from dynamax_llm.exits.confidence import LOG_FLOOR, LOG_SCALE, MEASURES, SIGNALS, Signals, measure, observe, select
+from dynamax_llm.exits.confidence import (
+    LOG_FLOOR,
+    LOG_SCALE,
+    MEASURES,
+    SIGNALS,
+    Signals,
+    measure,
+    observe,
+    select,
+    shortlist,
+)
 
 B, T, D, V = 2, 3, 8, 11
 
@@ -117,3 +127,36 @@ def test_measures_remember_nothing() -> None:
 def test_unknown_measure_names_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"'softmax_magrin'.*Did you mean 'softmax_margin'\?.*state_similarity"):
         measure("softmax_magrin")
+
+
+def test_a_shortlist_is_the_two_likeliest_of_every_group() -> None:
+    logits = torch.randn(2, 3, 59)
+    values, ids = shortlist(logits, 15)  # 8 groups
+    assert values.shape == ids.shape == (2, 3, 16)
+    assert torch.equal(values, logits.gather(-1, ids))
+    for group in range(8):
+        members = logits[..., group::8]
+        expected = members.topk(2, dim=-1).values
+        mine = values[..., [group, 8 + group]]
+        assert torch.equal(mine, expected), group
+        assert (ids[..., [group, 8 + group]] % 8 == group).all()
+    assert torch.equal(values.topk(2, dim=-1).values, logits.topk(2, dim=-1).values)  # never missed
+
+
+def test_a_shortlist_of_a_small_vocabulary_is_all_of_it() -> None:
+    logits = torch.randn(1, 1, 12)
+    values, ids = shortlist(logits, 11)
+    assert torch.equal(values, logits)
+    assert torch.equal(ids[0, 0], torch.arange(12))
+
+
+def test_statistics_of_a_shortlist_are_shares_of_the_whole_vocabulary() -> None:
+    h, logits = torch.randn(2, 3, 8), 2 * torch.randn(2, 3, 96)
+    seen = observe(h, h, logits, None, 16, pairs=True)
+    whole = observe(h, h, logits, None, 16)
+    for name in ("log_p1", "log_p2", "margin", "entropy"):
+        torch.testing.assert_close(column(seen, name), column(whole, name))
+    assert torch.equal(seen.token, whole.token)
+    assert torch.equal(seen.rival, whole.rival)
+    assert seen.candidates.shape == (2, 3, 16)
+    assert torch.equal(seen.candidates, shortlist(logits, 16)[1])

@@ -9,8 +9,8 @@ import torch
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.exits import readout as module
-from dynamax_llm.exits.confidence import LOG_SCALE, observe
-from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.confidence import LOG_SCALE, observe, shortlist
+from dynamax_llm.exits.config import SHORTLISTS, ExitConfig
 from dynamax_llm.exits.readout import Lens, Readout
 from dynamax_llm.testing import tiny_model
 
@@ -74,13 +74,14 @@ def test_slices_of_a_sequence_see_what_the_whole_does(backbone, monkeypatch) -> 
     assert torch.equal(spoken, whole.token)
 
 
-def test_later_exits_look_only_at_the_first_ones_candidates(backbone) -> None:
+@pytest.mark.parametrize("kind", SHORTLISTS)
+def test_later_exits_look_only_at_the_first_ones_candidates(backbone, kind) -> None:
     """One token at a time, rows of the LM head are gathered; over a sequence the full readout is: same numbers."""
-    readout = Readout(backbone, dataclasses.replace(config("head"), candidates=6))
+    readout = Readout(backbone, dataclasses.replace(config("head"), candidates=6, shortlist=kind))
     h, later = torch.randn(2, 2, 30, backbone.width).unbind(0)
     first, _ = readout.signals(0, h, later, None)
     seen, spoken = readout.signals(1, later, h, first)
-    full = backbone.readout(h).topk(6).indices
+    full = backbone.readout(h).topk(6).indices if kind == "top" else shortlist(backbone.readout(h), 6)[1]
     assert torch.equal(first.candidates, full)
     assert torch.equal(spoken, backbone.readout(later).argmax(-1))
     assert (seen.token.unsqueeze(-1) == full).any(-1).all()

@@ -66,11 +66,31 @@ def select(mask: Flags, a: Signals, b: Signals) -> Signals:
     return Signals(values, torch.where(mask, a.token, b.token), b.candidates, rows=rows)
 
 
-def observe(h: Hidden, h_before: Hidden, logits: Logits | None, previous: Signals | None, keep: int = 0) -> Signals:
+def shortlist(logits: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """The two likeliest tokens of each of ceil(keep / 2) groups, logits and ids (B, T, K), K = 2 ceil(keep / 2).
+
+    Token v belongs to group v modulo their number. The leading token and its runner-up are always there; of the
+    likeliest, one is missed only where two likelier ones share its group. One pass finds it, and nothing is sorted:
+    the partial reduction of approximate top-k (arXiv 2206.14286), with pairs. All tokens where they are at most K.
+    """
+    groups, size = -(-keep // 2), logits.shape[-1]
+    if size <= 2 * groups:
+        return logits, torch.arange(size, device=logits.device).expand(logits.shape)
+    table = F.pad(logits, (0, -size % groups), value=-torch.inf).unflatten(-1, (-1, groups))  # (B, T, rows, groups)
+    first, place = table.max(-2, keepdim=True)
+    second, next_place = table.scatter(-2, place, -torch.inf).max(-2, keepdim=True)
+    ids = torch.cat((place, next_place), dim=-2) * groups + torch.arange(groups, device=logits.device)
+    return torch.cat((first, second), dim=-2).flatten(-2), ids.flatten(-2)
+
+
+def observe(
+    h: Hidden, h_before: Hidden, logits: Logits | None, previous: Signals | None, keep: int = 0, pairs: bool = False
+) -> Signals:
     """Signals at an exit with hidden state h (B, T, d), read out as logits (B, T, V), or unread (None).
 
-    At the first exit ``keep`` likeliest tokens become the candidates (0: none). Where ``previous`` has candidates,
-    logits are theirs alone, (B, T, K) in their order, and probabilities are shares among them.
+    At the first exit ``keep`` likely tokens become the candidates (0: none): the likeliest, or with ``pairs`` those of
+    ``shortlist``. Where ``previous`` has candidates, logits are theirs alone, (B, T, K) in their order, and
+    probabilities are shares among them.
 
     ``h_before`` is h before the last layer run, ``previous`` the signals of the exit before this one (None at the
     first). Columns that need logits are 0 without them; columns that need a previous exit are 0 at the first.
@@ -78,21 +98,27 @@ def observe(h: Hidden, h_before: Hidden, logits: Logits | None, previous: Signal
     similarity = F.cosine_similarity(h.float(), h_before.float(), dim=-1).unsqueeze(-1)  # (B, T, 1)
     if logits is None:
         return Signals(F.pad(similarity, (len(SIGNALS) - 1, 0)), None)
-    candidates = None if previous is None else previous.candidates
+    keep = keep if previous is None else 0
+    named = None if previous is None else previous.candidates  # the tokens of the columns; None: all, in their order
     log_p = torch.log_softmax(logits.float(), dim=-1)
-    best, ids = log_p.topk(min(max(TOP, 0 if previous else keep), log_p.shape[-1]), dim=-1)
+    among = log_p
+    if keep and pairs:
+        among, named = shortlist(log_p, keep)
+    best, at = among.topk(min(max(TOP, 0 if pairs else keep), among.shape[-1]), dim=-1)
+    ids = at if named is None else named.gather(-1, at)
+    token, rival = ids[..., :2].unbind(-1)
     top = best[..., :TOP]  # (B, T, TOP)
     p1, p2, *_ = top.exp().unbind(-1)
     entropy = torch.linalg.vecdot(log_p.exp(), log_p) / -math.log(log_p.shape[-1])
-    token, rival = (ids if candidates is None else candidates.gather(-1, ids[..., :2]))[..., :2].unbind(-1)
     if previous is None or previous.token is None:
         history = torch.zeros_like(top[..., :2])
-        candidates = ids if keep and previous is None else None
+        candidates = (named if pairs else ids) if keep else None
     else:
-        if candidates is None:
+        candidates = named
+        if named is None:
             there = log_p.gather(-1, previous.token.unsqueeze(-1)).exp().squeeze(-1)
         else:
-            there = (log_p.exp() * (candidates == previous.token.unsqueeze(-1))).sum(-1)
+            there = (log_p.exp() * (named == previous.token.unsqueeze(-1))).sum(-1)
         history = torch.stack(((token == previous.token).float(), there), dim=-1)
     columns = torch.stack((p1 - p2, entropy), dim=-1)
     values = torch.cat((top.clamp(min=LOG_FLOOR) / LOG_SCALE, columns, history, similarity), dim=-1)

@@ -19,6 +19,8 @@ INPUTS = ("hidden", "signals", "tokens")
 LABELS = ("action", "topk", "probability", "overlap")
 #: Signals hold this many top probabilities, so that no fewer candidates make sense.
 LEAST_CANDIDATES = 5
+#: How candidates are found: "pairs", the two likeliest of each group of tokens (one pass, no sorting); "top", exactly.
+SHORTLISTS = ("pairs", "top")
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,10 @@ class ExitConfig:
     ``layers`` are depths: an exit at depth e sits after the e-th layer, counted from 1. ``head`` is None for exits
     that are judged by a confidence measure alone. ``width`` is the head's inner width (None: a sixth of the
     backbone's, 16 to 64). ``candidates``: the first exit reads the whole vocabulary, later ones look only at its so
-    many likeliest tokens (0: every exit reads everything). ``inputs`` are what a head sees: h, its readout's
-    statistics, and the LM head's rows of the two tokens that lead there. ``label`` "action" is 1 iff this readout gives
-    the full model's token; the others are described in ``training/labels.py``. Raises UsageError for values that are
-    not allowed.
+    many likeliest tokens (0: every exit reads everything), found as ``shortlist`` says (``confidence.shortlist``).
+    ``inputs`` are what a head sees: h, its readout's statistics, and the LM head's rows of the two tokens that lead
+    there. ``label`` "action" is 1 iff this readout gives the full model's token; the others are described in
+    ``training/labels.py``. Raises UsageError for values that are not allowed.
     """
 
     layers: tuple[int, ...]
@@ -45,12 +47,14 @@ class ExitConfig:
     lens_rank: int = 16
     label: str = "action"
     label_k: int = 15
+    shortlist: str = "pairs"
 
     def __post_init__(self) -> None:
         checks = (
             ("head", self.head, (None, *HEADS)),
             ("readout", self.readout, READOUTS),
             ("label", self.label, LABELS),
+            ("shortlist", self.shortlist, SHORTLISTS),
         )
         for name, value, allowed in checks:
             if value not in allowed:
@@ -74,8 +78,11 @@ class ExitConfig:
 
     @classmethod
     def from_json(cls, data: dict) -> ExitConfig:
-        """Raises TypeError on unknown or missing keys; the artifact loader turns that into its own error."""
-        return cls(**{**data, "layers": tuple(data["layers"]), "inputs": tuple(data["inputs"])})
+        """Raises TypeError on unknown or missing keys; the artifact loader turns that into its own error.
+
+        Exits saved before there was a choice of shortlist took the likeliest tokens exactly.
+        """
+        return cls(**{"shortlist": "top", **data, "layers": tuple(data["layers"]), "inputs": tuple(data["inputs"])})
 
 
 def place_exits(spec: str | tuple[str | int | float, ...], n_layers: int) -> tuple[int, ...]:

@@ -74,15 +74,15 @@ class Readout:
     def look(self, exit: int, h: Hidden, h_before: Hidden, previous: Signals | None) -> tuple[Signals, Logits | None]:
         """What exit ``exit`` sees of h (B, 1, d), and its logits (B, 1, V) if it read all and they may be output.
 
-        With ``config.candidates`` the first exit reads the whole vocabulary and the later ones only its likeliest
-        tokens, so that a check there costs next to nothing (the idea of SpecEE, arXiv 2504.08850).
+        With ``config.candidates`` the first exit reads the whole vocabulary and the later ones only its shortlist, so
+        that a check there costs next to nothing (the idea of SpecEE, arXiv 2504.08850).
         """
         if previous is not None and previous.candidates is not None:
             moved = h if self.lens is None else self.lens(exit, h)
             few = self.backbone.readout_of(moved, previous.candidates)
             return self._named(observe(h, h_before, few, previous)), None
         logits = self.decision_logits(exit, h)
-        seen = observe(h, h_before, logits, previous, self.config.candidates)
+        seen = self._observe(h, h_before, logits, previous)
         return self._named(seen), logits if self.decision_is_output else None
 
     def signals(self, exit: int, h: Hidden, h_before: Hidden, previous: Signals | None) -> tuple[Signals, Ids]:
@@ -99,8 +99,12 @@ class Readout:
             tokens.append(logits.argmax(-1))
             if before is not None and before.candidates is not None:
                 logits = logits.gather(-1, before.candidates)
-            parts.append(self._named(observe(h[:, run], h_before[:, run], logits, before, self.config.candidates)))
+            parts.append(self._named(self._observe(h[:, run], h_before[:, run], logits, before)))
         return parts[0] if len(parts) == 1 else concatenate(parts), torch.cat(tokens, dim=1)
+
+    def _observe(self, h: Hidden, h_before: Hidden, logits: Logits, previous: Signals | None) -> Signals:
+        """Signals of logits over the whole vocabulary, or over the candidates of the exits before."""
+        return observe(h, h_before, logits, previous, self.config.candidates, self.config.shortlist == "pairs")
 
     def _named(self, seen: Signals) -> Signals:
         """With the LM head's rows of the leading token and its runner-up, if the heads read them."""

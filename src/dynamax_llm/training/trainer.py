@@ -45,7 +45,7 @@ from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.sources import Source
 
 #: What heads must have in common to learn from one harvest.
-SHARED = ("layers", "n_layers", "readout", "tail_layers", "candidates", "lens_rank", "label", "label_k")
+SHARED = ("layers", "n_layers", "readout", "tail_layers", "candidates", "lens_rank", "label", "label_k", "shortlist")
 
 
 def train(
