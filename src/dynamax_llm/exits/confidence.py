@@ -130,6 +130,8 @@ class Judge(abc.ABC):
 
     #: True if ``signals`` must come from a readout at every exit that is checked.
     needs_logits: bool = True
+    #: True if ``confidence`` reads its signals; without, an engine need not make any.
+    needs_signals: bool = True
     #: True if ``confidence`` remembers earlier tokens, so that every token must reach every exit's state once.
     recurrent: bool = False
     #: True if ``confidence`` is a function of tensors alone, so that a recorded program can ask without Python.

@@ -80,10 +80,11 @@ class AttentionLayers:
         self.room = buffer.shape[4]
         self.where.copy_(torch.tensor([buffer.data_ptr(), buffer.shape[4], cos.data_ptr(), sin.data_ptr()]))
 
-    def layer(self, index: int, p: Pass, *, fresh: bool) -> None:
+    def layer(self, index: int, p: Pass, *, fresh: bool, keep: Tensor | None = None) -> None:
         """Layer ``index`` on p.h, in place where rows are live; every row's key and value go into the cache.
 
-        ``fresh``: p.h does not come from the layer before, so p.ready is not what this one reads.
+        ``fresh``: p.h does not come from the layer before, so p.ready is not what this one reads. ``keep`` (M, d), if
+        given, is left what p.h was before.
         """
         layer = self.backbone.layers[index]
         dtype, mlp = layer.input_layernorm.weight.dtype, layer.mlp
@@ -93,7 +94,7 @@ class AttentionLayers:
         self._project(index, p, q, fresh=fresh)
         self._attend(index, p, q, seen)
         norm = layer.post_attention_layernorm
-        add_linear(seen, layer.self_attn.o_proj.weight, p, norm.weight)
+        add_linear(seen, layer.self_attn.o_proj.weight, p, norm.weight, keep=keep)
         assert p.ready is not None
         linear(p.ready, mlp.gate_proj.weight, inner, second=mlp.up_proj.weight, eps=norm.variance_epsilon, sums=p.sums)
         add_linear(inner, mlp.down_proj.weight, p, self._next_norm(index))

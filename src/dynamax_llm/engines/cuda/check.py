@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynamax_llm.engines.cuda.fused import MlpCheck
+from dynamax_llm.engines.cuda.fused import Rows, head_check
 from dynamax_llm.engines.cuda.kernels.rows import decide_kernel
 from dynamax_llm.engines.cuda.launch import overlaps, settings
 from dynamax_llm.engines.cuda.tiles import power_of_two
-from dynamax_llm.exits.confidence import Judge, Signals, State, observe, select
-from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.exits.confidence import SIGNALS, Judge, Signals, State, observe, select
 from dynamax_llm.exits.readout import Readout
 
 #: Bits of a word below the number of the token it belongs to.
@@ -48,11 +46,20 @@ class Check:
     """The judge at every exit of one batch, in memory that stays where it is.
 
     ``left`` (B,) int32, 1 for rows that have left; ``exit_index`` (B,) int32, ``n_exits`` for rows that have not.
-    ``ticket`` (1,) int32 is the number of the step.
+    ``ticket`` (1,) int32 is the number of the step. With ``fuse`` a check is one kernel where it can be (``fused``),
+    else the judge is asked through PyTorch.
     """
 
     def __init__(
-        self, judge: Judge, readout: Readout, n_exits: int, batch: int, device: torch.device, ticket: Tensor
+        self,
+        judge: Judge,
+        readout: Readout,
+        n_exits: int,
+        batch: int,
+        device: torch.device,
+        ticket: Tensor,
+        *,
+        fuse: bool = True,
     ) -> None:
         self.judge, self.readout, self.n_exits, self.batch = judge, readout, n_exits, batch
         self.device, self.ticket = device, ticket
@@ -63,9 +70,11 @@ class Check:
         self.words = words(n_exits, device)
         self._read = self.words.numpy()
         self.signals: list[Signals | None] = [None] * n_exits
-        fused = n_exits > 0 and MlpCheck.fits(judge)
-        self.fused = MlpCheck(cast(ExitHeads, judge), batch, device) if fused else None
-        self.logits: Tensor | None = None  # (B, V) of an exit that read the whole vocabulary
+        self._nothing = Signals(torch.zeros(batch, 1, len(SIGNALS), device=device), None)
+        rows = Rows(self.thresholds, ticket, self.left, self.exit_index, self.words)
+        self.fused = head_check(judge, readout, n_exits, batch, rows) if fuse else None
+        # (B, V) of an exit that read the whole vocabulary
+        self.logits: Tensor | None = None if self.fused is None else self.fused.logits
         # Of all exits the judge has, asked or not: a token that leaves is heard of by all later ones.
         self.states: list[State] | None = judge.initial_state(batch, device) if n_exits else None
 
@@ -92,17 +101,18 @@ class Check:
         Rows that leave are no longer ``live`` (B,), if given.
         """
         if self.fused is not None:
-            word = self.words[index:]
-            self.fused.ask(index, h, self.thresholds, self.ticket, live, self.left, self.exit_index, word)
+            self.fused.ask(index, h, before, live)
             return
         h, before = h.unsqueeze(1), before.unsqueeze(1)
         earlier = self.signals[index - 1] if index else None
         logits = None
         if self.judge.needs_logits:
             seen, logits = self.readout.look(index, h, before, earlier)
-        else:
+        elif self.judge.needs_signals:
             seen = observe(h, before, None, earlier)
-        if earlier is not None and self.batch > 1:
+        else:
+            seen = self._nothing
+        if earlier is not None and self.batch > 1 and seen is not self._nothing:
             seen = select(self.left.bool().unsqueeze(1), earlier, seen)
         self.signals[index] = seen
         state = None if self.states is None else self.states[index]
@@ -131,7 +141,12 @@ class Check:
     @property
     def sees_before(self) -> bool:
         """Whether ``ask`` reads h before the last layer."""
-        return self.fused is None
+        return self.judge.needs_signals if self.fused is None else self.fused.sees_before
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Kernels of this engine that a check launches; PyTorch's own may come besides."""
+        return () if not self.n_exits else ("decide_kernel",) if self.fused is None else ("check_kernel",)
 
     def advance(self, index: int, h: Tensor) -> None:
         """Every row has left by exit ``index`` or before: later recurrent heads read what it left with."""

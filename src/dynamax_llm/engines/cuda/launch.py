@@ -60,9 +60,13 @@ def add_linear(
     eps: float = 0.0,
     sums: Tensor | None = None,
     size: int = 0,
+    keep: Tensor | None = None,
 ) -> None:
-    """p.h += norm(x) weightᵀ where rows are live; and p.ready, p.sums for the norm of weight ``next_norm``."""
-    _linear(x, weight, p.h, None, bias, norm, eps, sums, size, p, next_norm)
+    """p.h += norm(x) weightᵀ where rows are live; and p.ready, p.sums for the norm of weight ``next_norm``.
+
+    What p.h was before is left in ``keep`` (M, d), if given.
+    """
+    _linear(x, weight, p.h, None, bias, norm, eps, sums, size, p, next_norm, keep)
 
 
 def _linear(
@@ -77,6 +81,7 @@ def _linear(
     size: int,
     p: Pass | None,
     next_norm: Tensor | None,
+    keep: Tensor | None = None,
 ) -> None:
     vectors, inputs = x.shape
     outputs = len(weight)
@@ -99,6 +104,7 @@ def _linear(
         anything if next_norm is None else next_norm,
         anything if p is None else p.ready,
         anything if p is None else p.sums,
+        anything if keep is None else keep,
         vectors,
         outputs,
         inputs,
@@ -113,6 +119,7 @@ def _linear(
         second is not None,
         bias is not None,
         p is not None,
+        keep is not None,
         t.stages,
         overlaps(x.device),
         **settings(x.device, t.warps),

@@ -21,9 +21,10 @@ from dynamax_llm.engines.cuda.attention import AttentionLayers
 from dynamax_llm.engines.cuda.check import Check, heard, words
 from dynamax_llm.engines.cuda.graphs import Programs
 from dynamax_llm.engines.cuda.kernels.rows import choose_kernel, enter_kernel
-from dynamax_llm.engines.cuda.launch import linear, overlaps, settings
+from dynamax_llm.engines.cuda.launch import overlaps, settings
 from dynamax_llm.engines.cuda.mamba import Mamba2Layers
 from dynamax_llm.engines.cuda.passes import Pass
+from dynamax_llm.engines.cuda.readout import read_out
 from dynamax_llm.engines.cuda.tiles import blocks, power_of_two
 from dynamax_llm.exits.confidence import Judge
 from dynamax_llm.exits.readout import Readout
@@ -85,8 +86,7 @@ class Machine:
     @property
     def kernels(self) -> tuple[str, ...]:
         """Kernels of this engine that the programs launch; an exit may be asked by PyTorch's own besides."""
-        head = ("mlp_head_kernel",) if self.check.fused is not None else ("decide_kernel",) if self.n_exits else ()
-        return (*self.layers.kernels, "linear_kernel", "ready_kernel", "enter_kernel", "choose_kernel", *head)
+        return (*self.layers.kernels, "linear_kernel", "ready_kernel", "enter_kernel", "choose_kernel", *self.check.kernels)
 
     def record(self) -> None:
         """Make the programs ready to run."""
@@ -146,9 +146,8 @@ class Machine:
             self._enter()
         first, stop, asks = self.starts[index], self.stops[index], index < self.n_exits
         for layer in range(first, stop):
-            if asks and layer == stop - 1 and self.check.sees_before:
-                self.before.copy_(self.now.h)
-            self.layers.layer(layer, self.now, fresh=layer == 0)
+            keep = self.before if asks and layer == stop - 1 and self.check.sees_before else None
+            self.layers.layer(layer, self.now, fresh=layer == 0, keep=keep)
         if asks:
             self.check.ask(index, self.now.h, self.before, self.now.live)
         else:
@@ -168,13 +167,7 @@ class Machine:
 
     def _read_out(self, h: Tensor, logits: Tensor, p: Pass | None = None) -> Tensor:
         """``logits`` (M, V), float32, of h (M, d); ``p``: the pass that has just been through the last layer."""
-        norm = final_norm(self.backbone)
-        head, eps = self.backbone.model.get_output_embeddings().weight, norm.variance_epsilon
-        if p is None or p.ready is None:
-            linear(h, head, logits, norm=norm.weight, eps=eps)
-        else:
-            linear(p.ready, head, logits, eps=eps, sums=p.sums)
-        return logits
+        return read_out(self.backbone, h, logits, p)
 
     def _choose(self, logits: Tensor, words: Tensor | None = None) -> None:
         """The likeliest tokens: the next step's, or only reported in ``words`` (M,)."""
@@ -214,9 +207,3 @@ class Machine:
 def residual_dtype(backbone: Backbone) -> torch.dtype:
     """Data type of the residual stream, which some families keep in float32."""
     return torch.float32 if getattr(backbone.config, "residual_in_fp32", False) else backbone.dtype
-
-
-def final_norm(backbone: Backbone) -> torch.nn.Module:
-    """The norm between the last layer and the LM head."""
-    inner = backbone.model
-    return inner.backbone.norm_f if backbone.kinds[0] == "mamba" else inner.model.norm

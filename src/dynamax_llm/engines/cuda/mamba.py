@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +88,11 @@ class Mamba2Layers:
     def reserve(self, length: int) -> None:
         """Nothing grows."""
 
-    def layer(self, index: int, p: Pass, *, fresh: bool) -> None:
+    def layer(self, index: int, p: Pass, *, fresh: bool, keep: Tensor | None = None) -> None:
         """Layer ``index`` on p.h, in place where rows are live; every row's token goes into the state.
 
-        ``fresh``: p.h does not come from the layer before, so p.ready is not what this one reads.
+        ``fresh``: p.h does not come from the layer before, so p.ready is not what this one reads. ``keep`` (M, d), if
+        given, is left what p.h was before.
         """
         mixer = self.backbone.layers[index].mixer
         gated = p.buffer("gated", p.rows, self.inner, dtype=mixer.in_proj.weight.dtype)
@@ -100,10 +102,11 @@ class Mamba2Layers:
         weight, bias = mixer.out_proj.weight, mixer.out_proj.bias
         norm, eps, size = mixer.norm.weight, mixer.norm.variance_epsilon, self.inner // self.groups
         if p.rows == 1:
-            add_linear(gated, weight, p, self._next_norm(index), bias=bias, norm=norm, eps=eps, sums=squares, size=size)
+            grouped: dict[str, Any] = {"norm": norm, "eps": eps, "sums": squares, "size": size}
+            add_linear(gated, weight, p, self._next_norm(index), bias=bias, keep=keep, **grouped)
         else:  # tensor cores take their vectors as they lie
             norm_groups(gated, norm, squares, size, eps)
-            add_linear(gated, weight, p, self._next_norm(index), bias=bias)
+            add_linear(gated, weight, p, self._next_norm(index), bias=bias, keep=keep)
 
     def _next_norm(self, index: int) -> Tensor:
         """Weight of the norm that reads what layer ``index`` leaves."""

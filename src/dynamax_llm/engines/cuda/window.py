@@ -123,7 +123,7 @@ class WaitingMachine(Machine):
 
     def _step(self) -> None:
         self._enter()
-        self._show(self.newest, self.shown, frozen=False)
+        self._show(self.newest, None, frozen=False)
         self._layers(0, self.now, self.newest)
         if self.n_exits:
             self.check.ask(0, self.shown, self.before, None)
@@ -132,13 +132,14 @@ class WaitingMachine(Machine):
     def _layers(self, segment: int, rows: Pass, source: Waiting) -> None:
         """A segment's layers over ``rows``; the judge is shown the newest token, unless it has left."""
         first, stop = self.starts[segment], self.stops[segment]
+        kept: Tensor | None = None
+        if segment < self.n_exits and self.check.sees_before:
+            kept = rows.buffer("kept", *rows.h.shape, dtype=rows.h.dtype)
         for layer in range(first, stop):
-            if segment < self.n_exits and layer == stop - 1 and self.check.sees_before:
-                self._show(source, self.before, frozen=False)
             # Tokens that waited have been moved; only one that goes on alone is still as its layer left it.
             fresh = layer == first and (segment == 0 or source is not self.newest)
-            self.layers.layer(layer, rows, fresh=fresh)
-        self._show(source, self.shown, frozen=True)
+            self.layers.layer(layer, rows, fresh=fresh, keep=kept if layer == stop - 1 else None)
+        self._show(source, kept, frozen=True)
 
     def _single(self, segment: int) -> None:
         self._layers(segment, self.now, self.newest)
@@ -171,17 +172,21 @@ class WaitingMachine(Machine):
 
     # small kernels
 
-    def _show(self, source: Waiting, shown: Tensor, *, frozen: bool) -> None:
-        width, device = self.backbone.width, shown.device
+    def _show(self, source: Waiting, kept: Tensor | None, *, frozen: bool) -> None:
+        """The newest token to the judge; with ``kept``, h before the last layer, that too."""
+        width, device = self.backbone.width, self.shown.device
         show_kernel[(self.batch,)](
             source.rows.h,
+            source.rows.h if kept is None else kept,
             source.count,
             self.check.left,
-            shown,
+            self.shown,
+            self.before,
             source.rows.tokens,
             width,
             power_of_two(width),
             frozen,
+            kept is not None,
             overlaps(device),
             **settings(device, 8),
         )

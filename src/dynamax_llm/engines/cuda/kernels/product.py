@@ -126,14 +126,16 @@ def product(tile, tile2, w, rows, valid, w2, rows2, x, m, M, norm, sums, K: tl.c
 
 
 @triton.jit
-def linear_kernel(x, w, w2, bias, norm, sums, live, out, next_norm, next_x, next_sums, M, N: tl.constexpr,
+def linear_kernel(x, w, w2, bias, norm, sums, live, out, next_norm, next_x, next_sums, kept, M, N: tl.constexpr,
                   K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
                   SIZE: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, EPS: tl.constexpr, GATED: tl.constexpr,
-                  BIAS: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  BIAS: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr, STAGES: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     """out (M, N) = norm(x) wᵀ; GATED: silu(norm(x) wᵀ) * norm(x) w2ᵀ.
 
     ADD: it is added to ``out`` where ``live`` (M,), and ``out`` made ready for the norm that comes next: weighted by
-    ``next_norm`` (N,) in ``next_x`` (M, N), sums of squares, one a program, in ``next_sums`` (M, programs).
+    ``next_norm`` (N,) in ``next_x`` (M, N), sums of squares, one a program, in ``next_sums`` (M, programs). KEEP:
+    what ``out`` was before is left in ``kept`` (M, N).
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     valid = rows < N
@@ -145,6 +147,8 @@ def linear_kernel(x, w, w2, bias, norm, sums, live, out, next_norm, next_x, next
     known = valid[:, None] & (m < M)[None, :]
     if ADD:
         old = tl.load(where, mask=known, other=0.0).to(tl.float32)
+        if KEEP:
+            tl.store(kept + m[None, :] * N + rows[:, None], old.to(kept.dtype.element_ty), mask=known)
         added = tl.load(live + m, mask=m < M, other=0)
         weight = tl.load(next_norm + row, mask=valid, other=0.0).to(tl.float32)
     y, y2 = product(tile, tile2, w, row, valid, w2, row, x, m, M, norm, sums, K, BM, BN, BK, GATED, NORM, SIZE, PARTS,

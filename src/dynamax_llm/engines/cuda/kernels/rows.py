@@ -45,17 +45,22 @@ def enter_kernel(ids, embedding, idle, pad, length, ticket, h, slot, place, live
 
 
 @triton.jit
-def show_kernel(h, count, left, shown, T, D: tl.constexpr, BD: tl.constexpr, FROZEN: tl.constexpr,
-                PDL: tl.constexpr):  # fmt: skip
-    """shown (B, D): h (B, T, D) of every sequence's newest token, the ``count``-th; FROZEN: not of rows that left."""
+def show_kernel(h, kept, count, left, shown, before, T, D: tl.constexpr, BD: tl.constexpr, FROZEN: tl.constexpr,
+                BOTH: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """shown (B, D): h (B, T, D) of every sequence's newest token, the ``count``-th; FROZEN: not of rows that left.
+
+    BOTH: the same of ``kept`` (B, T, D), in ``before`` (B, D).
+    """
     wait_for_inputs(PDL)
     b = tl.program_id(0)
     d = tl.arange(0, BD)
-    found = tl.load(h + (b * T + tl.maximum(tl.load(count) - 1, 0)) * D + d, mask=d < D, other=0.0)
+    at = (b * T + tl.maximum(tl.load(count) - 1, 0)) * D + d
     wanted = d < D
     if FROZEN:
         wanted = wanted & (tl.load(left + b) == 0)
-    tl.store(shown + b * D + d, found, mask=wanted)
+    tl.store(shown + b * D + d, tl.load(h + at, mask=d < D, other=0.0), mask=wanted)
+    if BOTH:
+        tl.store(before + b * D + d, tl.load(kept + at, mask=d < D, other=0.0), mask=wanted)
 
 
 @triton.jit
