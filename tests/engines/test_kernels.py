@@ -44,9 +44,10 @@ def test_a_kernel_leaves_its_output_ready_for_the_next_norm(vectors: int) -> Non
     h = randn(vectors, 24)
     p = Pass(1, vectors, h.clone(), torch.zeros(1, dtype=torch.int32, device=DEVICE))
     p.live[-1] = vectors == 1
-    add_linear(x, w, p, norm)
+    kept = torch.zeros_like(h)
+    add_linear(x, w, p, norm, keep=kept)
     expected = torch.where(p.live.bool().unsqueeze(1), h + x @ w.t(), h)
-    assert torch.allclose(p.h, expected, atol=1e-4)
+    assert torch.allclose(p.h, expected, atol=1e-4) and torch.equal(kept, h)
     out = torch.zeros(vectors, 16, device=DEVICE)
     assert p.ready is not None
     linear(p.ready, following, out, eps=EPS, sums=p.sums)

@@ -24,8 +24,8 @@ KEPT = 4
 def machine_for(backbone: Backbone, plan: ExitPlan, batch: int) -> Machine:
     """The machine for ``batch`` sequences under ``plan``: one made before, if the weights are where they were."""
     kept = backbone.machines
-    parameters = [*backbone.model.parameters(), *(plan.judge.parameters() if isinstance(plan.judge, nn.Module) else ())]
-    weights = hash(tuple((weight.data_ptr(), weight._version) for weight in parameters))
+    judge = [*plan.judge.parameters(), *plan.judge.buffers()] if isinstance(plan.judge, nn.Module) else []
+    weights = hash(tuple((part.data_ptr(), part._version) for part in (*backbone.model.parameters(), *judge)))
     policy = plan.policy
     most = power_of_two(max(plan.window, 2)) if policy.exact_state else 1
     key = (batch, most, policy.exact_output, plan.layers, id(plan.judge), plan.readout.config, weights)

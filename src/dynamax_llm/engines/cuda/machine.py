@@ -86,7 +86,14 @@ class Machine:
     @property
     def kernels(self) -> tuple[str, ...]:
         """Kernels of this engine that the programs launch; an exit may be asked by PyTorch's own besides."""
-        return (*self.layers.kernels, "linear_kernel", "ready_kernel", "enter_kernel", "choose_kernel", *self.check.kernels)
+        return (
+            *self.layers.kernels,
+            "linear_kernel",
+            "ready_kernel",
+            "enter_kernel",
+            "choose_kernel",
+            *self.check.kernels,
+        )
 
     def record(self) -> None:
         """Make the programs ready to run."""

@@ -111,7 +111,8 @@ def _few_logits(h, head, norm, left, candidates, few, b, part, D: tl.constexpr, 
 
 @triton.jit
 def _embed(h, before, scale, embed, parts, b, part, D: tl.constexpr, W: tl.constexpr, BW: tl.constexpr,
-           BK: tl.constexpr, LINE: tl.constexpr, PARTS: tl.constexpr, LOOKS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+           BK: tl.constexpr, LINE: tl.constexpr, PARTS: tl.constexpr, LOOKS: tl.constexpr,
+           PDL: tl.constexpr):  # fmt: skip
     """A share of h times ``scale`` (D,) times ``embed`` (D, w), and of the sums that unit root mean square and the
     cosine with ``before`` are made of: w + 3 numbers in a LINE of ``parts`` (B, PARTS, LINE)."""
     k = part * BK + tl.arange(0, BK)
