@@ -145,7 +145,7 @@ def test_of_equal_logits_the_earlier_token_leads() -> None:
 def test_tokens_and_depths_are_those_of_eager(
     family: str, batch: int, policy: str, inputs: tuple[str, ...], bars: tuple[float, ...]
 ) -> None:
-    """Of batches under ``propagate`` and ``defer``, some tokens leave at the first exit, some at the second, some at none."""
+    """In batches that do not verify, some tokens leave at the first exit, some at the second, some at none."""
     model = small(family)
     backbone = adapt(model)
     config = ExitConfig(EXITS, 3, "mlp", inputs, width=8, candidates=8)
