@@ -32,12 +32,12 @@ class ExitConfig:
     """The exits of one backbone; everything but the learned weights.
 
     ``layers`` are depths: an exit at depth e sits after the e-th layer, counted from 1. ``head`` is None for exits
-    that are judged by a confidence measure alone. ``width`` is the head's inner width (0: its kind's in
-    ``WIDTHS``; None: a sixth of the backbone's, 16 to 64). ``candidates``: the first exit reads the whole vocabulary, later ones look only at its so
-    many likeliest tokens (0: every exit reads everything), found as ``shortlist`` says (``confidence.shortlist``).
-    ``inputs`` are what a head sees: h, its readout's statistics, and the LM head's rows of the two tokens that lead
-    there. ``label`` "action" is 1 iff this readout gives the full model's token; the others are described in
-    ``training/labels.py``. Raises UsageError for values that are not allowed.
+    that are judged by a confidence measure alone. ``width`` is the head's inner width (0: its kind's in ``WIDTHS``;
+    None: a sixth of the backbone's, 16 to 64). ``candidates``: the first exit reads the whole vocabulary, later ones
+    look only at so many likely tokens of it (0: every exit reads everything), found as ``shortlist`` says
+    (``confidence.shortlist``). ``inputs`` are what a head sees: h, its readout's statistics, and the LM head's rows of
+    the two tokens that lead there. ``label`` "action" is 1 iff this readout gives the full model's token; the others
+    are described in ``training/labels.py``. Raises UsageError for values that are not allowed.
     """
 
     layers: tuple[int, ...]
