@@ -4,6 +4,8 @@
     python recipes/heads/contest.py train transformer-ee --text TEXT --out OUT [--device cuda] [--tokens 4e6]
     python recipes/heads/contest.py judge transformer-ee --text TEXT --out OUT [--device cuda]
     python recipes/heads/contest.py both transformer-ee --text TEXT --out OUT --runs seed0 fourteen seed1 seed2
+    python recipes/heads/contest.py generate transformer-ee --text TEXT --out OUT       # free text, added to the JSON
+    python recipes/heads/contest.py ship transformer-ee --out OUT
     python recipes/heads/contest.py table OUT/transformer-ee.json
     TEXT=TEXT OUT=OUT bash recipes/heads/gpu.sh                # all of it, both backbones side by side
 
@@ -19,9 +21,11 @@ import argparse
 import dataclasses
 import json
 import platform
+import shutil
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
@@ -29,7 +33,7 @@ from tabulated import table
 from transformers.utils import logging
 
 from dynamax_llm.backbones import Backbone, adapt
-from dynamax_llm.backbones.loading import load
+from dynamax_llm.backbones.loading import REFERENCE_FOLDER, load
 from dynamax_llm.decoding.loop import EarlyExit
 from dynamax_llm.evaluation.bootstrap import interval
 from dynamax_llm.evaluation.compare import Candidate
@@ -44,21 +48,18 @@ from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.trainer import train_many
 
 SIX = "1/4,3/8,1/2,5/8,3/4,7/8"
-SHARES = (4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
-TWELVE = ",".join(f"{share}/16" for share in SHARES)
-FOURTEEN = "1/8,3/16," + TWELVE
+FOURTEEN = ",".join(f"{share}/16" for share in range(2, 16))
 ROW = 512
 #: Free generation: prompts, their tokens, new tokens.
 PROMPTS, PROMPT, NEW = 48, 64, 64
 
 
 def variants(n_layers: int, exits: str) -> dict[str, ExitConfig]:
-    """Every head on the default inputs; and the Mamba head without the tokens' rows, and on h alone."""
+    """Every head on the default inputs, at widths that make them cost the same; MLP and Mamba head on h alone too."""
     layers = place_exits(exits, n_layers)
     found = {head: ExitConfig(layers, n_layers, head=head) for head in HEADS}
-    found["mamba-statistics"] = ExitConfig(layers, n_layers, head="mamba", inputs=("hidden", "signals"))
-    found["mamba-hidden"] = ExitConfig(layers, n_layers, head="mamba", inputs=("hidden",))
-    return found
+    alone = {f"{head}-hidden": ExitConfig(layers, n_layers, head=head, inputs=("hidden",)) for head in ("mlp", "mamba")}
+    return found | alone
 
 
 def chosen(configs: dict[str, ExitConfig], heads: list[str]) -> dict[str, ExitConfig]:
@@ -75,18 +76,17 @@ def train(backbone: Backbone, tokenizer, args: argparse.Namespace) -> None:
         "patience": 1000,
         "quiet": not sys.stderr.isatty(),
     }
-    configs = chosen(variants(backbone.n_layers, SIX), args.heads)
-    fourteen = chosen(variants(backbone.n_layers, FOURTEEN), args.heads or ["mlp", "mamba"])
-    fourteen = {head: fourteen[head] for head in ("mlp", "mamba") if head in fourteen}
+    every = variants(backbone.n_layers, SIX)
+    seeds = chosen({head: every[head] for head in HEADS}, args.heads)
     runs: dict[str, tuple[dict[str, ExitConfig], TrainSettings]] = {}
     for seed in args.seeds:
         settings = TrainSettings(max_tokens=tokens, batch_tokens=args.batch, seed=seed, **shared)
-        runs[f"seed{seed}"] = (configs, settings)
+        # What h alone is worth is asked once.
+        runs[f"seed{seed}"] = (chosen(every, args.heads) if seed == args.seeds[0] else seeds, settings)
         if seed == args.seeds[0]:
-            mamba = {"mamba": variants(backbone.n_layers, SIX)["mamba"]}
-            runs["fourteen"] = (fourteen, settings)
-            runs["twelve"] = ({"mamba": variants(backbone.n_layers, TWELVE)["mamba"]}, settings)
-            runs["again"] = (mamba, dataclasses.replace(settings, on_policy=0.5))
+            fourteen = variants(backbone.n_layers, FOURTEEN)
+            runs["fourteen"] = ({head: fourteen[head] for head in ("mlp", "mamba")}, settings)
+            runs["again"] = ({"mamba": every["mamba"]}, dataclasses.replace(settings, on_policy=0.5))
     preset = PRESETS.lookup("dynamax-paper")
     heads = {head: preset.exit_config(backbone.n_layers, head=head) for head in ("linear", "transformer", "mamba")}
     sequence = min(4096, backbone.max_positions() or 4096)
@@ -114,10 +114,28 @@ def documents(tokenizer, path: Path, most: int) -> list[Batch]:
 def both(backbone: Backbone, tokenizer, args: argparse.Namespace) -> None:
     """Train and judge one of ``--runs`` after another: cut off, what was judged stands."""
     shown: list[dict] = []
+    if args.seconds is not None:
+        args.tokens = min(args.tokens, budget(backbone, tokenizer, args))
     for run in args.runs:
         one = argparse.Namespace(**{**vars(args), "runs": [run]})
         train(backbone, tokenizer, one)
         judge(backbone, tokenizer, one, shown)
+
+
+def budget(backbone: Backbone, tokenizer, args: argparse.Namespace) -> float:
+    """Tokens that the first seed's heads train on in ``--seconds`` here, in round hundred thousands."""
+    source = find_source(str(args.text / "train.jsonl.xz"))
+    configs = chosen(variants(backbone.n_layers, SIX), args.heads)
+    took = []
+    with TemporaryDirectory() as folder:
+        for tokens in (4 * args.batch, 24 * args.batch):  # the first pays for what is set up once
+            settings = TrainSettings(max_tokens=tokens, batch_tokens=args.batch, eval_tokens=4000, quiet=True)
+            start = time.monotonic()
+            train_many(backbone, tokenizer, source, configs, settings, Path(folder) / str(tokens))
+            took.append(time.monotonic() - start)
+    rate = 20 * args.batch / max(took[1] - took[0], 1e-3)
+    print(f"{rate:,.0f} tokens/s", flush=True)
+    return max(1e5, args.seconds * rate // 1e5 * 1e5)
 
 
 def judge(backbone: Backbone, tokenizer, args: argparse.Namespace, shown: list[dict] | None = None) -> None:
@@ -144,19 +162,14 @@ def judge(backbone: Backbone, tokenizer, args: argparse.Namespace, shown: list[d
         widest = max(exits.values(), key=lambda item: len(item.config.inputs))  # what it sees, the others see too
         seen = contest.harvests(Candidate("", widest))
         for name, item in exits.items():
-            standing = stand(Candidate(name, item), seen, run)
+            stand(Candidate(name, item), seen, run)
             if run == f"seed{args.seeds[0]}" and name == "mamba":
-                uniform = dataclasses.replace(item, disturbance={})
-                stand(Candidate("mamba, thresholds not net", uniform), seen, "gross")
-            if args.generation and run == f"seed{args.seeds[0]}" and name in HEADS:
-                shown[-1 if name != "mamba" else -2]["generation"] = generate(backbone, contest, standing)
+                stand(Candidate("mamba, thresholds not net", dataclasses.replace(item, disturbance={})), seen, "gross")
         if run == f"seed{args.seeds[0]}":
             plainest = Exits.untrained(backbone, SIX)
             unread = contest.harvests(Candidate("", plainest, "softmax_margin"))
             for name in MEASURES:
-                standing = stand(Candidate(name, plainest, name), unread, "measure")
-                if args.generation and name == "softmax_margin":
-                    shown[-1]["generation"] = generate(backbone, contest, standing)
+                stand(Candidate(name, plainest, name), unread, "measure")
             shown.append({"run": "static", "name": "static depth", "propagate": at(contest.static(plainest))})
         record(args, backbone, contest, shown, time.time() - start)
 
@@ -171,10 +184,9 @@ def record(args: argparse.Namespace, backbone: Backbone, contest: Contest, shown
     facts = {
         "model": args.model,
         "commands": [
-            f"python recipes/heads/contest.py train {args.model} --text TEXT --out OUT --tokens {args.tokens:.0f} "
-            f"--batch {args.batch} --seeds {' '.join(map(str, args.seeds))}",
-            f"python recipes/heads/contest.py judge {args.model} --text TEXT --out OUT --eval-tokens "
-            f"{args.eval_tokens:.0f}",
+            f"python recipes/heads/contest.py {stage} {args.model} --text TEXT --out OUT --tokens {args.tokens:.0f} "
+            f"--batch {args.batch} --seeds {' '.join(map(str, args.seeds))} --eval-tokens {args.eval_tokens:.0f}"
+            for stage in ("train", "judge")
         ],
         "versions": versions,
         "device": torch.cuda.get_device_name() if backbone.device.type == "cuda" else "CPU",
@@ -216,31 +228,46 @@ def at(points: Points) -> dict[str, list[float]]:
     return {target: [value.value, value.low, value.high] for target, value in found.items()}
 
 
+def generate(backbone: Backbone, tokenizer, args: argparse.Namespace) -> None:
+    """Free text of the first seed's heads and of the margin rule, added to OUT/MODEL.json.
+
+    Each at the thresholds that gave it 98 % agreement, under ``propagate`` and ``defer``.
+    """
+    place = args.out / f"{args.model}.json"
+    facts = json.loads(place.read_text())
+    batches = documents(tokenizer, args.text / "eval.jsonl.xz", int(args.eval_tokens))
+    ids = torch.stack([ids[:PROMPT] for batch in batches for ids in batch.ids][-PROMPTS:]).to(backbone.device)
+    run = f"seed{args.seeds[0]}"
+    for item in facts["standings"]:
+        if item["run"] == run and item["name"] in HEADS:
+            exits, measure = Exits.from_pretrained(args.out / args.model / run / item["name"]), None
+        elif item["name"] == "softmax_margin":
+            exits, measure = Exits.untrained(backbone, SIX), item["name"]
+        else:
+            continue
+        item["generation"] = {}
+        for policy, name in (("propagate", "threshold"), ("defer", "threshold_intact")):
+            early = EarlyExit(exits, measure=measure, threshold=min(item[name]["0.98"], 1.0), policy=policy)
+            item["generation"][policy] = compared(backbone, ids, early)
+        print(item["name"], item["generation"], flush=True)
+    place.write_text(json.dumps(facts, indent=1) + "\n")
+
+
 @torch.no_grad()
-def generate(backbone: Backbone, contest: Contest, standing: Standing) -> dict:
-    """Free greedy text at the threshold that gave 98 % agreement, against the full model's: under each policy."""
-    rows = [ids[:PROMPT] for batch in contest.batches for ids in batch.ids][-PROMPTS:]
-    ids = torch.stack(rows).to(backbone.device)
+def compared(backbone: Backbone, ids: torch.Tensor, early: EarlyExit) -> dict:
+    """Greedy text after ids (B, T), with exits, beside the full model's."""
     setting = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-    model, candidate = backbone.model, standing.candidate
-    whole = model.generate(ids, attention_mask=torch.ones_like(ids), **setting)[:, PROMPT:]
-    found = {}
-    for policy, points in (("propagate", standing.propagate), ("defer", standing.intact)):
-        early = EarlyExit(
-            candidate.exits, measure=candidate.measure, threshold=min(points.threshold(0.98), 1.0), policy=policy
-        )
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=early, **setting)
-        mine = out.sequences[:, PROMPT:]
-        scores = [
-            rouge_l(*(" ".join(map(str, row.tolist())) for row in pair)) for pair in zip(mine, whole, strict=True)
-        ]
-        depth = (out.exit_layers.double().mean(1) / backbone.n_layers).tolist()
-        found[policy] = {
-            "rouge_l": interval(scores).model_dump(),
-            "depth": interval(depth).model_dump(),
-            "identical": sum(torch.equal(*pair) for pair in zip(mine, whole, strict=True)) / len(mine),
-        }
-    return found
+    setting["attention_mask"] = torch.ones_like(ids)
+    whole = backbone.model.generate(ids, **setting)[:, PROMPT:]
+    out = backbone.model.generate(ids, custom_generate=early, **setting)
+    mine = out.sequences[:, PROMPT:]
+    pairs = list(zip(mine, whole, strict=True))
+    scores = [rouge_l(*(" ".join(map(str, row.tolist())) for row in pair)) for pair in pairs]
+    return {
+        "rouge_l": interval(scores).model_dump(),
+        "depth": interval((out.exit_layers.double().mean(1) / backbone.n_layers).tolist()).model_dump(),
+        "identical": sum(torch.equal(*pair) for pair in pairs) / len(pairs),
+    }
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -250,31 +277,41 @@ def merge(args: argparse.Namespace) -> None:
     (args.out / f"{args.model}.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 
+def ship(args: argparse.Namespace) -> None:
+    """The first seed's heads become those that travel with the package."""
+    for head in HEADS:
+        found = args.out / args.model / f"seed{args.seeds[0]}" / head
+        shutil.copytree(found, REFERENCE_FOLDER / args.model / "exits" / head, dirs_exist_ok=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("train", "judge", "both", "merge", "table"))
+    parser.add_argument("stage", choices=("train", "judge", "both", "generate", "merge", "table", "ship"))
     parser.add_argument("model", help="a shipped backbone, or for table the JSON file")
     parser.add_argument("--text", type=Path, default=Path("TEXT"))
     parser.add_argument("--out", type=Path, default=Path("OUT"))
     parser.add_argument("--tokens", type=float, default=4e6)
-    parser.add_argument("--batch", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=16384)
     parser.add_argument("--eval-tokens", type=float, default=8e4, help="that judge looks at")
     parser.add_argument("--held-out", type=float, default=2e4, help="tokens that training looks at")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", nargs="+", default=[], help="only these: seed0, …, fourteen, twelve, again, paper")
     parser.add_argument("--heads", nargs="+", default=[], help="only these of the seeds' and fourteen's heads")
-    parser.add_argument("--generation", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--seconds", type=float, help="of training, by the speed here: fewer tokens")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.stage == "merge":
         merge(args)
+        return
+    if args.stage == "ship":
+        ship(args)
         return
     if args.stage == "table":
         print(table(json.loads(Path(args.model).read_text())))
         return
     logging.set_verbosity_error()
     model, tokenizer = load(args.model, dtype="float32", device_map=args.device)
-    {"train": train, "judge": judge, "both": both}[args.stage](adapt(model), tokenizer, args)
+    {"train": train, "judge": judge, "both": both, "generate": generate}[args.stage](adapt(model), tokenizer, args)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,24 @@
 #!/usr/bin/env bash
-# The whole contest on one GPU, a process per backbone: more of them only take turns on it.
-#   TEXT=DIR OUT=DIR [TOKENS=4e6] [SECONDS_MOST=500] [RUNS="seed0 fourteen seed1 seed2"] [HEADS="mlp mamba"] \
+# The whole contest, a process per backbone, on a GPU each if there are two.
+#   TEXT=DIR OUT=DIR [TOKENS=12e6] [SECONDS_A_RUN=140] [SECONDS_MOST=560] [RUNS="seed0 seed1 seed2"] [HEADS="mlp mamba"] \
 #       bash recipes/heads/gpu.sh
-# SECONDS_MOST: when both are cut off; runs judged by then are recorded. Leaves OUT/MODEL.json, logs, OUT/exits.tar.gz.
+# SECONDS_A_RUN: how long one seed may train; fewer tokens where that is too short. SECONDS_MOST: when all is cut off;
+# runs judged by then are recorded. Leaves OUT/MODEL.json, OUT/exits.tar.gz (without checkpoints) and logs.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 : "${TEXT:?folder that recipes/exits/text.py wrote}" "${OUT:?folder for results}"
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=1
-PYTHON=${PYTHON:-python3} work=${WORK:-/tmp/dynamax-heads}
+PYTHON=${PYTHON:-python3} work=${WORK:-/tmp/dynamax-heads} gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
 mkdir -p "$work" "$OUT"
+gpu=0
 for model in transformer-ee mamba-ee; do
     # shellcheck disable=SC2086  # several words each
-    timeout "${SECONDS_MOST:-500}" "$PYTHON" recipes/heads/contest.py both $model --text "$TEXT" --out "$work" \
-        --tokens "${TOKENS:-4e6}" --eval-tokens "${EVAL_TOKENS:-8e4}" --device "${DEVICE:-cuda}" \
-        --runs ${RUNS:-seed0 fourteen seed1 seed2 paper again} ${HEADS:+--heads $HEADS} ${MORE:-} >"$work/$model.log" 2>&1 &
+    CUDA_VISIBLE_DEVICES=$gpu timeout "${SECONDS_MOST:-560}" "$PYTHON" recipes/heads/contest.py both $model \
+        --text "$TEXT" --out "$work" --tokens "${TOKENS:-12e6}" ${SECONDS_A_RUN:+--seconds $SECONDS_A_RUN} \
+        --eval-tokens "${EVAL_TOKENS:-6e4}" --device "${DEVICE:-cuda}" --runs ${RUNS:-seed0 seed1 seed2 fourteen paper} \
+        ${HEADS:+--heads $HEADS} ${MORE:-} >"$work/$model.log" 2>&1 &
+    [ "$gpus" -lt 2 ] || gpu=1
 done
 wait
 cp "$work"/*.json "$OUT/" 2>/dev/null || echo "nothing was judged in time"

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 TARGETS = ("0.95", "0.98", "0.99")
-NAMES = {"twelve": "mamba, twelve exits", "again": "mamba, second pass on policy"}
+NAMES = {"again": "mamba, second pass on policy"}
 HEADER = (
     "judge",
     "sees",
