@@ -2,11 +2,11 @@
 
     OUT=out PYTHONPATH=src python recipes/speed/checks.py --shape mistral-7b [--batches 1 8]
 
-The model has the shape's true width and vocabulary and a few of its layers (``--layers``), random weights. First, on the
-same h: confidence, statistics and tokens of the fused check, of the heads asked through PyTorch, and of the latter in
-float32, which is the truth for all three; and a tiny float32 model decoded both ways. Then times: a recorded program of
-many layers, with and without a check after each, so that a check meets caches that a layer's weights have swept; the
-difference is a check's. Writes OUT/checks-SHAPE.json; exits with 1 if the twins differ.
+The model has the shape's true width and vocabulary, a few of its layers (``--layers``) and random weights. First, on
+the same h: confidence and tokens of the fused check, of the heads asked through PyTorch, and of the latter in float32,
+which is the truth for all; and a tiny float32 model decoded both ways. Then times: a recorded program of layers, and of
+layers with a check after each, so that a check meets caches that a layer's weights have swept; the difference is a
+check's. Writes OUT/checks-SHAPE.json; exits with 1 if the twins differ.
 """
 
 from __future__ import annotations
@@ -188,7 +188,9 @@ def decoded(shape: str, device: torch.device) -> list[dict]:
 
 def running(model: PreTrainedModel, batch: int) -> Machine:
     """A machine without exits in the middle of a text."""
-    early = EarlyExit(Exits.untrained(adapt(model), "1/2"), measure="state_similarity", threshold="never", engine="cuda")
+    early = EarlyExit(
+        Exits.untrained(adapt(model), "1/2"), measure="state_similarity", threshold="never", engine="cuda"
+    )
     backbone, plan, _ = early.attach(model)
     decoder, _ = pick_decoder(backbone, plan, batch=batch, engine="cuda")
     ids = torch.randint(1, backbone.vocab_size, (batch, 64), device=backbone.device)

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # The bars of the GPU engine at one 7B shape, on one GPU: OUT=DIR bash recipes/speed/gpu.sh SHAPE [PART ...]
 #   SHAPE  mistral-7b or codestral-mamba-7b
-#   PART   short  batch 1, 64 + 256 tokens: depths, policies, checks by heads on h and by default ones
+#   PART   short  batch 1, 64 + 256 tokens: depths, policies, checks by heads on h; and default-head
+#          default-head  the same with checks by heads on all inputs
 #          stock  the same beside the eager engine and transformers, plain and compiled
 #          batch  batch 8: rows that leave by themselves
+#          spread  of that, rows that never leave together, and four default heads that are asked
 #          long   2,000 + 2,000 tokens
 #          exact  2,000 + 2,000 tokens of a tiny float32 model of the family: the same tokens as the eager engine
 # Leaves OUT/SHAPE-PART.json, written as it goes, plots beside them, and OUT/SHAPE.md with the bars. One call per shape
@@ -31,12 +33,19 @@ bench() { # PART OPTIONS ...
         --out "$OUT/$shape-$part.json" || echo "$part ended with $?"
 }
 
+default_head() {
+    bench default-head --shape "$shape" --batch 1 --policy propagate --checks 4 --new 128 --no-baselines \
+        --no-sameness --repeats 3 --dtype bfloat16
+}
+
 for part in "${parts[@]}"; do
     case $part in
     short)
         bench short --shape "$shape" --batch 1 --checks 4 --inputs hidden --no-baselines --baseline-new 48 --dtype bfloat16
-        bench default-head --shape "$shape" --batch 1 --policy propagate --checks 4 --new 128 --no-baselines \
-            --no-sameness --repeats 2 --dtype bfloat16 ;;
+        default_head ;;
+    default-head) default_head ;;
+    spread) bench spread --shape "$shape" --batch 8 --policy propagate --spread 0 --checks 4 --new 128 \
+        --repeats 3 --no-baselines --no-sameness --dtype bfloat16 ;;
     stock) bench stock --shape "$shape" --batch 1 --policy propagate --new 128 --baseline-new 32 --repeats 2 \
         --no-sameness --dtype bfloat16 ;;
     batch) bench batch --shape "$shape" --batch 8 --policy propagate,defer --window 8 --spread 0,0.5,1 --new 128 \
@@ -45,7 +54,7 @@ for part in "${parts[@]}"; do
         --no-baselines --no-sameness --dtype bfloat16 ;;
     exact) bench exact --shape "$tiny" --batch 1 --policy propagate,verify --window 16 --prompt 2000 --new 2000 \
         --baseline-new 2000 --repeats 1 --no-baselines --dtype float32 ;;
-    *) echo "no part $part: short, batch, long, exact, stock" >&2; exit 2 ;;
+    *) echo "no part $part: short, default-head, batch, spread, long, exact, stock" >&2; exit 2 ;;
     esac
 done
 "${PYTHON:-python3}" recipes/speed/bars.py "$OUT" --shape "$shape" | tee "$OUT/$shape.md"
