@@ -202,7 +202,7 @@ def running(model: PreTrainedModel, batch: int) -> Machine:
     return machine
 
 
-def microseconds(machine: Machine, after: Callable[[], None] | None, keep: bool = False) -> float:
+def microseconds(machine: Machine, after: Callable[[], object] | None, keep: bool = False) -> float:
     """Median of a layer, and what comes ``after``, in a chain of them; ``keep``: h before the layer is kept."""
     p, n, on_gpu = machine.now, machine.backbone.n_layers, machine.now.h.device.type == "cuda"
     begun, repeats = p.h.clone(), REPEATS if on_gpu else 1
@@ -240,7 +240,7 @@ def timed(model: PreTrainedModel, layers: int, batch: int) -> Iterator[dict]:
     machine, backbone = running(model, batch), adapt(model)
     p = machine.now
     layer = microseconds(machine, None)
-    head = microseconds(machine, lambda: read_out(backbone, p.h, machine.logits) and None) - layer
+    head = microseconds(machine, lambda: read_out(backbone, p.h, machine.logits)) - layer
     yield {"batch": batch, "what": "layer", "us": layer}
     yield {"batch": batch, "what": "LM head", "us": head, "of_a_layer": head / layer}
     for kind, inputs in itertools.product(HEADS, (("hidden",), INPUTS)):
