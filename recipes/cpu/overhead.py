@@ -19,7 +19,7 @@ import transformers
 from transformers.utils import logging
 
 from dynamax_llm.backbones import adapt
-from dynamax_llm.backbones.loading import load
+from dynamax_llm.backbones.loading import load, shipped_exits
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.exits.artifact import Exits
 
@@ -74,12 +74,12 @@ def measure(name: str, repeats: int, tokens: int) -> None:
 
 
 def shipped(name: str) -> Exits | None:
-    """The backbone's own exits, if it ships with some."""
-    try:
-        return Exits.from_pretrained(name)
-    except Exception as error:
-        print(f"{name}: no shipped exits ({error})")
+    """The Mamba heads that ship with the backbone at the paper's four depths, the first at 1/2; None without any."""
+    folder = shipped_exits(name, "four/mamba")
+    if folder is None:
+        print(f"{name}: no shipped exits")
         return None
+    return Exits.from_pretrained(folder)
 
 
 def arguments(description: str | None, repeats: int, tokens: int) -> argparse.Namespace:

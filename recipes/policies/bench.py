@@ -62,7 +62,10 @@ class Bench:
 
     @functools.cache  # noqa: B019 - a bench lives as long as its process
     def _exits(self, head: str | None) -> Exits:
-        return Exits.untrained(self.backbone) if head is None else Exits.from_pretrained(shipped_exits(self.name, head))
+        """The heads at the paper's four depths: what is recorded here was measured with them."""
+        if head is None:
+            return Exits.untrained(self.backbone)
+        return Exits.from_pretrained(shipped_exits(self.name, f"four/{head}"))
 
     @functools.cached_property
     def full(self) -> Tensor:

@@ -36,7 +36,7 @@ PARAMETERS = {
 }
 #: The loss that the paths are meant for.
 LIMITS = {"agreement": 0.02, "consistency": 0.1}
-HEAD, POLICY = "mamba", "propagate"
+HEAD, POLICY = "four/mamba", "propagate"  # the exits that the recorded pools were harvested with
 
 
 class Harvest:
