@@ -42,9 +42,12 @@ EVERYTHING = 1.0  # held-out share of a file that was held out as a whole
 def configurations(n_layers: int, layers: str) -> dict[str, ExitConfig]:
     """Every head, seeing h and statistics, and h alone."""
     depths = place_exits(layers, n_layers)
-    both = {head: ExitConfig(depths, n_layers, head=head) for head in HEADS}
-    alone = {f"{head}-hidden": ExitConfig(depths, n_layers, head=head, inputs=("hidden",)) for head in HEADS}
-    return both | alone
+
+    def config(head: str, *inputs: str) -> ExitConfig:
+        return ExitConfig(depths, n_layers, head, inputs, width=None, candidates=64, shortlist="top")
+
+    both = {head: config(head, "hidden", "signals") for head in HEADS}
+    return both | {f"{head}-hidden": config(head, "hidden") for head in HEADS}
 
 
 def candidates(backbone: Backbone, args: argparse.Namespace) -> list[Candidate]:
@@ -129,7 +132,7 @@ def table(backbone: Backbone, args: argparse.Namespace) -> None:
 def ship(args: argparse.Namespace) -> None:
     """Put the heads that see h and statistics beside the shipped backbone."""
     for head in HEADS:
-        target = REFERENCE_FOLDER / args.model / "exits" / head
+        target = REFERENCE_FOLDER / args.model / "exits" / "four" / head
         target.mkdir(parents=True, exist_ok=True)
         for name in ("exits.json", "exits.safetensors"):
             shutil.copyfile(args.out / head / name, target / name)
