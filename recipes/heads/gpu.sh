@@ -3,7 +3,7 @@
 #   TEXT=DIR OUT=DIR [TOKENS=12e6] [SECONDS_A_RUN=140] [SECONDS_MOST=560] [RUNS="seed0 seed1 seed2"] [HEADS="mlp mamba"] \
 #       bash recipes/heads/gpu.sh
 # SECONDS_A_RUN: how long one seed may train; fewer tokens where that is too short. SECONDS_MOST: when all is cut off;
-# runs judged by then are recorded. Leaves OUT/MODEL.json, OUT/exits.tar.gz (without checkpoints) and logs.
+# runs judged by then are recorded. Leaves OUT/MODEL.json, OUT/exits.tar.gz (the first run's) and logs.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 : "${TEXT:?folder that recipes/exits/text.py wrote}" "${OUT:?folder for results}"
@@ -22,6 +22,8 @@ for model in transformer-ee mamba-ee; do
 done
 wait
 cp "$work"/*.json "$OUT/" 2>/dev/null || echo "nothing was judged in time"
-tar -C "$work" --exclude=.checkpoint -czf "$OUT/exits.tar.gz" transformer-ee mamba-ee
+# Of all runs the archive would be too large for some ways back; the first one's heads are those that may ship.
+first=${RUNS:-seed0}
+tar -C "$work" --exclude=.checkpoint -czf "$OUT/exits.tar.gz" "transformer-ee/${first%% *}" "mamba-ee/${first%% *}"
 tar -C "$work" -czf "$OUT/logs.tar.gz" $(cd "$work" && ls ./*.log)
 for log in "$work"/*.log; do echo "== $log" && grep -v -e Loading -e falling "$log" | tail -n 14; done
