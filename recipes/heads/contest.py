@@ -5,6 +5,7 @@
     python recipes/heads/contest.py judge transformer-ee --text TEXT --out OUT [--device cuda]
     python recipes/heads/contest.py both transformer-ee --text TEXT --out OUT --runs seed0 fourteen seed1 seed2
     python recipes/heads/contest.py generate transformer-ee --text TEXT --out OUT       # free text, added to the JSON
+    python recipes/heads/contest.py documents transformer-ee --text TEXT [--eval-tokens 6e4]   # what is judged on
     python recipes/heads/contest.py ship transformer-ee --out OUT
     python recipes/heads/contest.py table OUT/transformer-ee.json
     TEXT=TEXT OUT=OUT bash recipes/heads/gpu.sh                # all of it, both backbones side by side
@@ -20,10 +21,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import lzma
 import platform
 import shutil
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,6 +51,7 @@ from dynamax_llm.training.presets import PRESETS
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.trainer import train_many
 
+STAGES = ("train", "judge", "both", "generate", "documents", "merge", "table", "ship")
 SIX = "1/4,3/8,1/2,5/8,3/4,7/8"
 FOURTEEN = ",".join(f"{share}/16" for share in range(2, 16))
 ROW = 512
@@ -99,16 +104,32 @@ def train(backbone: Backbone, tokenizer, args: argparse.Namespace) -> None:
             print(f"{name:8s} {head:18s} held-out depth {held['depth']:.3f}, {time.time() - start:.0f} s", flush=True)
 
 
-def documents(tokenizer, path: Path, most: int) -> list[Batch]:
-    """The first tokens of every document, one a row, until there are ``most``."""
-    rows, total = [], 0
+def chosen_texts(tokenizer, path: Path, most: int) -> Iterator[tuple[str, list[int]]]:
+    """Documents that are long enough and their first tokens, until there are ``most``."""
+    total = 0
     for text in find_source(str(path)).documents(seed=0):
         ids = tokenizer(text, verbose=False)["input_ids"][:ROW]
         if len(ids) >= 2 * PROMPT and total < most:
-            rows.append(ids)
+            yield text, ids
             total += len(ids)
-    rows.sort(key=len)
+
+
+def documents(tokenizer, path: Path, most: int) -> list[Batch]:
+    """The first tokens of every document, one a row, until there are ``most``."""
+    rows = sorted((ids for _, ids in chosen_texts(tokenizer, path, most)), key=len)
     return [pad(rows[start : start + 16]) for start in range(0, len(rows), 16)]
+
+
+def tell(tokenizer, args: argparse.Namespace) -> None:
+    """What is judged on: tokens by source."""
+    path = args.text / "eval.jsonl.xz"
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        source = {row["text"]: row["source"] for row in map(json.loads, file)}
+    found: Counter[str] = Counter()
+    for text, ids in chosen_texts(tokenizer, path, int(args.eval_tokens)):
+        found[source[text]] += len(ids)
+    total = found.total()
+    print(f"{total:,} tokens: " + ", ".join(f"{name} {count / total:.1%}" for name, count in found.most_common()))
 
 
 def both(backbone: Backbone, tokenizer, args: argparse.Namespace) -> None:
@@ -286,7 +307,7 @@ def ship(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("train", "judge", "both", "generate", "merge", "table", "ship"))
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("model", help="a shipped backbone, or for table the JSON file")
     parser.add_argument("--text", type=Path, default=Path("TEXT"))
     parser.add_argument("--out", type=Path, default=Path("OUT"))
@@ -311,6 +332,9 @@ def main() -> None:
         return
     logging.set_verbosity_error()
     model, tokenizer = load(args.model, dtype="float32", device_map=args.device)
+    if args.stage == "documents":
+        tell(tokenizer, args)
+        return
     {"train": train, "judge": judge, "both": both, "generate": generate}[args.stage](adapt(model), tokenizer, args)
 
 

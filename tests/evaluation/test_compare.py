@@ -100,6 +100,14 @@ def test_a_projection_counts_every_check(backbone) -> None:
     assert saved == pytest.approx(1 - spent / (4 * big.total))
 
 
+def test_a_projection_keeps_the_heads_width(backbone) -> None:
+    config = ExitConfig((2, 4), backbone.n_layers, head="mlp", inputs=("hidden",), width=24)
+    exits = Exits.of(backbone, config, ExitHeads(config, backbone.width))
+    big = shape("mistral-7b").costs()
+    check = 4096 * 24 + 2 * 24 * 24 + 2 * 24
+    assert token_costs("mistral-7b", Candidate("mlp", exits)).by_exit[2] == big.total + 2 * check
+
+
 def test_heads_cost_under_two_percent_of_a_7b_layer() -> None:
     for name in SHAPES:
         backbone = shape(name)

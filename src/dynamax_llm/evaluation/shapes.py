@@ -7,6 +7,7 @@ depth, which only the large model itself can show.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -17,7 +18,6 @@ from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.decoding.trace import TokenCosts
 from dynamax_llm.evaluation.compare import Candidate, Outcome
-from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.registry import Registry
@@ -61,7 +61,7 @@ def token_costs(name: str, candidate: Candidate) -> TokenCosts:
     """Cost of a token by exit if this candidate's exits, at the same shares of the depth, sat on the named shape."""
     backbone, config = shape(name), candidate.exits.config
     layers = tuple(round(layer * backbone.n_layers / config.n_layers) for layer in config.layers)
-    scaled = ExitConfig(layers, backbone.n_layers, config.head, config.inputs, candidates=config.candidates)
+    scaled = dataclasses.replace(config, layers=layers, n_layers=backbone.n_layers, readout="head")
     judge = candidate.judge
     if candidate.measure is None:
         with torch.device("meta"):

@@ -14,9 +14,10 @@ PAPER_EXITS = ("1/2", "5/8", "3/4", "7/8")
 #: ones for the few tokens that can afford them (see ``Exits.disturbance``).
 DEFAULT_EXITS = ("1/4", "3/8", "1/2", "5/8", "3/4", "7/8")
 HEADS = ("linear", "mlp", "transformer", "mamba")
-#: Inner widths at which heads cost about the same: 71 to 79 thousand parameters on the default inputs of a backbone of
-#: width 192, less than 2 % of a 7B layer's multiply-accumulates. A linear head has none.
-WIDTHS = {"mlp": 96, "transformer": 66, "mamba": 80}
+#: Inner widths at which heads cost about the same: 74 to 77 thousand parameters on the default inputs of a backbone of
+#: width 192, less than 2 % of a 7B layer's multiply-accumulates. A linear head makes no use of one.
+WIDTHS = {"linear": 64, "mlp": 96, "transformer": 66, "mamba": 80}
+#: Stands for the width in ``WIDTHS``.
 OWN_WIDTH = 0
 READOUTS = ("head", "tail", "lens")
 INPUTS = ("hidden", "signals", "tokens")
@@ -55,7 +56,7 @@ class ExitConfig:
 
     def __post_init__(self) -> None:
         if self.width == OWN_WIDTH:
-            object.__setattr__(self, "width", WIDTHS.get(self.head or "", 64))
+            object.__setattr__(self, "width", WIDTHS.get(self.head or "linear", OWN_WIDTH))
         checks = (
             ("head", self.head, (None, *HEADS)),
             ("readout", self.readout, READOUTS),
