@@ -19,10 +19,10 @@ from jaxtyping import install_import_hook
 #: Rooms whose shapes are checked on every call. Must come before anything imports them.
 CHECKED = (
     "dynamax_llm.backbones.base",
-    "dynamax_llm.exits.confidence",
+    "dynamax_llm.exits.features",
     "dynamax_llm.exits.readout",
     "dynamax_llm.decoding.decoder",
-    "dynamax_llm.decoding.teacher_forced",
+    "dynamax_llm.traces.teacher_forced",
 )
 install_import_hook(CHECKED, "beartype.beartype")
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.errors import (
-    ArtifactCorrupt,
+    ArtifactCorruptError,
     ArtifactError,
-    ArtifactMismatch,
-    ArtifactVersion,
-    ExitPlacement,
+    ArtifactMismatchError,
+    ArtifactVersionError,
+    ExitPlacementError,
     UsageError,
 )
 from dynamax_llm.exits import files
@@ -71,7 +71,7 @@ def test_untrained_exits_sit_where_they_are_told():
     assert exits.config.head is None
     assert Exits.untrained(adapted, "1/4,6").config.layers == (2, 6)
     assert Exits.untrained(adapted, ("1/2",), readout="tail", tail_layers=2).config.tail_layers == 2
-    with pytest.raises(ExitPlacement, match="exit '8' lies at depth 8"):
+    with pytest.raises(ExitPlacementError, match="exit '8' lies at depth 8"):
         Exits.untrained(adapted, "8")
     with pytest.raises(UsageError, match="readout 'lens' is learned"):
         Exits.untrained(adapted, readout="lens")
@@ -79,12 +79,12 @@ def test_untrained_exits_sit_where_they_are_told():
 
 def test_the_judge_is_the_head_or_a_measure():
     exits = make_exits()
-    assert exits.judge() is exits.heads
-    assert exits.judge("entropy").name == "entropy"
+    assert exits.estimator() is exits.heads
+    assert exits.estimator("entropy").name == "entropy"
     with pytest.raises(UsageError, match=r"have no trained head\. Name a confidence measure: softmax_max"):
-        make_exits(head=None).judge()
+        make_exits(head=None).estimator()
     with pytest.raises(UsageError, match="Did you mean 'softmax_margin'"):
-        exits.judge("softmax_margn")
+        exits.estimator("softmax_margn")
 
 
 def test_readout_carries_the_lens():
@@ -109,7 +109,7 @@ def edit(folder, **changes):
 def test_newer_version(tmp_path):
     folder = copy(exits_folder(), tmp_path / "exits")
     edit(folder, version=VERSION + 1, dynamax="9.9")
-    text = refusal(ArtifactVersion, folder)
+    text = refusal(ArtifactVersionError, folder)
     assert f"has format version {VERSION + 1}, written by DYNAMAX 9.9" in text
     assert "pip install --upgrade dynamax-llm" in text
 
@@ -128,7 +128,7 @@ def test_newer_version(tmp_path):
 def test_garbled_manifest(content, says, tmp_path):
     folder = copy(exits_folder(), tmp_path / "exits")
     (folder / MANIFEST).write_bytes(content)
-    text = refusal(ArtifactCorrupt, folder)
+    text = refusal(ArtifactCorruptError, folder)
     assert says in text
     assert "Copy the exits again, or train them anew" in text
 
@@ -147,7 +147,7 @@ def test_garbled_manifest(content, says, tmp_path):
 def test_config_that_cannot_be(change, says, tmp_path):
     folder = copy(exits_folder(), tmp_path / "exits")
     edit(folder, config=json.loads((folder / MANIFEST).read_text())["config"] | change)
-    assert says in refusal(ArtifactCorrupt, folder)
+    assert says in refusal(ArtifactCorruptError, folder)
 
 
 def test_exits_saved_before_there_was_a_choice_of_shortlist(tmp_path):
@@ -161,13 +161,13 @@ def test_exits_saved_before_there_was_a_choice_of_shortlist(tmp_path):
 def test_missing_field_is_named(tmp_path):
     folder = copy(exits_folder(), tmp_path / "exits")
     edit(folder, fingerprint=None)
-    assert "field 'fingerprint' is missing or no dict" in refusal(ArtifactCorrupt, folder)
+    assert "field 'fingerprint' is missing or no dict" in refusal(ArtifactCorruptError, folder)
 
 
 def test_absurd_size_asks_for_no_memory(tmp_path):
     folder = copy(exits_folder(), tmp_path / "exits")
     edit(folder, width=10**9)
-    assert "has shape" in refusal(ArtifactCorrupt, folder)
+    assert "has shape" in refusal(ArtifactCorruptError, folder)
 
 
 def damage(tmp_path, change):
@@ -186,16 +186,18 @@ def test_nan_and_infinity_name_the_tensor(bad, tmp_path):
         tensors[NAME][0, 0, 0] = bad
         return tensors
 
-    assert f"the tensor {NAME!r} holds NaN or infinite values" in refusal(ArtifactCorrupt, damage(tmp_path, change))
+    assert f"the tensor {NAME!r} holds NaN or infinite values" in refusal(
+        ArtifactCorruptError, damage(tmp_path, change)
+    )
 
 
 def test_wrong_shape_missing_and_extra_tensors_are_named(tmp_path):
     wrong = damage(tmp_path / "a", lambda tensors: tensors | {NAME: tensors[NAME][:, :3].clone()})
-    assert f"the tensor {NAME!r} has shape (2, 3, " in refusal(ArtifactCorrupt, wrong)
+    assert f"the tensor {NAME!r} has shape (2, 3, " in refusal(ArtifactCorruptError, wrong)
     missing = damage(tmp_path / "b", lambda tensors: {k: v for k, v in tensors.items() if k != NAME})
-    assert f"the tensor {NAME!r} is missing" in refusal(ArtifactCorrupt, missing)
+    assert f"the tensor {NAME!r} is missing" in refusal(ArtifactCorruptError, missing)
     extra = damage(tmp_path / "c", lambda tensors: tensors | {"heads.spare": torch.ones(1)})
-    assert "holds a tensor 'heads.spare'" in refusal(ArtifactCorrupt, extra)
+    assert "holds a tensor 'heads.spare'" in refusal(ArtifactCorruptError, extra)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -203,7 +205,7 @@ def test_truncated_tensors(share, tmp_path):
     folder = copy(exits_folder(), tmp_path / "exits")
     content = (folder / TENSORS).read_bytes()
     (folder / TENSORS).write_bytes(content[: int(len(content) * share)])
-    assert "cannot be read" in refusal(ArtifactCorrupt, folder)
+    assert "cannot be read" in refusal(ArtifactCorruptError, folder)
 
 
 def test_one_flipped_bit_and_files_of_two_saves(tmp_path):
@@ -211,7 +213,7 @@ def test_one_flipped_bit_and_files_of_two_saves(tmp_path):
     content = bytearray((folder / TENSORS).read_bytes())
     content[-1] ^= 1
     (folder / TENSORS).write_bytes(content)
-    assert "the two belong to different saves" in refusal(ArtifactCorrupt, folder)
+    assert "the two belong to different saves" in refusal(ArtifactCorruptError, folder)
 
 
 def test_not_a_folder_of_exits(tmp_path):
@@ -234,7 +236,7 @@ def test_not_a_folder_of_exits(tmp_path):
 def test_another_backbone(other, says):
     model_type, changes = other
     stranger = adapt(tiny_model(model_type, **{"vocab": 257, **changes}))
-    with pytest.raises(ArtifactMismatch) as caught:
+    with pytest.raises(ArtifactMismatchError) as caught:
         Exits.from_pretrained(exits_folder()).check_backbone(stranger)
     assert says in str(caught.value)
     assert "Load the backbone they were trained on (tiny), or train exits for this one: dynamax train" in str(
@@ -280,17 +282,17 @@ def test_a_save_that_dies_leaves_the_old_files_and_nothing_half_written(tmp_path
 
 def test_disturbance_survives_and_raises_one_threshold_for_all(tmp_path):
     """One threshold is net of what leaving disturbs; several are the confidence itself; 0 and "never" stay."""
-    exits = dataclasses.replace(make_exits("llama", None, "head"), disturbance={"propagate": (0.3, 0.05)})
+    exits = dataclasses.replace(make_exits("llama", None, "head"), drift_penalty={"propagate": (0.3, 0.05)})
     exits.save(tmp_path / "exits")
     again = Exits.from_pretrained(tmp_path / "exits")
-    assert again.disturbance == {"propagate": (0.3, 0.05)}
-    parse = functools.partial(Thresholds.parse, n_exits=2, harm=again.disturbance["propagate"])
+    assert again.drift_penalty == {"propagate": (0.3, 0.05)}
+    parse = functools.partial(Thresholds.parse, n_exits=2, drift_penalty=again.drift_penalty["propagate"])
     assert parse(0.9).values == (None, pytest.approx(0.95))
     assert parse(0.5).values == (pytest.approx(0.8), pytest.approx(0.55))
     assert parse([0.9, 0.9]).values == (0.9, 0.9)
     assert (parse(0.0).values, parse("never").values) == ((0.0, 0.0), (None, None))
     manifest = json.loads((tmp_path / "exits" / "exits.json").read_text())
-    manifest["disturbance"]["propagate"] = [0.3]
+    manifest["drift_penalty"]["propagate"] = [0.3]
     (tmp_path / "exits" / "exits.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactCorrupt, match="disturbance under 'propagate' is not 2 numbers"):
+    with pytest.raises(ArtifactCorruptError, match="disturbance under 'propagate' is not 2 numbers"):
         Exits.from_pretrained(tmp_path / "exits")

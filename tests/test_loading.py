@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from dynamax_llm.backbones import loading
 from dynamax_llm.backbones.loading import load, peek, shipped_exits
-from dynamax_llm.errors import BackboneError, UnsupportedModel, UsageError
+from dynamax_llm.errors import BackboneError, UnsupportedModelError, UsageError
 from tests.folders import END, copy, model_folder
 
 
@@ -110,7 +110,7 @@ def test_corrupt_config(content, says, tmp_path):
 @pytest.mark.parametrize("model_type", ["gpt2", "t5", "somethingnew"])
 def test_unknown_model_type_is_refused_before_any_weight_is_read(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    text = refusal(UnsupportedModel, tmp_path)
+    text = refusal(UnsupportedModelError, tmp_path)
     assert repr(model_type) in text
     assert "llama, mamba, mamba2, mistral" in text
 
@@ -124,7 +124,7 @@ def test_an_encoder_is_refused(tmp_path):
         "vocab_size": 20,
     }
     BertForMaskedLM(BertConfig(**sizes)).save_pretrained(tmp_path)
-    assert "model type 'bert' has no adapter" in refusal(UnsupportedModel, tmp_path)
+    assert "model type 'bert' has no adapter" in refusal(UnsupportedModelError, tmp_path)
 
 
 def test_a_classifier_of_a_known_type_is_refused(tmp_path):
@@ -132,7 +132,7 @@ def test_a_classifier_of_a_known_type_is_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = ["LlamaForSequenceClassification"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert "LlamaForSequenceClassification, which is no causal language model" in refusal(UnsupportedModel, folder)
+    assert "LlamaForSequenceClassification, which is no causal language model" in refusal(UnsupportedModelError, folder)
 
 
 def test_weights_missing_truncated_incomplete_or_misshapen(tmp_path):
@@ -188,7 +188,7 @@ def test_remote_code_is_never_run(tmp_path):
     config |= {"model_type": "surprise", "auto_map": {"AutoConfig": "code.Surprise"}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.py").write_text("raise SystemExit('ran')")
-    assert "model type 'surprise' has no adapter" in refusal(UnsupportedModel, folder)
+    assert "model type 'surprise' has no adapter" in refusal(UnsupportedModelError, folder)
 
 
 def test_unknown_dtype_and_device():
@@ -204,7 +204,7 @@ def test_peek_refuses_without_reading_weights(tmp_path):
     (folder / "model.safetensors").unlink()
     assert peek(folder).num_hidden_layers == 5
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UnsupportedModel, match="'gpt2' has no adapter"):
+    with pytest.raises(UnsupportedModelError, match="'gpt2' has no adapter"):
         peek(folder)
 
 

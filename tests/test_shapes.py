@@ -6,15 +6,15 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from dynamax_llm.exits.confidence import Signals, observe
+from dynamax_llm.exits.features import ExitFeatures, exit_features
 
 
 def test_a_wrong_axis_is_caught() -> None:
     h = torch.randn(2, 3, 8)
-    assert observe(h, h, torch.randn(2, 3, 11), None).values.shape == (2, 3, 10)
+    assert exit_features(h, h, torch.randn(2, 3, 11), None).values.shape == (2, 3, 10)
     with pytest.raises(TypeCheckError):
-        observe(h, h[:, :2], torch.randn(2, 3, 11), None)
+        exit_features(h, h[:, :2], torch.randn(2, 3, 11), None)
     with pytest.raises(TypeCheckError):
-        observe(h, h, torch.randn(2, 11), None)
+        exit_features(h, h, torch.randn(2, 11), None)
     with pytest.raises(TypeCheckError):
-        Signals(torch.randn(2, 3, 10), torch.zeros(2, 4, dtype=torch.int64))
+        ExitFeatures(torch.randn(2, 3, 10), torch.zeros(2, 4, dtype=torch.int64))

@@ -39,14 +39,14 @@ from transformers.utils import logging
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.loading import REFERENCE_FOLDER, load
 from dynamax_llm.decoding.loop import EarlyExit
-from dynamax_llm.evaluation.bootstrap import interval
-from dynamax_llm.evaluation.compare import Candidate
-from dynamax_llm.evaluation.contest import TARGETS, Contest, Points, Standing
+from dynamax_llm.evaluation.common.bootstrap import interval
+from dynamax_llm.evaluation.compare.contest import TARGETS, Contest, Points, Standing
+from dynamax_llm.evaluation.compare.heads import Candidate
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.confidence import MEASURES
 from dynamax_llm.exits.config import HEADS, ExitConfig, place_exits
+from dynamax_llm.exits.features import MEASURES
 from dynamax_llm.metrics import rouge_l
-from dynamax_llm.training.data import Batch, find_source, pad
+from dynamax_llm.text.batches import Batch, find_source, pad
 from dynamax_llm.training.presets import PRESETS
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.trainer import train_many
@@ -140,7 +140,7 @@ def both(backbone: Backbone, tokenizer, args: argparse.Namespace) -> None:
     for run in args.runs:
         one = argparse.Namespace(**{**vars(args), "runs": [run]})
         train(backbone, tokenizer, one)
-        judge(backbone, tokenizer, one, shown)
+        estimator(backbone, tokenizer, one, shown)
 
 
 def budget(backbone: Backbone, tokenizer, args: argparse.Namespace) -> float:
@@ -159,7 +159,7 @@ def budget(backbone: Backbone, tokenizer, args: argparse.Namespace) -> float:
     return max(1e5, args.seconds * rate // 1e5 * 1e5)
 
 
-def judge(backbone: Backbone, tokenizer, args: argparse.Namespace, shown: list[dict] | None = None) -> None:
+def estimator(backbone: Backbone, tokenizer, args: argparse.Namespace, shown: list[dict] | None = None) -> None:
     contest = Contest(backbone, documents(tokenizer, args.text / "eval.jsonl.xz", int(args.eval_tokens)))
     folder, shown = args.out / args.model, [] if shown is None else shown
     start = time.time()
@@ -181,14 +181,16 @@ def judge(backbone: Backbone, tokenizer, args: argparse.Namespace, shown: list[d
             continue
         exits = {place.name: Exits.from_pretrained(place) for place in found}
         widest = max(exits.values(), key=lambda item: len(item.config.inputs))  # what it sees, the others see too
-        seen = contest.harvests(Candidate("", widest))
+        seen = contest.exit_batches(Candidate("", widest))
         for name, item in exits.items():
             stand(Candidate(name, item), seen, run)
             if run == f"seed{args.seeds[0]}" and name == "mamba":
-                stand(Candidate("mamba, thresholds not net", dataclasses.replace(item, disturbance={})), seen, "gross")
+                stand(
+                    Candidate("mamba, thresholds not net", dataclasses.replace(item, drift_penalty={})), seen, "gross"
+                )
         if run == f"seed{args.seeds[0]}":
             plainest = Exits.untrained(backbone, SIX)
-            unread = contest.harvests(Candidate("", plainest, "softmax_margin"))
+            unread = contest.exit_batches(Candidate("", plainest, "softmax_margin"))
             for name in MEASURES:
                 stand(Candidate(name, plainest, name), unread, "measure")
             shown.append({"run": "static", "name": "static depth", "propagate": at(contest.static(plainest))})
@@ -240,7 +242,7 @@ def plain(standing: Standing) -> dict:
         "threshold": {str(target): standing.propagate.threshold(target) for target in TARGETS},
         "threshold_intact": {str(target): standing.intact.threshold(target) for target in TARGETS},
         "parameters": 0 if heads is None else sum(parameter.numel() for parameter in heads.parameters()),
-        "check_macs": candidate.judge.macs(0),
+        "check_macs": candidate.estimator.macs(0),
     }
 
 
@@ -335,7 +337,7 @@ def main() -> None:
     if args.stage == "documents":
         tell(tokenizer, args)
         return
-    {"train": train, "judge": judge, "both": both, "generate": generate}[args.stage](adapt(model), tokenizer, args)
+    {"train": train, "judge": estimator, "both": both, "generate": generate}[args.stage](adapt(model), tokenizer, args)
 
 
 if __name__ == "__main__":

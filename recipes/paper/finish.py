@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dynamax_llm.evaluation.results import Evaluation, Shift
+from dynamax_llm.evaluation.harness.results import Evaluation, Shift
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.report import check_targets, write_report
 

@@ -19,9 +19,9 @@ import lm_eval.tasks
 from lm_eval.models.huggingface import HFLM
 
 from dynamax_llm.backbones.loading import REFERENCE_BACKBONES, load
-from dynamax_llm.evaluation.evaluate import Plan, evaluate
-from dynamax_llm.evaluation.settings import Subject, by_head, full
-from dynamax_llm.evaluation.tasks import LOCAL, EvalTask, load_tasks
+from dynamax_llm.evaluation.harness.evaluate import Plan, evaluate
+from dynamax_llm.evaluation.harness.settings import Subject, by_head, full
+from dynamax_llm.evaluation.harness.tasks import LOCAL, EvalTask, load_tasks
 from dynamax_llm.exits.artifact import Exits
 
 BATCH, OPEN = 2, 0.5

@@ -13,13 +13,13 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load, shipped_exits
 from dynamax_llm.decoding import POLICIES, EarlyExit, EarlyExitOutput
 from dynamax_llm.decoding.state import DEFAULT_WINDOW
-from dynamax_llm.decoding.teacher_forced import step_by_step, teacher_forced
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS
+from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
 
-#: Judges: the shipped heads, the best fixed measure, and a fixed exit, which no confidence decides.
+#: Estimators: the shipped heads, the best fixed measure, and a fixed exit, which no confidence decides.
 MEASURE, STATIC = "softmax_margin", "static"
-JUDGES = (*HEADS, MEASURE, STATIC)
+ESTIMATORS = (*HEADS, MEASURE, STATIC)
 #: Policies whose decisions over a given text one parallel pass gives.
 PARALLEL = ("propagate", "defer")
 #: Rows per parallel pass over a text: (rows, tokens, vocabulary) float32 logits are held several times.
@@ -52,12 +52,12 @@ class Bench:
         """Whether this backbone's layers know the policy."""
         return set(self.backbone.kinds) <= set(POLICIES[window_of(run)[0]].kinds)
 
-    def early(self, judge: str, run: str, threshold: Threshold) -> EarlyExit:
+    def early(self, estimator: str, run: str, threshold: Threshold) -> EarlyExit:
         """What decides and what happens then."""
-        plain, (policy, window) = judge not in HEADS, window_of(run)
+        plain, (policy, window) = estimator not in HEADS, window_of(run)
         # A fixed exit asks nothing; the cosine is the cheapest measure, and never below 0.
-        measure = {MEASURE: MEASURE, STATIC: "state_similarity"}.get(judge)
-        exits = self._exits(None if plain else judge)
+        measure = {MEASURE: MEASURE, STATIC: "state_similarity"}.get(estimator)
+        exits = self._exits(None if plain else estimator)
         return EarlyExit(exits, threshold=threshold, policy=policy, window=window, measure=measure)
 
     @functools.cache  # noqa: B019 - a bench lives as long as its process
@@ -100,11 +100,11 @@ class Bench:
         """Tokens per prompt, of T - 1, that equal the full model's given the same prefix; mean depth along the text."""
         backbone, plan, costs = early.attach(self.model)
         parallel = plan.policy.name in PARALLEL
-        walk, rows = (teacher_forced, TEXT_ROWS) if parallel else (step_by_step, self.batch)
+        simulate_exits, rows = (teacher_forced, TEXT_ROWS) if parallel else (step_by_step, self.batch)
         thresholds, full = early.thresholds.values[: len(plan.layers)], len(costs.depths) - 1
         agreeing, layers = [], []
         for part, choice in zip(self.text(own)[:, :-1].split(rows), self.choices(own).split(rows), strict=True):
-            found = walk(backbone, plan, part, thresholds, prompt_length=self.prompt)
+            found = simulate_exits(backbone, plan, part, thresholds, prompt_length=self.prompt)
             agreeing += (found.tokens[:, self.prompt :] == choice).sum(1).tolist()
             taken = found.exit_index[:, self.prompt :]
             layers.append(costs.layers(torch.where(taken == len(plan.layers), full, taken)))

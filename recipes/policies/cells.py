@@ -34,9 +34,9 @@ def part_of(run: str) -> str:
 class Group:
     """One model and one judge, and runs of one part: one file of finished cells."""
 
-    def __init__(self, model: str, judge: str, part: str, settings: Settings, prompts: Path, out: Path) -> None:
-        self.model, self.judge, self.settings, self.prompts = model, judge, settings, prompts
-        self.log = Log(out / f"{model}-{judge}-{part}.jsonl", settings)
+    def __init__(self, model: str, estimator: str, part: str, settings: Settings, prompts: Path, out: Path) -> None:
+        self.model, self.estimator, self.settings, self.prompts = model, estimator, settings, prompts
+        self.log = Log(out / f"{model}-{estimator}-{part}.jsonl", settings)
         self.started = time.perf_counter()
 
     @functools.cached_property
@@ -88,12 +88,12 @@ class Group:
                 f"{name} {row[name]:.4f}" for name in ("threshold", "depth") if isinstance(row.get(name), float)
             )
             elapsed = time.perf_counter() - self.started
-            print(f"{elapsed:7.1f} s  {self.model} {self.judge} {key}: {seconds:.1f} s  {shown}", flush=True)
+            print(f"{elapsed:7.1f} s  {self.model} {self.estimator} {key}: {seconds:.1f} s  {shown}", flush=True)
         return self.log[key]
 
     def _targets(self, depths: Sequence[float]) -> list[float]:
         """Mean depths to reach; a fixed exit has its own."""
-        if self.judge != STATIC:
+        if self.estimator != STATIC:
             return list(depths)
         return [round(stop / self.batched.backbone.n_layers, 4) for stop in self._stops()[:-1]]
 
@@ -101,7 +101,7 @@ class Group:
         return self.batched.early(STATIC, "propagate", 0.0).exits.config.layers
 
     def _finding(self, family: str, target: float) -> Callable[[], Row]:
-        return lambda: self._static(target) if self.judge == STATIC else self._find(family, target)
+        return lambda: self._static(target) if self.estimator == STATIC else self._find(family, target)
 
     def _static(self, target: float) -> Row:
         stops = [round(stop / self.batched.backbone.n_layers, 4) for stop in self._stops()]
@@ -113,7 +113,7 @@ class Group:
 
     def _elsewhere(self, key: str) -> Row | None:
         """A row that another part of the same model and judge has finished under the same settings."""
-        for path in sorted(self.log.path.parent.glob(f"{self.model}-{self.judge}-*.jsonl")):
+        for path in sorted(self.log.path.parent.glob(f"{self.model}-{self.estimator}-*.jsonl")):
             row = None if path == self.log.path else read(path).get(key)
             if row is not None and row["settings"] == self.log.digest:
                 return row
@@ -123,7 +123,7 @@ class Group:
         bench, points = self.tuning, self._points(family)
 
         def depth_at(threshold: float) -> float:
-            early = bench.early(self.judge, family, threshold)
+            early = bench.early(self.estimator, family, threshold)
             return bench.depth(early, self.settings.tuning, self.settings.tuning_tokens)
 
         floor = self._stops()[0] / self.batched.backbone.n_layers
@@ -138,7 +138,7 @@ class Group:
     def _quality(self, run: str, threshold: Threshold) -> Row:
         """Free generation in batches, and agreement along two texts."""
         bench, s = self.batched, self.settings
-        early = bench.early(self.judge, run, threshold)
+        early = bench.early(self.estimator, run, threshold)
         outs = bench.run(early, s.prompts, s.new_tokens)
         layers = torch.cat([out.exit_layers for out in outs])
         own, own_depth = bench.agreement(early, own=True)
@@ -160,7 +160,7 @@ class Group:
         """One prompt at a time: passes, costs, and under ``verify`` the tokens and what became of the proposals."""
         bench, s, exact = self.alone, self.settings, run.startswith("verify")
         count = s.checked if exact else s.alone
-        early = bench.early(self.judge, run, threshold)
+        early = bench.early(self.estimator, run, threshold)
         outs = bench.run(early, count, s.new_tokens)
         row: Row = {
             "prompts": count,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench import JUDGES, RUNS, first_difference
+from bench import ESTIMATORS, RUNS, first_difference
 from cells import family_of
 from prompts import facts_path
 from records import Row, read, unpack
@@ -59,9 +59,9 @@ class Texts:
 def collect(model: str, out: Path, prompts: Path, results: Path) -> dict[str, Any]:
     """Numbers of all finished cells of a model: results/MODEL.json."""
     texts, cells, settings, machine = Texts(model), [], {}, {}
-    for judge in JUDGES:
+    for estimator in ESTIMATORS:
         rows: dict[str, Row] = {}
-        for path in sorted(out.glob(f"{model}-{judge}-*.jsonl")):
+        for path in sorted(out.glob(f"{model}-{estimator}-*.jsonl")):
             rows |= read(path)
         if not rows:
             continue
@@ -70,9 +70,9 @@ def collect(model: str, out: Path, prompts: Path, results: Path) -> dict[str, An
         full = unpack(rows["full"]["tokens"], width) if "full" in rows else []
         names = [key.partition("|")[2] for key in rows if key.startswith(("quality|", "alone|verify"))]
         for policy, target in (name.split("|") for name in names):
-            cells.append({"judge": judge, "policy": policy, "target": float(target)})
+            cells.append({"judge": estimator, "policy": policy, "target": float(target)})
             cells[-1] |= _cell(rows, policy, target, texts, full, width)
-    order = {name: place for place, name in enumerate((*RUNS, *JUDGES))}
+    order = {name: place for place, name in enumerate((*RUNS, *ESTIMATORS))}
     cells.sort(key=lambda cell: (order[cell["judge"]], cell["target"], order[cell["policy"]]))
     facts = facts_path(prompts)
     found = {
@@ -143,10 +143,10 @@ def render(model: str, results: Path) -> str:
     found = json.loads((results / f"{model}.json").read_text())
     times = _times(model, results)
     parts = [f"# {model}: what the policies cost and change", _preamble(found, times)]
-    judges = dict.fromkeys(cell["judge"] for cell in found["cells"])
-    for judge in judges:
-        cells = [cell for cell in found["cells"] if cell["judge"] == judge]
-        parts.append(f"## {judge.replace('_', ' ')}")
+    estimators = dict.fromkeys(cell["judge"] for cell in found["cells"])
+    for estimator in estimators:
+        cells = [cell for cell in found["cells"] if cell["judge"] == estimator]
+        parts.append(f"## {estimator.replace('_', ' ')}")
         parts.append(_table(COLUMNS, [_line(cell, times["cells"]) for cell in cells]))
     checked = [cell for cell in found["cells"] if cell["policy"].startswith("verify")]
     if checked:
@@ -156,7 +156,7 @@ def render(model: str, results: Path) -> str:
     return text
 
 
-def summarise(models: Sequence[str], results: Path, judge: str) -> str:
+def summarise(models: Sequence[str], results: Path, estimator: str) -> str:
     """One judge on every model, the few columns that a choice needs: results/summary.md."""
     heads = (
         "model",
@@ -174,12 +174,12 @@ def summarise(models: Sequence[str], results: Path, judge: str) -> str:
         cells = json.loads((results / f"{model}.json").read_text())["cells"]
         times = _times(model, results)["cells"]
         for cell in cells:
-            if cell["judge"] != judge:
+            if cell["judge"] != estimator:
                 continue
             aim, policy, depth, own, _, rouge, _, _, *rest = _line(cell, times)
             brief = (text.partition(" [")[0] for text in (own, rouge))
             lines.append([model, aim, policy, depth, *brief, *rest])
-    title = f"# What the policies cost and change: {judge.replace('_', ' ')}"
+    title = f"# What the policies cost and change: {estimator.replace('_', ' ')}"
     note = "Columns and intervals: " + ", ".join(f"[{model}]({model}.md)" for model in models) + "."
     text = f"{title}\n\n{note}\n\n{_table(heads, lines)}\n"
     (results / "summary.md").write_text(text)
@@ -246,8 +246,8 @@ def _proposals(cells: list[Row]) -> str:
         v = cell["verification"]
         checked = v["accepted"] + v["corrected"]
         rate = f"{v['accepted'] / checked:.3f}" if checked else "–"
-        judge, policy = cell["judge"].replace("_", " "), cell["policy"].replace("-", ", window ")
-        lines.append([judge, policy, _short(cell["depth"]), rate])
+        estimator, policy = cell["judge"].replace("_", " "), cell["policy"].replace("-", ", window ")
+        lines.append([estimator, policy, _short(cell["depth"]), rate])
         lines[-1] += [f"{v[name]:,}" for name in COUNTS]
         lines[-1].append(f"{cell['window_bytes'] / 1024:,.0f}")
     return _table(heads, lines)

@@ -32,7 +32,7 @@ from transformers.utils import logging
 from dynamax_llm.backbones import Backbone, Context, adapt
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.loading import load
-from dynamax_llm.evaluation.shapes import SHAPES
+from dynamax_llm.evaluation.compare.shapes import SHAPES
 
 #: Tokens before the window, and vocabulary of a random shape: neither changes what is timed.
 PROMPT, VOCABULARY = 32, 64

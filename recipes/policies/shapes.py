@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.evaluation.shapes import SHAPES
+from dynamax_llm.evaluation.compare.shapes import SHAPES
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.testing import zero_tail
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from bench import JUDGES, MEASURE, RUNS
+from bench import ESTIMATORS, MEASURE, RUNS
 from cells import Group, part_of
 from prompts import prepare, sha256
 from records import Settings
@@ -32,9 +32,10 @@ from report import collect, render, summarise
 HERE = Path(__file__).resolve().parent
 PROMPTS = HERE.parents[1] / ".carry" / "policies" / "prompts.jsonl.xz"
 RESULTS = HERE / "results"
-#: The nearest to 1/2 that confidences can be asked for: at 1/2 itself every token leaves, which is the judge "static".
+#: The nearest to 1/2 that confidences can be asked for: at 1/2 itself every token leaves, which is the estimator
+#: "static".
 DEPTHS = "0.55,0.65,0.8"
-#: The judge of the summary: the head that is used when none is named.
+#: The estimator of the summary: the head that is used when none is named.
 SUMMARY = DEFAULT_HEAD
 
 
@@ -67,12 +68,12 @@ def run(args: argparse.Namespace) -> int:
     for exact in (False, True):
         chosen = [runs for part, runs in parts.items() if part.startswith("verify") == exact]
         models = sorted(args.models)  # mamba-ee is the slower
-        groups = [(model, judge, runs) for model in models for runs in chosen for judge in args.judges]
+        groups = [(model, estimator, runs) for model in models for runs in chosen for estimator in args.estimators]
         if args.workers > 1 and len(groups) > 1:
             failed += spread(groups, args)
             continue
-        for model, judge, runs in groups:
-            Group(model, judge, part_of(runs[0]), settings(args), args.data, args.out).run(runs, args.depths)
+        for model, estimator, runs in groups:
+            Group(model, estimator, part_of(runs[0]), settings(args), args.data, args.out).run(runs, args.depths)
     return 1 if failed else 0
 
 
@@ -86,11 +87,11 @@ def spread(groups: list[tuple[str, str, list[str]]], args: argparse.Namespace) -
     waiting, running = list(groups), []
     while waiting or running:
         while waiting and len(running) < args.workers:
-            model, judge, runs = waiting.pop(0)
-            own = ["--models", model, "--judges", judge, "--policies", ",".join(runs), "--workers", "1"]
+            model, estimator, runs = waiting.pop(0)
+            own = ["--models", model, "--judges", estimator, "--policies", ",".join(runs), "--workers", "1"]
             place = {"CUDA_VISIBLE_DEVICES": str(started % gpus)} if gpus > 1 else {}
             process = subprocess.Popen([sys.executable, *sys.argv, *own], env={**os.environ, **place})
-            running.append((f"{model} {judge} {runs[0]}", process))
+            running.append((f"{model} {estimator} {runs[0]}", process))
             started += 1
         time.sleep(0.2)
         for item in [item for item in running if item[1].poll() is not None]:
@@ -125,7 +126,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of finished cells")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--models", type=listed(REFERENCE_BACKBONES), default=list(REFERENCE_BACKBONES))
-    parser.add_argument("--judges", "--heads", type=listed(JUDGES), help="default: all; for time, mamba and the margin")
+    parser.add_argument(
+        "--judges", "--heads", type=listed(ESTIMATORS), help="default: all; for time, mamba and the margin"
+    )
     parser.add_argument("--policies", type=listed(RUNS), default=list(RUNS))
     parser.add_argument("--depths", type=numbers, default=numbers(DEPTHS))
     parser.add_argument("--prompts", type=int, help="judged prompts (default 64; time: 3)")
@@ -159,13 +162,13 @@ def main() -> int:
     if args.stage in ("run", "collect") and args.out is None:
         sys.exit(f"{args.stage} needs --out, the folder of finished cells")
     if args.stage == "run":
-        args.prompts, args.judges = args.prompts or Settings.prompts, args.judges or list(JUDGES)
+        args.prompts, args.estimators = args.prompts or Settings.prompts, args.estimators or list(ESTIMATORS)
         return run(args)
     for model in args.models:
         if args.stage == "collect":
             collect(model, args.out, args.data, args.results)
         elif args.stage == "time":
-            measure_times(model, args.judges or [DEFAULT_HEAD, MEASURE], args)
+            measure_times(model, args.estimators or [DEFAULT_HEAD, MEASURE], args)
         else:
             print(render(model, args.results))
     if args.stage == "table":

@@ -26,9 +26,9 @@ from dynamax_llm.decoding.thresholds import NEVER
 WARM_UP = 8
 
 
-def seconds(bench: Bench, ids: torch.Tensor, new: int, judge: str, policy: str, threshold: Threshold) -> float:
+def seconds(bench: Bench, ids: torch.Tensor, new: int, estimator: str, policy: str, threshold: Threshold) -> float:
     """From the first new token to the last."""
-    early = bench.early(judge, policy, threshold)
+    early = bench.early(estimator, policy, threshold)
     first: list[float] = []
 
     def note(tokens: torch.Tensor, layers: torch.Tensor) -> None:
@@ -40,7 +40,7 @@ def seconds(bench: Bench, ids: torch.Tensor, new: int, judge: str, policy: str, 
     return time.perf_counter() - first[0]
 
 
-def measure_times(model: str, judges: Sequence[str], args: argparse.Namespace) -> None:
+def measure_times(model: str, estimators: Sequence[str], args: argparse.Namespace) -> None:
     """Time every cell of results/MODEL.json that is chosen and not timed yet; results/MODEL-time.json."""
     path = args.results / f"{model}-time.json"
     study = json.loads((args.results / f"{model}.json").read_text())
@@ -55,7 +55,7 @@ def measure_times(model: str, judges: Sequence[str], args: argparse.Namespace) -
     bench = Bench(model, "cpu", texts, length, 1)
     for cell in study["cells"]:
         name = f"{cell['policy']}|{cell['judge']}|{cell['target']}"
-        chosen = cell["judge"] in judges and cell["policy"] in args.policies
+        chosen = cell["judge"] in estimators and cell["policy"] in args.policies
         if not chosen or name in done["cells"]:
             continue
         ratios = _pairs(bench, new, cell)
@@ -67,10 +67,10 @@ def measure_times(model: str, judges: Sequence[str], args: argparse.Namespace) -
 
 def _pairs(bench: Bench, new: int, cell: dict) -> list[float]:
     """Policy over full depth, per prompt."""
-    judge, policy, threshold = cell["judge"], cell["policy"], cell["threshold"]
+    estimator, policy, threshold = cell["judge"], cell["policy"], cell["threshold"]
     ratios = []
     for turn, ids in enumerate(bench.prompts(len(bench.texts))):
-        sides = {"cell": (judge, policy, threshold), "full": (judge, "propagate", NEVER)}
+        sides = {"cell": (estimator, policy, threshold), "full": (estimator, "propagate", NEVER)}
         if turn == 0:
             for side in sides.values():
                 seconds(bench, ids, WARM_UP, *side)

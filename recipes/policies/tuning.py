@@ -1,4 +1,5 @@
-"""The threshold at which a judge reaches a mean depth, in free generation and under the policy it will be used with.
+"""The threshold at which an estimator reaches a mean depth, in free generation and under the policy it will be used
+with.
 
 Confidences crowd towards 1, so the search moves in log odds: x = log(t / (1 - t)). Depth rises with the threshold, up
 to the noise of texts that change with it; targets of one judge and policy share the points already measured.

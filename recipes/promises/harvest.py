@@ -39,7 +39,7 @@ LIMITS = {"agreement": 0.02, "consistency": 0.1}
 HEAD, POLICY = "four/mamba", "propagate"  # the exits that the recorded pools were harvested with
 
 
-class Harvest:
+class ExitBatch:
     """One backbone with its exits; lines go to ``out``."""
 
     def __init__(self, model: str, texts: Path, out: Path, device: str, rows: int, limit: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Harvests into pools, pools into simulated calibrations, and one promise on other text."""
+"""ExitBatches into pools, pools into simulated calibrations, and one promise on other text."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def proof_by(method: str, limit: float) -> Proof:
 
 
 def harvested(out: Path, model: str) -> list[dict[str, Any]]:
-    """The lines of a harvest, packed or not; a line that was cut off is left out."""
+    """The lines of a exit batch, packed or not; a line that was cut off is left out."""
     path = next((p for p in (out / f"{model}.jsonl", out / f"{model}.jsonl.gz") if p.is_file()), None)
     if path is None:
         sys.exit(f"{out} holds no {model}.jsonl: run `study.py harvest` first")
@@ -178,7 +178,7 @@ def shift(args: argparse.Namespace) -> None:
 
 def _shifted(model: str, document: dict[str, Any], method: str, kind: str, point: int) -> dict[str, Any]:
     """The agreement at one point on one kind of text; of Wikipedia on the articles that did not calibrate."""
-    from dynamax_llm.evaluation.results import Interval, Shift
+    from dynamax_llm.evaluation.harness.results import Interval, Shift
 
     losses, depth = pool_of(document, "agreement", kind)
     losses = losses[CALIBRATED:] if kind == "wikipedia" else losses

@@ -1,8 +1,8 @@
 """Do promises hold? Calibrations simulated on real losses, and one promise measured on other text. See README.md.
 
 python recipes/promises/study.py prepare --data DIR      # DIR: the reference backbones' training folder
-python recipes/promises/study.py harvest --model transformer-ee --out OUT [--device cuda]
-python recipes/promises/study.py pool --out OUT          # results/pool-MODEL.json from what harvest wrote
+python recipes/promises/study.py exit batch --model transformer-ee --out OUT [--device cuda]
+python recipes/promises/study.py pool --out OUT          # results/pool-MODEL.json from what exit batch wrote
 python recipes/promises/study.py simulate                # results/simulate.json: how often promises are broken
 python recipes/promises/study.py shift                   # results/shift.json: Wikipedia's promise elsewhere
 """
@@ -51,13 +51,13 @@ def main() -> int:
         TEXTS.with_name("texts.json").write_text(json.dumps(facts, indent=1) + "\n")
         print(json.dumps(facts, indent=1))
     elif args.stage == "harvest":
-        from harvest import Harvest
+        from collect_exits import ExitBatch
 
         if args.out is None or args.model is None:
             sys.exit("harvest needs --model and --out, a folder")
         args.out.mkdir(parents=True, exist_ok=True)
         target = args.out / f"{args.model}.jsonl"
-        Harvest(args.model, args.data or TEXTS, target, args.device, args.rows, args.limit).run()
+        ExitBatch(args.model, args.data or TEXTS, target, args.device, args.rows, args.limit).run()
     else:
         import losses
 

@@ -5,7 +5,7 @@
 The bar: with four heads of one kind on documents of 4,096 tokens, training reaches at least 80 % of forward-only's
 tokens/s, in less than 4 GB more. **Forward-only** is what reading a document with the frozen model costs: embedding,
 every layer, final norm, LM head and the argmax at every position, in the code that training uses for its labels.
-**Harvest** adds the exits' readouts, statistics and labels; **training** adds the heads' forward, backward and
+**ExitBatch** adds the exits' readouts, statistics and labels; **training** adds the heads' forward, backward and
 optimiser step. The backbone has the published shape and random weights, in bfloat16 on a GPU; documents are random
 token ids. Each run is a loop of ``--steps`` steps between two synchronisations; runs alternate, and medians of
 ``--repeats`` are reported. ``DIR/scale.json`` holds the numbers, ``DIR/profile-HEAD.txt`` where a step's time goes.
@@ -28,15 +28,15 @@ from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.utils import logging
 
 from dynamax_llm.backbones import Backbone, adapt
-from dynamax_llm.evaluation.shapes import SHAPES
+from dynamax_llm.evaluation.compare.shapes import SHAPES
 from dynamax_llm.exits.config import ExitConfig, place_exits
 from dynamax_llm.exits.readout import Readout
+from dynamax_llm.text.batches import Batch
+from dynamax_llm.traces.collect import collect_exits, forward
+from dynamax_llm.traces.labels import argmax
+from dynamax_llm.traces.simulate import ThresholdSample
 from dynamax_llm.training.aside import Aside
-from dynamax_llm.training.data import Batch
-from dynamax_llm.training.harvest import forward, harvest
-from dynamax_llm.training.labels import argmax
 from dynamax_llm.training.learner import Learner
-from dynamax_llm.training.objective import Draw
 from dynamax_llm.training.settings import TrainSettings
 
 NAMES = {"mistral": "mistral-7b", "codestral": "codestral-mamba-7b"}
@@ -77,11 +77,11 @@ def steps(backbone: Backbone, head: str, tokens: int) -> dict[str, Step]:
         return argmax(backbone, forward(backbone, (), document().ids).final.flatten(0, 1))
 
     def gather() -> object:
-        return harvest(backbone, readout, document())
+        return collect_exits(backbone, readout, document())
 
     def learn() -> None:
-        made = harvest(backbone, readout, document())
-        draw = Draw.sample(made.mask, settings.never, generator)
+        made = collect_exits(backbone, readout, document())
+        draw = ThresholdSample.sample(made.mask, settings.never, generator)
         aside.run(lambda: learner.step(made, draw, 0.5), made)
 
     return {"forward": read, "harvest": gather, "train": learn}

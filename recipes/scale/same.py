@@ -17,7 +17,7 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS, ExitConfig
 from dynamax_llm.testing import tiny_model
-from dynamax_llm.training.data import find_source
+from dynamax_llm.text.batches import find_source
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.trainer import train_many
 

@@ -18,20 +18,20 @@ from pathlib import Path
 import torch
 
 import dynamax_llm as dx
-from dynamax_llm.evaluation.looked import Chunk, gather, packed
-from dynamax_llm.evaluation.scan import TARGETS
+from dynamax_llm.evaluation.scan.collect import Chunk, gather, packed
+from dynamax_llm.evaluation.scan.scan import TARGETS
 from dynamax_llm.report.scanned import write_scan
-from dynamax_llm.training.data import pad
-from dynamax_llm.training.harvest import harvest
+from dynamax_llm.text.batches import pad
+from dynamax_llm.traces.collect import collect_exits
 from dynamax_llm.training.held_out import HeldOut, on_policy
 
 
 def reached(backbone, exits: dx.Exits, chunks: list[Chunk], batch_tokens: int) -> dict[float, dict[str, float]]:
     """What the trained head reaches at each target on these chunks."""
     batches = [pad([chunk.ids for chunk in group]) for group in packed(chunks, batch_tokens)]
-    readout, judge = exits.readout(backbone), exits.judge()
-    held = HeldOut(batches, lambda batch: harvest(backbone, readout, batch))
-    return {target: on_policy(judge, held, exits.config, target) for target in TARGETS}
+    readout, estimator = exits.readout(backbone), exits.estimator()
+    held = HeldOut(batches, lambda batch: collect_exits(backbone, readout, batch))
+    return {target: on_policy(estimator, held, exits.config, target) for target in TARGETS}
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ def _checks(document: Bench) -> Iterator[Line]:
         more = 1 / row.speed_up.median - 1
         low, high = (1 / end - 1 for end in (row.speed_up.high, row.speed_up.low))
         said = f"{more:+.2%} [{low:+.2%}, {high:+.2%}]"
-        yield f"4. {row.label} ({row.judge}, batch {row.batch})", "3 % more time", said, more <= 0.03
+        yield f"4. {row.label} ({row.estimator}, batch {row.batch})", "3 % more time", said, more <= 0.03
 
 
 def _rate(what: str, row: Row, least: float) -> Line:

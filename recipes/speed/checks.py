@@ -35,7 +35,7 @@ from dynamax_llm.engines.cuda.check import Check
 from dynamax_llm.engines.cuda.fused import HeadCheck
 from dynamax_llm.engines.cuda.machine import Machine, residual_dtype
 from dynamax_llm.engines.cuda.readout import read_out
-from dynamax_llm.evaluation.random_models import RANDOM_SHAPES, random_model
+from dynamax_llm.evaluation.common.random_models import RANDOM_SHAPES, random_model
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS, INPUTS, ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
@@ -108,7 +108,7 @@ def asked(check: Check, heads: ExitHeads, points: list[tuple[Tensor, Tensor]]) -
             token = check.fused.token.clone() if check.fused.looks else None
             found.append((check.fused.confidence[index].clone(), token))
             continue
-        seen = check.signals[index]
+        seen = check.features[index]
         assert seen is not None
         sure = heads.confidence(index, h.unsqueeze(1), seen, None)[0][:, 0]
         found.append((sure, None if seen.token is None else seen.token[:, 0].clone()))

@@ -15,7 +15,7 @@ from pathlib import Path
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load, peek
 from dynamax_llm.exits.config import place_exits
-from dynamax_llm.training.sources import find_source
+from dynamax_llm.text.sources import find_source
 from dynamax_llm.training.tuning import TuneSettings, tune
 
 #: What differs between the ways; everything else is `dynamax tune`'s default.

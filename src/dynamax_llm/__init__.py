@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from dynamax_llm.backbones.loading import load
     from dynamax_llm.calibration.calibrate import CalibrationSettings, calibrate
     from dynamax_llm.decoding import EarlyExit, EarlyExitOutput
-    from dynamax_llm.evaluation.scan import ScanSettings, scan
+    from dynamax_llm.evaluation.scan.scan import ScanSettings, scan
     from dynamax_llm.exits.artifact import Exits
     from dynamax_llm.exits.config import ExitConfig, place_exits
     from dynamax_llm.exits.promise import Promise
+    from dynamax_llm.text.sources import find_source
     from dynamax_llm.training.settings import TrainSettings
-    from dynamax_llm.training.sources import find_source
     from dynamax_llm.training.trainer import train, train_many
     from dynamax_llm.training.tuning import TuneSettings, tune
 
@@ -29,15 +29,15 @@ _HOMES = {
     "ExitConfig": "exits.config",
     "Exits": "exits.artifact",
     "Promise": "exits.promise",
-    "ScanSettings": "evaluation.scan",
+    "ScanSettings": "evaluation.scan.collect",
     "TrainSettings": "training.settings",
     "TuneSettings": "training.tuning",
     "adapt": "backbones",
     "calibrate": "calibration.calibrate",
-    "find_source": "training.sources",
+    "find_source": "text.sources",
     "load": "backbones.loading",
     "place_exits": "exits.config",
-    "scan": "evaluation.scan",
+    "scan": "evaluation.scan.scan",
     "train": "training.trainer",
     "train_many": "training.trainer",
     "tune": "training.tuning",

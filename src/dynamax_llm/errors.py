@@ -2,16 +2,16 @@
 
     DynamaxError
     ├── UsageError             an argument the caller can correct (also a ValueError)
-    │   ├── UnsupportedModel       no adapter for this model type
-    │   ├── ExitPlacement          exit layers that do not exist in this backbone
-    │   ├── PolicyMismatch         a state policy that this family or artifact does not allow
+    │   ├── UnsupportedModelError       no adapter for this model type
+    │   ├── ExitPlacementError          exit layers that do not exist in this backbone
+    │   ├── PolicyMismatchError         a state policy that this family or artifact does not allow
     │   └── PromiseError           a promise that is not recorded, or that nothing keeps
     ├── DataError              text that cannot be read, decoded or used
     ├── BackboneError          a model folder or hub id that cannot be loaded
     └── ArtifactError          a saved set of exits that cannot be used
-        ├── ArtifactCorrupt        truncated, malformed, NaN or wrongly shaped
-        ├── ArtifactVersion        written by a newer DYNAMAX
-        └── ArtifactMismatch       made for another backbone
+        ├── ArtifactCorruptError        truncated, malformed, NaN or wrongly shaped
+        ├── ArtifactVersionError        written by a newer DYNAMAX
+        └── ArtifactMismatchError       made for another backbone
 
 Messages name the value, what is allowed, and the way out. The command line prints them on stderr and exits with 2.
 """
@@ -27,15 +27,15 @@ class UsageError(DynamaxError, ValueError):
     """An argument the caller can correct."""
 
 
-class UnsupportedModel(UsageError):
+class UnsupportedModelError(UsageError):
     """No adapter drives this model type."""
 
 
-class ExitPlacement(UsageError):
+class ExitPlacementError(UsageError):
     """Exit layers that do not exist in this backbone."""
 
 
-class PolicyMismatch(UsageError):
+class PolicyMismatchError(UsageError):
     """A state policy that this family of layers, or this artifact, does not allow."""
 
 
@@ -55,13 +55,13 @@ class ArtifactError(DynamaxError):
     """A saved set of exits that cannot be used."""
 
 
-class ArtifactCorrupt(ArtifactError):
+class ArtifactCorruptError(ArtifactError):
     """Truncated, malformed, NaN or wrongly shaped."""
 
 
-class ArtifactVersion(ArtifactError):
+class ArtifactVersionError(ArtifactError):
     """Written by a newer DYNAMAX."""
 
 
-class ArtifactMismatch(ArtifactError):
+class ArtifactMismatchError(ArtifactError):
     """Made for another backbone."""

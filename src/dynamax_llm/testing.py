@@ -1,7 +1,7 @@
-"""Fakes for your tests and ours: tiny random backbones of every family, and a scripted judge.
+"""Fakes for your tests and ours: tiny random backbones of every family, and a scripted estimator.
 
 model = tiny_model("mamba2", layers=5)          # stock class, odd sizes, seconds to run
-judge = ScriptedJudge(torch.tensor([[0, 9, 1]]))  # one row: first exit, full depth, second exit
+judge = ScriptedConfidence(torch.tensor([[0, 9, 1]]))  # one row: first exit, full depth, second exit
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from dynamax_llm.evaluation.random_models import zero_tail
-from dynamax_llm.exits.confidence import Judge, Signals, State
+from dynamax_llm.evaluation.common.random_models import zero_tail
+from dynamax_llm.exits.features import ConfidenceEstimator, ExitFeatures, State
 from dynamax_llm.registry import Registry
 
-__all__ = ["TINY", "ScriptedJudge", "random_ids", "tiny_model", "zero_tail"]
+__all__ = ["TINY", "ScriptedConfidence", "random_ids", "tiny_model", "zero_tail"]
 
 
 def _cycle(*kinds: str) -> Callable[[int], list[str]]:
@@ -210,7 +210,7 @@ def random_ids(batch: int, length: int, vocab: int = 61, seed: int = 0) -> Tenso
     return torch.randint(1, vocab, (batch, length), generator=generator)
 
 
-class ScriptedJudge(Judge):
+class ScriptedConfidence(ConfidenceEstimator):
     """Leaves where it is told, with confidence 1; use a threshold in (0, 1].
 
     ``pattern`` (B, S) holds the exit index each row takes at each decode step; any other number never leaves.
@@ -223,7 +223,7 @@ class ScriptedJudge(Judge):
         self.pattern, self.step = pattern, 0
 
     def confidence(
-        self, exit: int, h: Tensor, signals: Signals, state: State | None, padding: Tensor | None = None
+        self, exit: int, h: Tensor, features: ExitFeatures, state: State | None, padding: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
         if h.shape[1] == 1:
             taken = self.pattern[:, [self._tick(exit)]]

@@ -29,7 +29,7 @@ def record(exits: Exits, **changes: Any) -> Promise:
         "policy": "propagate",
         "window": 16,
         "readout": "head",
-        "judge": "mamba",
+        "estimator": "mamba",
         "data": {"source": "corpus", "sha256": "0" * 64, "tokens": 640},
         "fingerprint": digest(exits.fingerprint),
         "dynamax": "0.1.0",

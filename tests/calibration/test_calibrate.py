@@ -24,30 +24,30 @@ from dynamax_llm.calibration.risks import (
     shortfall,
 )
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.decoding.teacher_forced import step_by_step
 from dynamax_llm.errors import PromiseError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.promise import METHODS, Promise
 from dynamax_llm.metrics import exact_match, f1, rouge_l
 from dynamax_llm.testing import zero_tail
-from dynamax_llm.training.sources import find_source
+from dynamax_llm.text.sources import find_source
+from dynamax_llm.traces.teacher_forced import step_by_step
 from tests.folders import corpus, exits_folder, model_folder
 
 SHORT = CalibrationSettings(prompts=40, prompt_tokens=6, new_tokens=6)
 
 
-def trace(disturbance: tuple[float, ...] = ()) -> Trace:
+def trace(drift_penalty: tuple[float, ...] = ()) -> Trace:
     """Confidences that mean what they say, at two exits of four layers."""
     generator = torch.Generator().manual_seed(0)
     confidence = torch.rand(2, 600, generator=generator, dtype=torch.float64).sqrt()
     agrees = torch.rand(2, 600, generator=generator) < confidence
-    return Trace(confidence, agrees, torch.arange(600) % 2 == 1, (1, 2), 4, disturbance)
+    return Trace(confidence, agrees, torch.arange(600) % 2 == 1, (1, 2), 4, drift_penalty)
 
 
-@pytest.mark.parametrize("disturbance", [(), (0.5, 0.0), (0.0, 0.5)])
-def test_thresholds_never_rise_and_depth_never_falls_back(disturbance, monkeypatch):
+@pytest.mark.parametrize("drift_penalty", [(), (0.5, 0.0), (0.0, 0.5)])
+def test_thresholds_never_rise_and_depth_never_falls_back(drift_penalty, monkeypatch):
     monkeypatch.setattr("dynamax_llm.calibration.path.LEVELS", 64)
-    path = learn_path(trace(disturbance), 0.05, [step / 20 for step in range(1, 21)])
+    path = learn_path(trace(drift_penalty), 0.05, [step / 20 for step in range(1, 21)])
     assert len(path.points) >= 10
     for safe, risky in zip(path.points, path.points[1:], strict=False):
         assert safe.parameter < risky.parameter <= 1.0 and safe.depth > risky.depth
@@ -144,7 +144,7 @@ def test_a_backbone_whose_tail_does_nothing_keeps_every_promise(promise, method)
     source = find_source(corpus())
     found = calibrate(backbone, tokenizer, exits, source, promise, measure="softmax_max", method=method, settings=SHORT)
     assert found.estimate == 1.0 and found.mean_depth == pytest.approx(0.4 if promise[0] == "a" else 0.52, abs=0.02)
-    assert (found.n, found.n_path, found.judge, found.method) == (32, 8, "softmax_max", method)
+    assert (found.n, found.n_path, found.estimator, found.method) == (32, 8, "softmax_max", method)
     assert all(test["kept"] for test in found.evidence) and found.evidence[-1]["thresholds"] == list(found.thresholds)
     depths = [test["mean_depth"] for test in found.evidence]
     assert depths == sorted(depths, reverse=True)
@@ -239,5 +239,5 @@ def test_shipped_exits_get_a_copy(tmp_path, capsys, monkeypatch):
     short = ["--prompt-tokens", 8, "--new-tokens", 8, "--out", tmp_path / "copy"]
     assert cli.run([str(part) for part in (*shipped, *short)]) == 0
     (promise,) = Exits.from_pretrained(tmp_path / "copy").promises
-    assert promise.judge == "mlp" and Exits.from_pretrained("transformer-ee").promises == ()
+    assert promise.estimator == "mlp" and Exits.from_pretrained("transformer-ee").promises == ()
     assert "Saved in" in capsys.readouterr().out

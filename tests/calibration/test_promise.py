@@ -10,7 +10,7 @@ import torch
 from dynamax_llm import cli
 from dynamax_llm.backbones.loading import load
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.errors import PolicyMismatch, PromiseError, UsageError
+from dynamax_llm.errors import PolicyMismatchError, PromiseError, UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.promise import METHODS, Promise, Target, digest
 from tests.calibration.promised import promised_folder, record
@@ -48,7 +48,7 @@ def test_records_survive_save_and_load(tmp_path):
 
 
 def test_a_promise_decides_threshold_policy_window_and_judge(tmp_path):
-    exits = Exits.from_pretrained(promised_folder(tmp_path, {"policy": "defer", "window": 3, "judge": "entropy"}))
+    exits = Exits.from_pretrained(promised_folder(tmp_path, {"policy": "defer", "window": 3, "estimator": "entropy"}))
     early = EarlyExit(exits, promise="agreement >= 0.90")
     assert early.thresholds.values == (0.0, None)
     assert (early.policy.name, early.window, early.measure) == ("defer", 3, "entropy")
@@ -65,9 +65,9 @@ def test_nothing_may_contradict_a_promise(tmp_path):
     exits = Exits.from_pretrained(promised_folder(tmp_path))
     with pytest.raises(UsageError, match="Give only one"):
         EarlyExit(exits, promise="agreement>=0.9", threshold=0.9)
-    with pytest.raises(PolicyMismatch, match="under policy 'verify'"):
+    with pytest.raises(PolicyMismatchError, match="under policy 'verify'"):
         EarlyExit(exits, promise="agreement>=0.9", policy="verify")
-    with pytest.raises(PolicyMismatch, match="window of 16"):
+    with pytest.raises(PolicyMismatchError, match="window of 16"):
         EarlyExit(exits, promise="agreement>=0.9", window=2)
     with pytest.raises(PromiseError, match=r"there: agreement>=0\.9"):
         EarlyExit(exits, promise="agreement>=0.8")

@@ -104,12 +104,12 @@ USED = {
     ),
     "another policy": (
         lambda t: generate(promised_folder(t), *PROMISED, "--policy", "defer"),
-        "under policy 'propagate', judge 'mamba'; it says nothing under policy 'defer'",
+        "under policy 'propagate', estimator 'mamba'; it says nothing under policy 'defer'",
         "dynamax calibrate",
     ),
     "another judge": (
         lambda t: generate(promised_folder(t), *PROMISED, "--measure", "entropy"),
-        "it says nothing under judge 'entropy'",
+        "it says nothing under estimator 'entropy'",
         "dynamax calibrate",
     ),
     "another window": (

@@ -15,7 +15,7 @@ from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.engines.cuda import check, fused
 from dynamax_llm.engines.cuda.check import Check
-from dynamax_llm.evaluation.bench.judges import DrawnJudge, draw
+from dynamax_llm.evaluation.bench.estimators import DrawnConfidence, draw
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
@@ -50,7 +50,7 @@ def pair(backbone: Backbone, config: ExitConfig, heads: ExitHeads, batch: int) -
 
 def asked_through_pytorch(plain: Check, heads: ExitHeads, index: int, h: torch.Tensor) -> torch.Tensor:
     """Confidence (B,) of what ``plain`` saw last at exit ``index``."""
-    seen = plain.signals[index]
+    seen = plain.features[index]
     assert seen is not None
     return heads.confidence(index, h.unsqueeze(1), seen, None)[0][:, 0]
 
@@ -98,7 +98,7 @@ def test_one_kernel_sees_and_decides_what_pytorch_does(
                 for each, live in zip(checks, lives, strict=True):
                     each.ask(index, h, before, live)
                     assert torch.equal(live, 1 - each.left)
-                seen, there = plain.signals[index], ~gone
+                seen, there = plain.features[index], ~gone
                 assert seen is not None
                 sure = asked_through_pytorch(plain, heads, index, h)
                 assert torch.allclose(own.fused.confidence[index][there], sure[there], atol=1e-5)
@@ -127,7 +127,7 @@ def test_of_equal_logits_the_earlier_token_leads() -> None:
         h, before = torch.randn(2, 1, backbone.width, device=DEVICE)
         for each in checks:
             each.ask(0, h, before, None)
-    own, seen = checks[0].fused, checks[1].signals[0]
+    own, seen = checks[0].fused, checks[1].features[0]
     assert own is not None and seen is not None and seen.candidates is not None
     assert own.named.tolist() == seen.candidates[:, 0].tolist()
 
@@ -171,10 +171,10 @@ def test_a_judge_that_reads_no_signals_is_given_none(monkeypatch: pytest.MonkeyP
     def unwanted(*arguments: object) -> None:
         raise AssertionError("signals were made")
 
-    monkeypatch.setattr(check, "observe", unwanted)
+    monkeypatch.setattr(check, "exit_features", unwanted)
     model, pattern = small("mistral"), draw(2, 2, 0.9, 0.0, seed=1, period=8)
     early = EarlyExit(Exits.untrained(adapt(model), EXITS), threshold=0.5, measure="state_similarity", engine="cuda")
-    early.judge = DrawnJudge(pattern.to(DEVICE), 2)
+    early.estimator = DrawnConfidence(pattern.to(DEVICE), 2)
     ids = random_ids(2, 5, vocab=19).to(DEVICE)
     out = model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, custom_generate=early)
     # It has counted the prompt's five tokens when the first is decoded.

@@ -21,7 +21,7 @@ from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Readout
-from dynamax_llm.testing import ScriptedJudge, random_ids, tiny_model
+from dynamax_llm.testing import ScriptedConfidence, random_ids, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {
@@ -74,7 +74,7 @@ def test_tokens_are_taken_back_row_by_row(family: str) -> None:
     model = small(family)
     backbone, pattern = adapt(model), torch.tensor([[0, 1, 2, 0, 0, 2], [0, 2, 0, 0, 1, 2]])
     readout = Readout(backbone, ExitConfig((1, 2), 3))
-    plans = [ExitPlan((1, 2), ScriptedJudge(pattern.to(DEVICE)), readout, POLICIES["verify"], 4) for _ in range(2)]
+    plans = [ExitPlan((1, 2), ScriptedConfidence(pattern.to(DEVICE)), readout, POLICIES["verify"], 4) for _ in range(2)]
     decoders = [make(backbone, plan) for make, plan in zip((new_decoder, new_cuda_decoder), plans, strict=True)]
     ids, kept = random_ids(2, 4, vocab=19).to(DEVICE), torch.tensor([1, 2])
     with torch.no_grad():

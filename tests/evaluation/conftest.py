@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dynamax_llm.backbones.loading import load
-from dynamax_llm.evaluation.settings import Subject
-from dynamax_llm.evaluation.tasks import EvalTask, load_tasks
+from dynamax_llm.evaluation.harness.settings import Subject
+from dynamax_llm.evaluation.harness.tasks import EvalTask, load_tasks
 from dynamax_llm.exits.artifact import Exits
 from tests.folders import exits_folder, model_folder
 

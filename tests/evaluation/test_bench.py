@@ -6,17 +6,17 @@ import json
 
 import pytest
 import torch
+from dynamax_llm.evaluation.bench.estimators import DrawnConfidence, draw
 
 from dynamax_llm import cli
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.errors import DataError, PolicyMismatch, UsageError
+from dynamax_llm.errors import DataError, PolicyMismatchError, UsageError
 from dynamax_llm.evaluation.bench import Bench, BenchSettings, agree, bench
 from dynamax_llm.evaluation.bench import run as running
 from dynamax_llm.evaluation.bench.counted import Counted
 from dynamax_llm.evaluation.bench.document import Spread
-from dynamax_llm.evaluation.bench.judges import DrawnJudge, draw
-from dynamax_llm.evaluation.random_models import random_model, zero_tail
+from dynamax_llm.evaluation.common.random_models import random_model, zero_tail
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.report.benched import write_bench
 
@@ -124,11 +124,11 @@ def test_rows_leave_where_they_were_drawn(shape, policy):
     exits = Exits.untrained(adapt(model), "1,3")
     early = EarlyExit(exits, threshold=0.5, measure="state_similarity", policy=policy, window=4)
     pattern = draw(3, 2, 0.7, 0.3, seed=4, period=8)
-    early.judge = DrawnJudge(pattern, 2)
+    early.estimator = DrawnConfidence(pattern, 2)
     ids = torch.randint(1, 500, (3, 6), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     out = model.generate(ids, attention_mask=mask, max_new_tokens=14, do_sample=False, custom_generate=early)
-    # The judge has counted the prompt's six tokens when the first is decoded.
+    # The estimator has counted the prompt's six tokens when the first is decoded.
     expected = torch.tensor([1, 3, 4])[pattern[torch.arange(6, 6 + 13) % 8]].t()
     assert out.exit_layers[:, 1:].tolist() == expected.tolist()
 
@@ -203,7 +203,7 @@ def test_counted_layers_of_a_mixed_depth():
     ],
 )
 def test_what_the_model_does_not_allow(changes, message):
-    with pytest.raises((UsageError, PolicyMismatch), match=message):
+    with pytest.raises((UsageError, PolicyMismatchError), match=message):
         bench(random_model("tiny-mamba", "cpu", torch.float32), BenchSettings(**changes))
 
 

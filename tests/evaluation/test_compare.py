@@ -1,4 +1,4 @@
-"""Judges compared at one agreement, and the same exits counted at a 7B shape."""
+"""Estimators compared at one agreement, and the same exits counted at a 7B shape."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.evaluation import Candidate, Outcome, compare, comparison_table
-from dynamax_llm.evaluation.compare import at_agreement, full_depth_tokens, outcome
-from dynamax_llm.evaluation.shapes import SHAPES, projected, shape, token_costs
+from dynamax_llm.evaluation.compare.heads import at_agreement, full_depth_tokens, outcome
+from dynamax_llm.evaluation.compare.shapes import SHAPES, projected, shape, token_costs
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.testing import random_ids, tiny_model
-from dynamax_llm.training.data import Batch
+from dynamax_llm.text.batches import Batch
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +63,8 @@ def test_comparison_meets_its_target_and_lists_every_cost(backbone, batches) -> 
         assert [point.agreement for point in item.points] == sorted(point.agreement for point in item.points)
         assert all(sum(point.exit_counts) == sum(batch.tokens for batch in batches) for point in item.points)
     mlp, margin = results
-    assert mlp.look_macs == (61 * 36, 6 * 36)
-    assert margin.look_macs == (61 * 36, 61 * 36)
+    assert mlp.read_macs == (61 * 36, 6 * 36)
+    assert margin.read_macs == (61 * 36, 61 * 36)
     assert mlp.parameters == sum(parameter.numel() for parameter in trained.heads.parameters())
     table = comparison_table(results, backbone.costs(), scale="mistral-7b")
     assert table.count("\n| mlp |") + table.count("\n| margin |") == 2

@@ -1,4 +1,4 @@
-"""Judges at equal terms: depths at an agreement, read off decoded points."""
+"""Estimators at equal terms: depths at an agreement, read off decoded points."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from dynamax_llm.backbones import adapt
-from dynamax_llm.evaluation.compare import Candidate
-from dynamax_llm.evaluation.contest import Contest, Points
+from dynamax_llm.evaluation.compare.contest import Contest, Points
+from dynamax_llm.evaluation.compare.heads import Candidate
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.testing import random_ids, tiny_model
-from dynamax_llm.training.curves import average_precision, calibration_error
-from dynamax_llm.training.data import Batch
+from dynamax_llm.text.batches import Batch
+from dynamax_llm.traces.curves import average_precision, calibration_error
 
 
 def points() -> Points:
@@ -46,11 +46,12 @@ def test_points_are_what_decoding_does() -> None:
     only = contest.static(exits)
     assert only.depth[:, 0] / contest.tokens[0] == pytest.approx([2 / 5, 4 / 5])
     assert only.agree[0].tolist() == decoded.agree[0].tolist()
-    standing = contest.stand(candidate, contest.harvests(candidate))
-    agreeing = sum(int(one.labels[0][one.mask].sum()) for one in contest.harvests(candidate))
+    standing = contest.stand(candidate, contest.exit_batches(candidate))
+    agreeing = sum(int(one.labels[0][one.mask].sum()) for one in contest.exit_batches(candidate))
     assert standing.intact.at(0.0).value >= 2 / 5
     assert standing.oracle == pytest.approx(
-        (2 * agreeing + sum(_later(one) for one in contest.harvests(candidate))) / 5 / contest.tokens.sum(), abs=1e-6
+        (2 * agreeing + sum(_later(one) for one in contest.exit_batches(candidate))) / 5 / contest.tokens.sum(),
+        abs=1e-6,
     )
 
 

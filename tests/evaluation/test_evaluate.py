@@ -7,11 +7,11 @@ import json
 import pytest
 
 from dynamax_llm.errors import DataError, UsageError
-from dynamax_llm.evaluation import evaluate as module
-from dynamax_llm.evaluation.evaluate import Plan, evaluate, merge
-from dynamax_llm.evaluation.records import Records, cell_path
-from dynamax_llm.evaluation.results import Evaluation
-from dynamax_llm.evaluation.settings import Variant, by_head, by_measure, full, pruned, static
+from dynamax_llm.evaluation.harness import evaluate as module
+from dynamax_llm.evaluation.harness.evaluate import Plan, evaluate, merge
+from dynamax_llm.evaluation.harness.records import Records, cell_path
+from dynamax_llm.evaluation.harness.results import Evaluation
+from dynamax_llm.evaluation.harness.settings import Variant, by_head, by_measure, full, pruned, static
 from tests.evaluation.conftest import LIMIT, NEW, heads, subject, task
 
 

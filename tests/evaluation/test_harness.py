@@ -9,13 +9,13 @@ from lm_eval.models.huggingface import HFLM
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.decoding.teacher_forced import step_by_step, teacher_forced
 from dynamax_llm.errors import UsageError
-from dynamax_llm.evaluation.evaluate import Plan, evaluate
-from dynamax_llm.evaluation.harness import DynamaxLM, StopAtText
-from dynamax_llm.evaluation.settings import by_head, full
-from dynamax_llm.evaluation.tasks import LOCAL, _manager
+from dynamax_llm.evaluation.harness.evaluate import Plan, evaluate
+from dynamax_llm.evaluation.harness.model import DynamaxLM, StopAtText
+from dynamax_llm.evaluation.harness.settings import by_head, full
+from dynamax_llm.evaluation.harness.tasks import LOCAL, _manager
 from dynamax_llm.testing import random_ids
+from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
 from tests.evaluation.conftest import TASKS, heads, subject, task
 from tests.folders import byte_tokenizer
 

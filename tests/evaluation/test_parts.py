@@ -10,18 +10,18 @@ import torch
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.decoding.teacher_forced import teacher_forced
 from dynamax_llm.errors import UsageError
-from dynamax_llm.evaluation.baselines import pruned
-from dynamax_llm.evaluation.bootstrap import interval, median, weighted
-from dynamax_llm.evaluation.forced import Prompted, agreement, confidences, said
-from dynamax_llm.evaluation.prompts import KEPT, PromptSharing, SharedPrompts
-from dynamax_llm.evaluation.settings import by_head, by_measure, check_ids, full, grid, static
-from dynamax_llm.evaluation.settings import pruned as pruned_setting
-from dynamax_llm.evaluation.squad import stand_in
-from dynamax_llm.evaluation.timing import pair
+from dynamax_llm.evaluation.common.bootstrap import interval, median, weighted
+from dynamax_llm.evaluation.harness.baselines import pruned
+from dynamax_llm.evaluation.harness.forced import Prompted, agreement, confidences, said
+from dynamax_llm.evaluation.harness.prompts import KEPT, PromptSharing, SharedPrompts
+from dynamax_llm.evaluation.harness.settings import by_head, by_measure, check_ids, full, grid, static
+from dynamax_llm.evaluation.harness.settings import pruned as pruned_setting
+from dynamax_llm.evaluation.harness.squad import stand_in
+from dynamax_llm.evaluation.harness.timing import pair
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.testing import random_ids, tiny_model
+from dynamax_llm.traces.teacher_forced import teacher_forced
 from tests.evaluation.conftest import heads, subject
 
 

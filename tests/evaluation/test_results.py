@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dynamax_llm.errors import DataError
-from dynamax_llm.evaluation.results import DOCUMENT, Evaluation, Run
+from dynamax_llm.evaluation.harness.results import DOCUMENT, Evaluation, Run
 
 
 def document() -> Evaluation:

@@ -11,13 +11,13 @@ import dynamax_llm as dx
 from dynamax_llm import cli
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding.state import POLICIES
-from dynamax_llm.errors import BackboneError, DataError, ExitPlacement, UsageError
-from dynamax_llm.evaluation.foresight import cross_fitted, logistic
-from dynamax_llm.evaluation.looked import gather
-from dynamax_llm.evaluation.scanned import LEAST_COUNTED, Disturbed, Scan, judged
+from dynamax_llm.errors import BackboneError, DataError, ExitPlacementError, UsageError
+from dynamax_llm.evaluation.scan.collect import gather
+from dynamax_llm.evaluation.scan.document import LEAST_COUNTED, Drift, Scan, judged
+from dynamax_llm.evaluation.scan.estimator import cross_fitted, logistic
 from dynamax_llm.report.scanned import check_target, write_scan
 from dynamax_llm.testing import tiny_model, zero_tail
-from dynamax_llm.training.curves import auroc
+from dynamax_llm.traces.curves import auroc
 from tests.folders import backbone, byte_tokenizer, corpus, model_folder
 
 SETTINGS = dx.ScanSettings(tokens=1200, sequence=64, batch_tokens=512, candidates=0, quiet=True)
@@ -105,8 +105,8 @@ def test_layers_that_add_nothing_are_found():
     assert found.verdict.answer == "worth it"
 
 
-def left_under_propagate(counted: float) -> Disturbed:
-    return Disturbed(tokens=9, margin_intact=0.7, margin=0.8, kept=0.7, predicted=0.75, counted_reduction=counted)
+def left_under_propagate(counted: float) -> Drift:
+    return Drift(tokens=9, margin_intact=0.7, margin=0.8, kept=0.7, predicted=0.75, counted_reduction=counted)
 
 
 @pytest.mark.parametrize(
@@ -126,17 +126,17 @@ def test_the_verdict_follows_its_rule(depth, oracle, counted, answer, says):
 
 def test_the_fitted_judge_never_sees_what_it_judges():
     generator = torch.Generator().manual_seed(0)
-    signals = torch.randn(2, 600, 3, generator=generator)
+    features = torch.randn(2, 600, 3, generator=generator)
     group = torch.arange(600) // 30
     noise = torch.rand(600, generator=generator)
-    labels = torch.stack((torch.sigmoid(2 * signals[0, :, 0] - 1) > noise, torch.ones(600, dtype=torch.bool)))
-    found = cross_fitted(signals, labels, group)
-    assert auroc(found[0], labels[0]) == pytest.approx(auroc(signals[0, :, 0], labels[0]), abs=0.02)
+    labels = torch.stack((torch.sigmoid(2 * features[0, :, 0] - 1) > noise, torch.ones(600, dtype=torch.bool)))
+    found = cross_fitted(features, labels, group)
+    assert auroc(found[0], labels[0]) == pytest.approx(auroc(features[0, :, 0], labels[0]), abs=0.02)
     assert float(found[0].mean()) == pytest.approx(float(labels[0].double().mean()), abs=0.01)
     assert float(found[1].min()) > 0.99  # an exit that is always right is trusted, and stays finite
-    by_chance = cross_fitted(signals, torch.rand(2, 600, generator=generator) < 0.5, group)
+    by_chance = cross_fitted(features, torch.rand(2, 600, generator=generator) < 0.5, group)
     assert float((by_chance - 0.5).abs().mean()) < 0.1
-    x = torch.cat((torch.ones(600, 1), signals[0]), dim=1).double()
+    x = torch.cat((torch.ones(600, 1), features[0]), dim=1).double()
     weight, y = logistic(x, labels[0].double()), labels[0].double()
     slope = x.T @ (torch.sigmoid(x @ weight) - y) + torch.tensor([0.0, 1, 1, 1]) * weight
     assert float(slope[1:].abs().max()) < 1e-4
@@ -223,5 +223,5 @@ def test_wrong_inputs_are_one_clear_error(options, says, capsys):
 
 
 def test_exits_are_placed_before_anything_runs():
-    with pytest.raises(ExitPlacement, match="lies at depth 5"):
+    with pytest.raises(ExitPlacementError, match="lies at depth 5"):
         scanned(backbone("llama"), exits="5")

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from dynamax_llm.errors import DataError, UsageError
-from dynamax_llm.evaluation import tasks
-from dynamax_llm.evaluation.tasks import LOCAL, load_tasks
+from dynamax_llm.evaluation.harness import tasks
+from dynamax_llm.evaluation.harness.tasks import LOCAL, load_tasks
 from tests.evaluation.conftest import ROWS, TASKS, task
 
 

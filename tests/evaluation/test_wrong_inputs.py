@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from dynamax_llm import cli
-from dynamax_llm.evaluation import tasks
-from dynamax_llm.evaluation.results import Evaluation
+from dynamax_llm.evaluation.harness import tasks
+from dynamax_llm.evaluation.harness.results import Evaluation
 from tests.evaluation.conftest import ROWS
 from tests.folders import exits_folder, model_folder
 
@@ -121,7 +121,7 @@ def test_damaged_records_and_other_settings_lose_nothing(tmp_path, capsys):
 
 def test_without_the_harness(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", None)
-    monkeypatch.delitem(sys.modules, "dynamax_llm.evaluation.harness", raising=False)
+    monkeypatch.delitem(sys.modules, "dynamax_llm.evaluation.harness.model", raising=False)
     assert cli.run(command(tmp_path / "out")) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: evaluation runs on lm-evaluation-harness, which is not installed")

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from dynamax_llm.errors import UsageError
-from dynamax_llm.exits.confidence import (
+from dynamax_llm.exits.features import (
     LOG_FLOOR,
     LOG_SCALE,
     MEASURES,
-    SIGNALS,
-    Signals,
+    STATISTICS,
+    ExitFeatures,
+    exit_features,
     measure,
-    observe,
     select,
     shortlist,
 )
@@ -29,48 +29,48 @@ def seen() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(B, T, D), torch.randn(B, T, D), 3 * torch.randn(B, T, V)
 
 
-def column(signals: Signals, name: str) -> torch.Tensor:
-    return signals.values[..., SIGNALS.index(name)]
+def column(features: ExitFeatures, name: str) -> torch.Tensor:
+    return features.values[..., STATISTICS.index(name)]
 
 
 def test_columns_are_what_their_names_say(seen) -> None:
     h, before, logits = seen
-    signals = observe(h, before, logits, None)
+    features = exit_features(h, before, logits, None)
     p = torch.softmax(logits.double(), -1)
     ranked = p.sort(-1, descending=True).values
-    assert signals.values.shape == (B, T, len(SIGNALS))
-    assert signals.values.dtype == torch.float32
+    assert features.values.shape == (B, T, len(STATISTICS))
+    assert features.values.dtype == torch.float32
     for rank in range(1, 6):
         expected = ranked[..., rank - 1].log().clamp(min=LOG_FLOOR) / LOG_SCALE
-        torch.testing.assert_close(column(signals, f"log_p{rank}").double(), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(column(features, f"log_p{rank}").double(), expected, atol=1e-5, rtol=0)
     entropy = -(p * p.log()).sum(-1) / math.log(V)
     similarity = torch.nn.functional.cosine_similarity(h, before, dim=-1)
-    torch.testing.assert_close(column(signals, "margin").double(), ranked[..., 0] - ranked[..., 1], atol=1e-5, rtol=0)
-    torch.testing.assert_close(column(signals, "entropy").double(), entropy, atol=1e-5, rtol=0)
-    torch.testing.assert_close(column(signals, "similarity"), similarity)
-    assert torch.equal(signals.token, logits.argmax(-1))
-    assert column(signals, "same_token").count_nonzero() == 0
-    assert column(signals, "previous_probability").count_nonzero() == 0
+    torch.testing.assert_close(column(features, "margin").double(), ranked[..., 0] - ranked[..., 1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(column(features, "entropy").double(), entropy, atol=1e-5, rtol=0)
+    torch.testing.assert_close(column(features, "similarity"), similarity)
+    assert torch.equal(features.token, logits.argmax(-1))
+    assert column(features, "same_token").count_nonzero() == 0
+    assert column(features, "previous_probability").count_nonzero() == 0
 
 
 def test_history_compares_with_the_previous_exit(seen) -> None:
     h, before, logits = seen
     earlier = logits.clone()
     earlier[0] = torch.randn(T, V) + 20 * torch.nn.functional.one_hot((logits[0].argmax(-1) + 1) % V, V)
-    previous = observe(h, before, earlier, None)
-    signals = observe(h, before, logits, previous)
-    assert column(signals, "same_token").tolist() == [[0.0] * T, [1.0] * T]
+    previous = exit_features(h, before, earlier, None)
+    features = exit_features(h, before, logits, previous)
+    assert column(features, "same_token").tolist() == [[0.0] * T, [1.0] * T]
     there = torch.softmax(logits, -1).gather(-1, earlier.argmax(-1, keepdim=True)).squeeze(-1)
-    torch.testing.assert_close(column(signals, "previous_probability"), there)
+    torch.testing.assert_close(column(features, "previous_probability"), there)
 
 
 def test_unread_exits_know_only_similarity(seen) -> None:
     h, before, logits = seen
-    signals = observe(h, before, None, observe(h, before, logits, None))
-    assert signals.token is None
-    assert signals.values[..., :-1].count_nonzero() == 0
-    torch.testing.assert_close(column(signals, "similarity"), torch.nn.functional.cosine_similarity(h, before, dim=-1))
-    after = observe(h, before, logits, signals)
+    features = exit_features(h, before, None, exit_features(h, before, logits, None))
+    assert features.token is None
+    assert features.values[..., :-1].count_nonzero() == 0
+    torch.testing.assert_close(column(features, "similarity"), torch.nn.functional.cosine_similarity(h, before, dim=-1))
+    after = exit_features(h, before, logits, features)
     assert column(after, "previous_probability").count_nonzero() == 0
 
 
@@ -78,25 +78,25 @@ def test_certain_readouts_stay_finite(seen) -> None:
     h, before, _ = seen
     logits = torch.zeros(B, T, V)
     logits[..., 3] = 500.0
-    signals = observe(h, before, logits, None)
-    assert bool(torch.isfinite(signals.values).all())
-    assert column(signals, "log_p2").unique().tolist() == [LOG_FLOOR / LOG_SCALE]
+    features = exit_features(h, before, logits, None)
+    assert bool(torch.isfinite(features.values).all())
+    assert column(features, "log_p2").unique().tolist() == [LOG_FLOOR / LOG_SCALE]
 
 
 def test_tokens_that_left_keep_their_signals(seen) -> None:
     h, before, logits = seen
-    a, b = observe(h, before, logits, None), observe(before, h, -logits, None)
+    a, b = exit_features(h, before, logits, None), exit_features(before, h, -logits, None)
     mask = torch.tensor([[True, False, True], [False, False, True]])
     kept = select(mask, a, b)
     assert torch.equal(kept.values[mask], a.values[mask])
     assert torch.equal(kept.values[~mask], b.values[~mask])
     assert torch.equal(kept.token, torch.where(mask, a.token, b.token))
-    assert select(mask, a, Signals(b.values, None)).token is None
+    assert select(mask, a, ExitFeatures(b.values, None)).token is None
 
 
 def test_measures_are_their_formulas(seen) -> None:
     h, before, logits = seen
-    signals = observe(h, before, logits, None)
+    features = exit_features(h, before, logits, None)
     p = torch.softmax(logits, -1)
     top = p.topk(2, -1).values
     expected = {
@@ -107,7 +107,7 @@ def test_measures_are_their_formulas(seen) -> None:
     }
     assert set(MEASURES) == set(expected)
     for name, values in expected.items():
-        found, state = measure(name).confidence(0, h, signals, None)
+        found, state = measure(name).confidence(0, h, features, None)
         torch.testing.assert_close(found, values, atol=1e-5, rtol=0)
         assert state is None
         assert float(found.min()) >= 0
@@ -116,12 +116,12 @@ def test_measures_are_their_formulas(seen) -> None:
 
 
 def test_measures_remember_nothing() -> None:
-    judge = measure("entropy")
-    assert judge.initial_state(2) is None
-    assert judge.reorder(None, torch.tensor([1, 0])) is None
-    signals = Signals(torch.zeros(1, 1, len(SIGNALS)), None)
-    assert judge.advance(1, torch.zeros(1, 1, D), signals, None) is None
-    assert (judge.macs(0), judge.update_macs(0)) == (0, 0)
+    estimator = measure("entropy")
+    assert estimator.initial_state(2) is None
+    assert estimator.reorder(None, torch.tensor([1, 0])) is None
+    features = ExitFeatures(torch.zeros(1, 1, len(STATISTICS)), None)
+    assert estimator.advance(1, torch.zeros(1, 1, D), features, None) is None
+    assert (estimator.macs(0), estimator.update_macs(0)) == (0, 0)
 
 
 def test_unknown_measure_names_the_nearest() -> None:
@@ -152,8 +152,8 @@ def test_a_shortlist_of_a_small_vocabulary_is_all_of_it() -> None:
 
 def test_statistics_of_a_shortlist_are_shares_of_the_whole_vocabulary() -> None:
     h, logits = torch.randn(2, 3, 8), 2 * torch.randn(2, 3, 96)
-    seen = observe(h, h, logits, None, 16, pairs=True)
-    whole = observe(h, h, logits, None, 16)
+    seen = exit_features(h, h, logits, None, 16, pairs=True)
+    whole = exit_features(h, h, logits, None, 16)
     for name in ("log_p1", "log_p2", "margin", "entropy"):
         torch.testing.assert_close(column(seen, name), column(whole, name))
     assert torch.equal(seen.token, whole.token)

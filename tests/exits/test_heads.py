@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.blocks import scan, windowed_attention
-from dynamax_llm.exits.confidence import SIGNALS, Signals
 from dynamax_llm.exits.config import HEADS, ExitConfig
+from dynamax_llm.exits.features import STATISTICS, ExitFeatures
 from dynamax_llm.exits.heads import BANKS, ExitHeads, auto_width
 
 D = 24
@@ -31,26 +31,26 @@ def make(kind: str, **changes) -> ExitHeads:
     return heads.requires_grad_(False)
 
 
-def text(batch: int, count: int) -> tuple[torch.Tensor, Signals]:
-    return 5 * torch.randn(batch, count, D), Signals(torch.randn(batch, count, len(SIGNALS)), None)
+def text(batch: int, count: int) -> tuple[torch.Tensor, ExitFeatures]:
+    return 5 * torch.randn(batch, count, D), ExitFeatures(torch.randn(batch, count, len(STATISTICS)), None)
 
 
-def part(h: torch.Tensor, signals: Signals, run: slice) -> tuple[torch.Tensor, Signals]:
-    return h[:, run], Signals(signals.values[:, run], None)
+def part(h: torch.Tensor, features: ExitFeatures, run: slice) -> tuple[torch.Tensor, ExitFeatures]:
+    return h[:, run], ExitFeatures(features.values[:, run], None)
 
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("inputs", [("hidden",), ("signals",), ("hidden", "signals")])
 def test_confidence_is_a_calibrated_probability(kind: str, inputs: tuple[str, ...]) -> None:
     heads = make(kind, inputs=inputs)
-    h, signals = text(2, 5)
-    logit, _ = heads.logits(1, h, signals)
-    confidence, _ = heads.confidence(1, h, signals, None)
+    h, features = text(2, 5)
+    logit, _ = heads.logits(1, h, features)
+    confidence, _ = heads.confidence(1, h, features, None)
     torch.testing.assert_close(confidence, torch.sigmoid(logit + heads.prior[1]))
     assert heads.needs_logits == ("signals" in inputs)
-    other = Signals(signals.values + 1, None)
+    other = ExitFeatures(features.values + 1, None)
     assert torch.equal(heads.logits(1, h, other)[0], logit) == ("signals" not in inputs)
-    assert torch.equal(heads.logits(1, h + 1, signals)[0], logit) == ("hidden" not in inputs)
+    assert torch.equal(heads.logits(1, h + 1, features)[0], logit) == ("hidden" not in inputs)
 
 
 @pytest.mark.parametrize("kind", RECURRENT)
@@ -59,12 +59,12 @@ def test_confidence_is_a_calibrated_probability(kind: str, inputs: tuple[str, ..
 def test_a_sequence_cut_anywhere_gives_the_same_result(kind: str, cuts: list[int]) -> None:
     torch.manual_seed(3)
     heads, count = make(kind), 150  # more than two chunks, and more than the attention window
-    h, signals = text(2, count)
-    whole, end = heads.logits(1, h, signals)
+    h, features = text(2, count)
+    whole, end = heads.logits(1, h, features)
     state, states, pieces = heads.initial_state(2)[1], heads.initial_state(2), []
     edges = [0, *sorted(cuts), count]
     for start, stop in itertools.pairwise(edges):
-        piece = part(h, signals, slice(start, stop))
+        piece = part(h, features, slice(start, stop))
         logit, state = heads.logits(1, *piece, state)
         states = heads.advance(0, *piece, states)
         pieces.append(logit)
@@ -77,12 +77,12 @@ def test_a_sequence_cut_anywhere_gives_the_same_result(kind: str, cuts: list[int
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_one_token_at_a_time_equals_the_sequence(kind: str) -> None:
     heads = make(kind)
-    h, signals = text(3, 70)
-    whole, _ = heads.confidence(2, h, signals, None)
+    h, features = text(3, 70)
+    whole, _ = heads.confidence(2, h, features, None)
     state = heads.initial_state(3)[2]
     steps = []
     for index in range(70):
-        confidence, state = heads.confidence(2, *part(h, signals, slice(index, index + 1)), state)
+        confidence, state = heads.confidence(2, *part(h, features, slice(index, index + 1)), state)
         steps.append(confidence)
     torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=0)
 
@@ -92,27 +92,29 @@ def test_advance_leaves_the_states_confidence_leaves(kind: str) -> None:
     heads = make(kind)
     states = heads.initial_state(2)
     for _ in range(5):
-        h, signals = text(2, 1)
-        advanced = heads.advance(1, h, signals, states)
-        asked = [heads.confidence(exit, h, signals, states[exit])[1] for exit in (1, 2)]
+        h, features = text(2, 1)
+        advanced = heads.advance(1, h, features, states)
+        asked = [heads.confidence(exit, h, features, states[exit])[1] for exit in (1, 2)]
         assert advanced[0] is states[0]
         for one, other in zip(advanced[1:], asked, strict=True):
             for a, b in zip(one, other, strict=True):
                 torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
         states = advanced
-    assert heads.advance(3, h, signals, states) is states  # left at the last exit: nobody later
+    assert heads.advance(3, h, features, states) is states  # left at the last exit: nobody later
 
 
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_left_pads_leave_no_trace(kind: str) -> None:
     heads = make(kind)
-    h, signals = text(3, 90)
+    h, features = text(3, 90)
     padding = torch.ones(3, 90, dtype=torch.int64)
     padding[1, :17], padding[2, :89] = 0, 0
-    padded, state = heads.confidence(0, h, signals, None, padding)
+    padded, state = heads.confidence(0, h, features, None, padding)
     assert bool(torch.isfinite(padded).all())
     for row, pads in ((0, 0), (1, 17), (2, 89)):
-        alone, own = heads.confidence(0, *part(h[[row]], Signals(signals.values[[row]], None), slice(pads, None)), None)
+        alone, own = heads.confidence(
+            0, *part(h[[row]], ExitFeatures(features.values[[row]], None), slice(pads, None)), None
+        )
         torch.testing.assert_close(padded[row, pads:], alone[0], atol=1e-5, rtol=0)
         following = text(1, 1)
         after, _ = heads.confidence(0, *following, tuple(item[[row]] for item in state))
@@ -122,15 +124,15 @@ def test_left_pads_leave_no_trace(kind: str) -> None:
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_states_are_never_changed_in_place_and_rows_reorder(kind: str) -> None:
     heads = make(kind)
-    h, signals = text(3, 4)
-    state = heads.confidence(0, h, signals, None)[1]
+    h, features = text(3, 4)
+    state = heads.confidence(0, h, features, None)[1]
     before = [item.clone() for item in state]
-    h, signals = text(3, 1)
-    confidence, after = heads.confidence(0, h, signals, state)
+    h, features = text(3, 1)
+    confidence, after = heads.confidence(0, h, features, state)
     assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
     index = torch.tensor([2, 0, 0, 1])
     moved = heads.reorder([state] * 3, index)[0]
-    again, _ = heads.confidence(0, h[index], Signals(signals.values[index], None), moved)
+    again, _ = heads.confidence(0, h[index], ExitFeatures(features.values[index], None), moved)
     torch.testing.assert_close(again, confidence[index], atol=1e-6, rtol=0)
     assert not torch.equal(after[-1], state[-1])
 
@@ -138,10 +140,10 @@ def test_states_are_never_changed_in_place_and_rows_reorder(kind: str) -> None:
 @pytest.mark.parametrize("kind", RECURRENT)
 def test_recurrent_heads_remember(kind: str) -> None:
     heads = make(kind)
-    h, signals = text(1, 6)
+    h, features = text(1, 6)
     changed = h.clone()
     changed[:, 1] += 1
-    difference = (heads.logits(0, changed, signals)[0] - heads.logits(0, h, signals)[0])[0].abs()
+    difference = (heads.logits(0, changed, features)[0] - heads.logits(0, h, features)[0])[0].abs()
     assert float(difference[0]) == 0  # causal
     assert float(difference[2:].min()) > 1e-6  # and it still matters later
 
@@ -185,8 +187,8 @@ def test_exits_have_independent_heads(kind: str) -> None:
     for value in drawn:
         assert not torch.equal(value[0], value[1])
         assert not torch.equal(value[1], value[2])
-    h, signals = text(1, 3)
-    heads.logits(1, h, signals)[0].sum().backward()
+    h, features = text(1, 3)
+    heads.logits(1, h, features)[0].sum().backward()
     touched = [value.grad for value in heads.parameters() if value.grad is not None]
     assert touched
     for gradient in touched:
@@ -202,7 +204,7 @@ def test_costs_count_the_products(kind: str) -> None:
     assert heads.update_macs(0) <= heads.macs(0)
     assert (heads.update_macs(0) > 0) == heads.recurrent
     if kind == "linear":
-        assert heads.macs(0) == 3 * width + len(SIGNALS)
+        assert heads.macs(0) == 3 * width + len(STATISTICS)
 
 
 def test_mamba_heads_are_small_on_small_backbones() -> None:
@@ -214,13 +216,13 @@ def test_mamba_heads_are_small_on_small_backbones() -> None:
 @pytest.mark.parametrize("kind", HEADS)
 def test_hidden_states_of_any_scale_and_dtype(kind: str) -> None:
     heads = make(kind)
-    h, signals = text(2, 3)
-    logit, _ = heads.logits(0, h, signals)
+    h, features = text(2, 3)
+    logit, _ = heads.logits(0, h, features)
     assert logit.dtype == torch.float32
-    torch.testing.assert_close(heads.logits(0, 1000 * h, signals)[0], logit, atol=1e-4, rtol=1e-4)
-    half, _ = heads.logits(0, h.to(torch.bfloat16), signals)
+    torch.testing.assert_close(heads.logits(0, 1000 * h, features)[0], logit, atol=1e-4, rtol=1e-4)
+    half, _ = heads.logits(0, h.to(torch.bfloat16), features)
     torch.testing.assert_close(half, logit, atol=0.2, rtol=0.1)
-    assert bool(torch.isfinite(heads.logits(0, 0 * h, signals)[0]).all())
+    assert bool(torch.isfinite(heads.logits(0, 0 * h, features)[0]).all())
 
 
 def test_kinds_are_those_of_the_configuration() -> None:

@@ -9,8 +9,8 @@ import torch
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.exits import readout as module
-from dynamax_llm.exits.confidence import LOG_SCALE, observe, shortlist
 from dynamax_llm.exits.config import SHORTLISTS, ExitConfig
+from dynamax_llm.exits.features import LOG_SCALE, exit_features, shortlist
 from dynamax_llm.exits.readout import Lens, Readout
 from dynamax_llm.testing import tiny_model
 
@@ -62,12 +62,12 @@ def test_lens_keeps_dtype_and_scale() -> None:
 def test_slices_of_a_sequence_see_what_the_whole_does(backbone, monkeypatch) -> None:
     readout = Readout(backbone, config("head"))
     h, before = torch.randn(2, 2, 7, backbone.width).unbind(0)
-    previous = observe(before, h, readout.decision_logits(0, before), None)
-    whole = observe(h, before, readout.decision_logits(1, h), previous)
+    previous = exit_features(before, h, readout.decision_logits(0, before), None)
+    whole = exit_features(h, before, readout.decision_logits(1, h), previous)
     calls = []
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2 * 2 * backbone.vocab_size)
     monkeypatch.setattr(readout, "decision_logits", lambda exit, h: calls.append(h.shape) or backbone.readout(h))
-    sliced, spoken = readout.signals(1, h, before, previous)
+    sliced, spoken = readout.features(1, h, before, previous)
     assert [shape[1] for shape in calls] == [2, 2, 2, 1]
     torch.testing.assert_close(sliced.values, whole.values, atol=1e-5, rtol=1e-5)
     assert torch.equal(sliced.token, whole.token)
@@ -79,8 +79,8 @@ def test_later_exits_look_only_at_the_first_ones_candidates(backbone, kind) -> N
     """One token at a time, rows of the LM head are gathered; over a sequence the full readout is: same numbers."""
     readout = Readout(backbone, dataclasses.replace(config("head"), candidates=6, shortlist=kind))
     h, later = torch.randn(2, 2, 30, backbone.width).unbind(0)
-    first, _ = readout.signals(0, h, later, None)
-    seen, spoken = readout.signals(1, later, h, first)
+    first, _ = readout.features(0, h, later, None)
+    seen, spoken = readout.features(1, later, h, first)
     full = backbone.readout(h).topk(6).indices if kind == "top" else shortlist(backbone.readout(h), 6)[1]
     assert torch.equal(first.candidates, full)
     assert torch.equal(spoken, backbone.readout(later).argmax(-1))
@@ -89,14 +89,14 @@ def test_later_exits_look_only_at_the_first_ones_candidates(backbone, kind) -> N
     torch.testing.assert_close(seen.values[..., 0] * LOG_SCALE, shares.amax(-1), atol=1e-5, rtol=1e-5)
     for place in range(30):
         one = slice(place, place + 1)
-        start, logits = readout.look(0, h[:, one], later[:, one], None)
+        start, logits = readout.read(0, h[:, one], later[:, one], None)
         assert torch.allclose(logits, backbone.readout(h[:, one]), atol=1e-5)
-        step, nothing = readout.look(1, later[:, one], h[:, one], start)
+        step, nothing = readout.read(1, later[:, one], h[:, one], start)
         assert nothing is None
         torch.testing.assert_close(step.values, seen.values[:, one], atol=1e-5, rtol=1e-5)
         assert torch.equal(step.token, seen.token[:, one])
-    assert readout.look_macs(0) == backbone.vocab_size * backbone.width
-    assert readout.look_macs(1) == 6 * backbone.width
+    assert readout.read_macs(0) == backbone.vocab_size * backbone.width
+    assert readout.read_macs(1) == 6 * backbone.width
 
 
 def test_a_lens_readout_needs_its_lens(backbone) -> None:

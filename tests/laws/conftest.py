@@ -11,11 +11,11 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.decoding.decoder import ExitPlan
 from dynamax_llm.decoding.state import POLICIES
-from dynamax_llm.exits.confidence import Judge
 from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Lens, Readout
-from dynamax_llm.testing import ScriptedJudge, tiny_model
+from dynamax_llm.testing import ScriptedConfidence, tiny_model
 
 #: Families whose every variant runs; the others run one each, so that the suite stays quick.
 THOROUGH = ("mistral", "llama", "mamba2")
@@ -58,13 +58,15 @@ class Case:
     backbone: Backbone
     exits: tuple[int, ...]
 
-    def plan(self, judge: Judge | None, policy: str = "propagate", readout: str = "head", tail: int = 1) -> ExitPlan:
+    def plan(
+        self, estimator: ConfidenceEstimator | None, policy: str = "propagate", readout: str = "head", tail: int = 1
+    ) -> ExitPlan:
         config = ExitConfig(self.exits, self.backbone.n_layers, head=None, readout=readout, tail_layers=tail)
         lens = None
         if readout == "lens":
             lens = Lens(len(self.exits), self.backbone.width, 3)
             torch.nn.init.normal_(lens.up[0], std=0.1)
-        return ExitPlan(self.exits, judge, Readout(self.backbone, config, lens), POLICIES[policy])
+        return ExitPlan(self.exits, estimator, Readout(self.backbone, config, lens), POLICIES[policy])
 
     def cheap_policy(self) -> str:
         """The policy of this family that leaves skipped state alone; hybrids have none."""
@@ -104,8 +106,8 @@ def pattern(batch: int, steps: int, n_exits: int, seed: int = 0) -> Tensor:
     return torch.randint(0, n_exits + 1, (batch, steps), generator=torch.Generator().manual_seed(seed))
 
 
-def scripted(batch: int, steps: int, n_exits: int, seed: int = 0) -> ScriptedJudge:
-    return ScriptedJudge(pattern(batch, steps, n_exits, seed))
+def scripted(batch: int, steps: int, n_exits: int, seed: int = 0) -> ScriptedConfidence:
+    return ScriptedConfidence(pattern(batch, steps, n_exits, seed))
 
 
 def left_padding(batch: int, length: int) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan
 from dynamax_llm.decoding.state import POLICIES
-from dynamax_llm.decoding.teacher_forced import step_by_step, teacher_forced
-from dynamax_llm.exits.confidence import MEASURES
 from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.features import MEASURES
 from dynamax_llm.exits.readout import Readout
-from dynamax_llm.testing import ScriptedJudge, random_ids
+from dynamax_llm.testing import ScriptedConfidence, random_ids
+from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
 from tests.laws.conftest import Case, left_padding, pattern, random_heads, scripted
 
 PROMPT, STEPS = 6, 9
@@ -32,7 +32,7 @@ def test_step_by_step_equals_one_pass(case: Case, batch: int, readout: str) -> N
     plan = case.plan(scripted(batch, STEPS, len(case.exits)), readout=readout)
     slow = step_by_step(case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding)
     fast = teacher_forced(case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding, keep_logits=True)
-    assert slow.exit_index[:, PROMPT:].tolist() == plan.judge.pattern.tolist()
+    assert slow.exit_index[:, PROMPT:].tolist() == plan.estimator.pattern.tolist()
     assert fast.exit_index.tolist() == slow.exit_index.tolist()
     read = slice(PROMPT - 1, None)
     assert (fast.logits[:, read] - slow.logits[:, read]).abs().max() < 1e-4
@@ -42,9 +42,9 @@ def test_step_by_step_equals_one_pass(case: Case, batch: int, readout: str) -> N
 @pytest.mark.parametrize("kind", ["linear", "mlp", "transformer", "mamba"])
 def test_learned_heads_decide_alike_in_one_pass_and_step_by_step(head_case: Case, kind: str, candidates: int) -> None:
     """Law 2 with real judges: what a recurrent head sees of tokens that left is the same in both."""
-    judge = random_heads(head_case, kind, candidates)
+    estimator = random_heads(head_case, kind, candidates)
     config = ExitConfig(head_case.exits, head_case.backbone.n_layers, head=kind, candidates=candidates)
-    plan = ExitPlan(head_case.exits, judge, Readout(head_case.backbone, config), POLICIES["propagate"])
+    plan = ExitPlan(head_case.exits, estimator, Readout(head_case.backbone, config), POLICIES["propagate"])
     ids, padding = random_ids(3, PROMPT + 2 * STEPS), left_padding(3, PROMPT + 2 * STEPS)
     slow = step_by_step(head_case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding)
     fast = teacher_forced(
@@ -59,7 +59,7 @@ def test_learned_heads_decide_alike_in_one_pass_and_step_by_step(head_case: Case
 def test_always_exiting_equals_the_shallow_model(case: Case) -> None:
     """Law 1: with every token leaving at e, the logits are those of the model cut after layer e."""
     depth, ids = case.exits[1], random_ids(3, PROMPT + STEPS)
-    plan = case.plan(ScriptedJudge(torch.full((3, STEPS), 1)))
+    plan = case.plan(ScriptedConfidence(torch.full((3, STEPS), 1)))
     logits = step_by_step(case.backbone, plan, ids, half(plan), prompt_length=PROMPT).logits
     shallow = copy.deepcopy(case.backbone.model)
     shallow.base_model.layers = shallow.base_model.layers[:depth]  # the config may go on listing more
@@ -83,10 +83,10 @@ def test_row_in_a_batch_equals_the_row_alone_under_a_cheap_policy(cheap_case: Ca
 def check_rows_alone(case: Case, policy: str, readout: str) -> None:
     batch, ids = 4, random_ids(4, PROMPT + STEPS)
     padding, script = left_padding(batch, PROMPT + STEPS), pattern(batch, STEPS, len(case.exits), seed=3)
-    plan = case.plan(ScriptedJudge(script), policy, readout)
+    plan = case.plan(ScriptedConfidence(script), policy, readout)
     together = step_by_step(case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding)
     for row in range(batch):
-        alone_plan = case.plan(ScriptedJudge(script[row : row + 1]), policy, readout)
+        alone_plan = case.plan(ScriptedConfidence(script[row : row + 1]), policy, readout)
         alone = step_by_step(
             case.backbone, alone_plan, ids[row : row + 1, row:], half(plan), prompt_length=PROMPT - row
         )
@@ -158,9 +158,9 @@ def test_snapshot_junk_restore_is_untouched(case: Case) -> None:
 @pytest.mark.parametrize("kind", ["transformer", "mamba"])
 def test_reordered_rows_go_on_as_if_they_had_always_been_there(case: Case, kind: str) -> None:
     """Caches, padding and the recurrent heads' own states move together."""
-    judge = random_heads(case, kind, 0)
+    estimator = random_heads(case, kind, 0)
     config = ExitConfig(case.exits, case.backbone.n_layers, head=kind, candidates=0)
-    plan = ExitPlan(case.exits, judge, Readout(case.backbone, config), POLICIES["propagate"])
+    plan = ExitPlan(case.exits, estimator, Readout(case.backbone, config), POLICIES["propagate"])
     ids, padding, rows = random_ids(3, PROMPT + 6), left_padding(3, PROMPT), torch.tensor([2, 0, 2])
     moved, straight = (Decoder(case.backbone, plan, part) for part in (padding, padding[rows]))
     with torch.no_grad():
@@ -181,7 +181,9 @@ def test_cheap_policies_differ_from_propagate(cheap_case: Case) -> None:
     ids, script = random_ids(1, PROMPT + STEPS), torch.tensor([[0] * 4 + [9] * (STEPS - 4)])
     by_policy = [
         step_by_step(cheap_case.backbone, plan, ids, half(plan), prompt_length=PROMPT).logits
-        for plan in (cheap_case.plan(ScriptedJudge(script), name) for name in ("propagate", cheap_case.cheap_policy()))
+        for plan in (
+            cheap_case.plan(ScriptedConfidence(script), name) for name in ("propagate", cheap_case.cheap_policy())
+        )
     ]
     moved = (by_policy[0] - by_policy[1]).abs().amax(-1)[0]
     assert moved[: PROMPT + 1].max() < 1e-5  # nothing was skipped before
@@ -206,9 +208,9 @@ def test_half_precision_updates_round_like_the_layer(case: Case) -> None:
     for tensor, expected in zip(after[1].tensors, after[0].tensors, strict=True):
         scale = expected.float().abs().max()
         assert (tensor.float() - expected.float()).abs().max() < 0.02 * scale
-    judge = random_heads(half_case, "mamba", 6)
+    estimator = random_heads(half_case, "mamba", 6)
     config = ExitConfig(case.exits, backbone.n_layers, head="mamba", candidates=6)
-    plan = ExitPlan(case.exits, judge, Readout(backbone, config), POLICIES["propagate"])
+    plan = ExitPlan(case.exits, estimator, Readout(backbone, config), POLICIES["propagate"])
     found = step_by_step(backbone, plan, random_ids(2, PROMPT + STEPS), half(plan), prompt_length=PROMPT)
     assert found.logits.dtype == torch.float32 and bool(found.logits.isfinite().all())
     assert len(found.exit_index[:, PROMPT:].unique()) >= 2

@@ -11,12 +11,12 @@ from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.decoder import ExitPlan
 from dynamax_llm.decoding.deferred import DeferredDecoder, new_decoder
 from dynamax_llm.decoding.state import POLICIES
-from dynamax_llm.decoding.teacher_forced import step_by_step, teacher_forced
-from dynamax_llm.errors import PolicyMismatch, UsageError
+from dynamax_llm.errors import PolicyMismatchError, UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.readout import Readout
-from dynamax_llm.testing import ScriptedJudge, random_ids, tiny_model, zero_tail
+from dynamax_llm.testing import ScriptedConfidence, random_ids, tiny_model, zero_tail
+from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
 from tests.laws.conftest import EACH_CASES, Case, left_padding, make_case, pattern, random_heads
 
 PROMPT, STEPS = 6, 10
@@ -42,9 +42,9 @@ def script(kind: str, batch: int, steps: int, n_exits: int) -> torch.Tensor:
     }[kind]
 
 
-def deferred(case: Case, judge, window: int, policy: str = "defer") -> ExitPlan:
+def deferred(case: Case, estimator, window: int, policy: str = "defer") -> ExitPlan:
     config = ExitConfig(case.exits, case.backbone.n_layers, head=None)
-    return ExitPlan(case.exits, judge, Readout(case.backbone, config), POLICIES[policy], window)
+    return ExitPlan(case.exits, estimator, Readout(case.backbone, config), POLICIES[policy], window)
 
 
 @pytest.mark.parametrize(("kind", "window"), WINDOWS)
@@ -53,7 +53,7 @@ def test_deferred_state_is_the_state_of_never_leaving(case: Case, kind: str, win
     ids, padding = random_ids(3, PROMPT + STEPS), left_padding(3, PROMPT)
     states = []
     for moves in (script(kind, 3, STEPS, len(case.exits)), script("never", 3, STEPS, len(case.exits))):
-        decoder = new_decoder(case.backbone, deferred(case, ScriptedJudge(moves), window), padding)
+        decoder = new_decoder(case.backbone, deferred(case, ScriptedConfidence(moves), window), padding)
         assert isinstance(decoder, DeferredDecoder)
         with torch.no_grad():
             decoder.prefill(ids[:, :PROMPT])
@@ -74,11 +74,11 @@ def test_deferred_state_is_the_state_of_never_leaving(case: Case, kind: str, win
 def test_deferred_step_by_step_equals_one_pass(case: Case, batch: int, window: int) -> None:
     """Law 2: what a token says, and where it leaves, are those of intact states."""
     ids, padding = random_ids(batch, PROMPT + STEPS), left_padding(batch, PROMPT + STEPS)
-    plan = deferred(case, ScriptedJudge(pattern(batch, STEPS, len(case.exits))), window)
+    plan = deferred(case, ScriptedConfidence(pattern(batch, STEPS, len(case.exits))), window)
     half = [0.5] * len(case.exits)
     slow = step_by_step(case.backbone, plan, ids, half, prompt_length=PROMPT, padding=padding)
     fast = teacher_forced(case.backbone, plan, ids, half, prompt_length=PROMPT, padding=padding, keep_logits=True)
-    assert slow.exit_index[:, PROMPT:].tolist() == plan.judge.pattern.tolist()
+    assert slow.exit_index[:, PROMPT:].tolist() == plan.estimator.pattern.tolist()
     assert fast.exit_index.tolist() == slow.exit_index.tolist()
     read = slice(PROMPT - 1, None)
     assert (fast.logits[:, read] - slow.logits[:, read]).abs().max() < 1e-4
@@ -88,9 +88,9 @@ def test_deferred_step_by_step_equals_one_pass(case: Case, batch: int, window: i
 def test_learned_heads_decide_alike_under_defer(head_case: Case, kind: str) -> None:
     """Law 2 with real judges: a token that left is remembered as it was then, though its true h moves on."""
     case = head_case
-    judge = random_heads(case, kind, 6)
+    estimator = random_heads(case, kind, 6)
     config = ExitConfig(case.exits, case.backbone.n_layers, head=kind, candidates=6)
-    plan = ExitPlan(case.exits, judge, Readout(case.backbone, config), POLICIES["defer"], 5)
+    plan = ExitPlan(case.exits, estimator, Readout(case.backbone, config), POLICIES["defer"], 5)
     ids, padding, half = random_ids(3, PROMPT + STEPS), left_padding(3, PROMPT + STEPS), [0.5] * len(case.exits)
     slow = step_by_step(case.backbone, plan, ids, half, prompt_length=PROMPT, padding=padding)
     fast = teacher_forced(case.backbone, plan, ids, half, prompt_length=PROMPT, padding=padding, keep_logits=True)
@@ -104,10 +104,10 @@ def test_a_deferred_row_equals_the_row_alone(case: Case) -> None:
     """Law 6: rows share passes, never decisions: depth and logits are those of the row by itself."""
     ids, padding, half = random_ids(4, PROMPT + STEPS), left_padding(4, PROMPT + STEPS), [0.5] * len(case.exits)
     moves = pattern(4, STEPS, len(case.exits), seed=3)
-    plan = deferred(case, ScriptedJudge(moves), 4)
+    plan = deferred(case, ScriptedConfidence(moves), 4)
     together = step_by_step(case.backbone, plan, ids, half, prompt_length=PROMPT, padding=padding)
     for row in range(4):
-        alone_plan = deferred(case, ScriptedJudge(moves[[row]]), 4)
+        alone_plan = deferred(case, ScriptedConfidence(moves[[row]]), 4)
         alone = step_by_step(case.backbone, alone_plan, ids[[row], row:], half, prompt_length=PROMPT - row)
         assert together.exit_index[row, PROMPT:].tolist() == moves[row].tolist()
         read = slice(PROMPT - 1, None)
@@ -153,17 +153,17 @@ class Liar(Readout):
         return honest.roll(1, dims=-1) if lie else honest
 
 
-class FirstExit(ScriptedJudge):
+class FirstExit(ScriptedConfidence):
     """Every token leaves at the first exit."""
 
     def __init__(self) -> None:
         super().__init__(torch.zeros(1, 1, dtype=torch.long))
 
-    def confidence(self, exit, h, signals, state, padding=None):
+    def confidence(self, exit, h, features, state, padding=None):
         return torch.ones(h.shape[:2]), state
 
 
-def verifying(case: Case, window: int = 16, judge=None, lies: list[bool] | None = None, **options) -> EarlyExit:
+def verifying(case: Case, window: int = 16, estimator=None, lies: list[bool] | None = None, **options) -> EarlyExit:
     early = EarlyExit(
         Exits.untrained(case.backbone, case.exits),
         measure="softmax_margin",
@@ -171,7 +171,7 @@ def verifying(case: Case, window: int = 16, judge=None, lies: list[bool] | None 
         window=window,
         **{"threshold": 0.5, **options},
     )
-    early.judge = early.judge if judge is None else judge
+    early.estimator = early.estimator if estimator is None else estimator
     if lies is not None:
         early.exits.readout = lambda backbone: Liar(case, lies)  # type: ignore[method-assign]
     return early
@@ -202,8 +202,8 @@ def test_verified_text_is_generates(case: Case, kind: str, ends: bool, new: int,
     ids = random_ids(4, PROMPT)
     eos = int(greedy(case, ids, new=6)[0, -1]) if ends else None
     expected = greedy(case, ids, eos=eos, new=new)
-    judge = ScriptedJudge(script(kind, 4, 200, len(case.exits)))
-    out = greedy(case, ids, verifying(case, window, judge), eos=eos, new=new)
+    estimator = ScriptedConfidence(script(kind, 4, 200, len(case.exits)))
+    out = greedy(case, ids, verifying(case, window, estimator), eos=eos, new=new)
     assert out.sequences.tolist() == expected.tolist()
     assert out.exit_layers.shape == (4, expected.shape[1] - PROMPT)
     ended = expected[:, PROMPT:] == eos if ends else torch.zeros_like(expected[:, PROMPT:]).bool()
@@ -244,16 +244,16 @@ def test_a_zero_tail_is_accepted_and_saves_passes(some_case: Case) -> None:
 
 
 def test_verified_drafts_are_what_defer_would_do(head_case: Case) -> None:
-    """After a rejection caches and the judge's own states are those of the accepted text: every later decision is
+    """After a rejection caches and the estimator's own states are those of the accepted text: every later decision is
     the one that decoding the final text takes."""
     case = head_case
-    judge = random_heads(case, "mamba", 0)
+    estimator = random_heads(case, "mamba", 0)
     config = ExitConfig(case.exits, case.backbone.n_layers, head="mamba", candidates=0)
-    early = verifying(case, 64, judge, threshold=0.5)
+    early = verifying(case, 64, estimator, threshold=0.5)
     early.exits.config = config
     out = greedy(case, random_ids(1, PROMPT), early, new=24)
     assert out.verification.corrected >= 3 and out.trace.spent.taken is not None
-    plan = ExitPlan(case.exits, judge, Readout(case.backbone, config), POLICIES["defer"])
+    plan = ExitPlan(case.exits, estimator, Readout(case.backbone, config), POLICIES["defer"])
     forced = teacher_forced(case.backbone, plan, out.sequences, [0.5] * len(case.exits), prompt_length=PROMPT)
     depths = torch.tensor([*case.exits, case.backbone.n_layers])
     for place in range(PROMPT, out.sequences.shape[1] - 1):
@@ -343,8 +343,8 @@ def test_windows_are_single_steps_where_stock_passes_clamp(family: str) -> None:
     out = greedy(case, ids, verifying(case, 7, FirstExit()))
     assert out.sequences.tolist() == greedy(case, ids).tolist()
     assert [(mixer.chunk_size, mixer.time_step_limit) for mixer in mixers] == before
-    plan = deferred(case, ScriptedJudge(torch.tensor([[0] * 8 + [2]] * 2)), 16)
-    never = deferred(case, ScriptedJudge(torch.full((2, 9), 2)), 16)
+    plan = deferred(case, ScriptedConfidence(torch.tensor([[0] * 8 + [2]] * 2)), 16)
+    never = deferred(case, ScriptedConfidence(torch.full((2, 9), 2)), 16)
     text = random_ids(2, PROMPT + 9)
     found = [step_by_step(backbone, p, text, [0.5] * 2, prompt_length=PROMPT).logits[:, -1] for p in (plan, never)]
     assert (found[0] - found[1]).abs().max() < 1e-4
@@ -368,7 +368,9 @@ def test_what_cannot_be_exact_is_refused(some_case: Case) -> None:
     tail = Exits.untrained(case.backbone, case.exits, readout="tail")
     for policy in ("defer", "verify"):
         early = EarlyExit(tail, measure="softmax_margin", policy=policy)
-        with pytest.raises(PolicyMismatch, match=f"'{policy}' cannot be used with the readout 'tail'.*'propagate'"):
+        with pytest.raises(
+            PolicyMismatchError, match=f"'{policy}' cannot be used with the readout 'tail'.*'propagate'"
+        ):
             greedy(case, random_ids(1, PROMPT), early)
     for window in (0, -1, 2.5):
         with pytest.raises(UsageError, match=r"window .*: give the number of tokens that may wait, .* from 1"):

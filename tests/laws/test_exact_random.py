@@ -18,7 +18,7 @@ from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.readout import Readout
-from dynamax_llm.testing import TINY, ScriptedJudge, random_ids, tiny_model
+from dynamax_llm.testing import TINY, ScriptedConfidence, random_ids, tiny_model
 
 #: Draws per family: over 200 in all.
 DRAWS = 15
@@ -59,7 +59,7 @@ def test_verified_greedy_text_is_generates(family: str, draw: dict) -> None:
     expected = model.generate(ids, **request)
     exits = Exits.untrained(adapt(model), draw["exits"])
     early = EarlyExit(exits, measure="softmax_max", threshold=0.5, policy="verify", window=draw["window"])
-    early.judge = ScriptedJudge(draw["moves"])
+    early.estimator = ScriptedConfidence(draw["moves"])
     out = model.generate(ids, custom_generate=early, **request)
     assert out.sequences.tolist() == expected.tolist()
     found = out.verification
@@ -82,7 +82,7 @@ def test_deferred_state_is_that_of_never_leaving(family: str, draw: dict) -> Non
         moves = moves.clone()
         moves[:, draw["new"]] = full  # the last token goes deep
         plan = ExitPlan(
-            draw["exits"], ScriptedJudge(moves), Readout(backbone, config), POLICIES["defer"], draw["window"]
+            draw["exits"], ScriptedConfidence(moves), Readout(backbone, config), POLICIES["defer"], draw["window"]
         )
         decoder = DeferredDecoder(backbone, plan, mask)
         with torch.no_grad():
@@ -118,7 +118,7 @@ def test_sampled_text_is_distributed_as_the_full_models(family: str) -> None:
         # Rows leave by different exits; at every third step some go deep, and then all rows are checked.
         moves = torch.randint(0, 2, (batch, 40), generator=torch.Generator().manual_seed(turn))
         moves[: batch // 2, turn % 3 :: 3] = 2
-        early.judge = ScriptedJudge(moves)
+        early.estimator = ScriptedConfidence(moves)
         out = model.generate(prompt.expand(batch, -1), custom_generate=early, max_new_tokens=3, **warpers)
         new = out.sequences[:, -3:]
         place = new[:, 0] * VOCABULARY**2 + new[:, 1] * VOCABULARY + new[:, 2]

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynamax_llm.backbones import FAMILIES, Backbone, StackedCache, adapt
 from dynamax_llm.backbones.mixers import is_mamba1
-from dynamax_llm.errors import UnsupportedModel
+from dynamax_llm.errors import UnsupportedModelError
 from dynamax_llm.testing import TINY, random_ids, tiny_model
 from tests.laws.conftest import CASES, Case, left_padding
 
@@ -210,5 +210,5 @@ def test_only_mamba1_mixers_keep_the_token_by_token_path(case: Case) -> None:
 
 
 def test_bidirectional_gemma_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match=r"attends in both directions.*Use a causal gemma checkpoint"):
+    with pytest.raises(UnsupportedModelError, match=r"attends in both directions.*Use a causal gemma checkpoint"):
         adapt(tiny_model("gemma", use_bidirectional_attention=True))

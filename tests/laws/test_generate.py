@@ -12,17 +12,17 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.testing import ScriptedJudge, random_ids
+from dynamax_llm.testing import ScriptedConfidence, random_ids
 from tests.laws.conftest import Case, left_padding, pattern
 
 PROMPT, NEW = 7, 12
 
 
-def early(case: Case, judge: ScriptedJudge | None = None, **options) -> EarlyExit:
+def early(case: Case, estimator: ScriptedConfidence | None = None, **options) -> EarlyExit:
     exits = Exits.untrained(case.backbone, case.exits)
     decoding = EarlyExit(exits, measure="softmax_margin", **options)
-    if judge is not None:
-        decoding.judge = judge
+    if estimator is not None:
+        decoding.estimator = estimator
     return decoding
 
 
@@ -98,13 +98,13 @@ def check_generated_rows_alone(case: Case, policy: str) -> None:
     together = model.generate(
         ids,
         attention_mask=mask,
-        custom_generate=early(case, ScriptedJudge(script), threshold=0.5, policy=policy),
+        custom_generate=early(case, ScriptedConfidence(script), threshold=0.5, policy=policy),
         **request,
     )
     for row in range(batch):
-        judge = ScriptedJudge(script[row : row + 1])
+        estimator = ScriptedConfidence(script[row : row + 1])
         alone = model.generate(
-            ids[row : row + 1, row:], custom_generate=early(case, judge, threshold=0.5, policy=policy), **request
+            ids[row : row + 1, row:], custom_generate=early(case, estimator, threshold=0.5, policy=policy), **request
         )
         assert together.sequences[row, row:].tolist() == alone.sequences[0].tolist()
         assert together.exit_layers[row].tolist() == alone.exit_layers[0].tolist()
@@ -116,7 +116,7 @@ def test_depth_per_token_follows_the_script(some_case: Case) -> None:
     depths = torch.tensor([*case.exits, case.backbone.n_layers])
     seen: list[list[int]] = []
     decoding = early(
-        case, ScriptedJudge(script), threshold=0.5, on_token=lambda tokens, layers: seen.append(layers.tolist())
+        case, ScriptedConfidence(script), threshold=0.5, on_token=lambda tokens, layers: seen.append(layers.tolist())
     )
     out = case.backbone.model.generate(
         random_ids(2, PROMPT), custom_generate=decoding, max_new_tokens=NEW, eos_token_id=None, do_sample=False
@@ -170,7 +170,7 @@ def test_changed_weights_are_noticed(some_case: Case) -> None:
 
     def run(exits: Exits, model: torch.nn.Module) -> torch.Tensor:
         decoding = EarlyExit(exits, measure="softmax_margin", threshold=0.5)
-        decoding.judge = ScriptedJudge(script)
+        decoding.estimator = ScriptedConfidence(script)
         request = {"max_new_tokens": NEW, "eos_token_id": None, "do_sample": False}
         wanted = {"return_dict_in_generate": True, "output_logits": True}
         out = model.generate(random_ids(1, PROMPT), custom_generate=decoding, **request, **wanted)

@@ -19,7 +19,7 @@ from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.decoding.verify import VerifiedRun
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.readout import Readout
-from dynamax_llm.testing import ScriptedJudge
+from dynamax_llm.testing import ScriptedConfidence
 from tests.laws.conftest import left_padding, pattern
 
 LAYERS, EXITS, VOCAB, PROMPT = 6, (1, 3, 5), 53, 4
@@ -91,7 +91,7 @@ class Erring(Readout):
 
 def plan(policy: str, moves: torch.Tensor, backbone: Memory, window: int) -> ExitPlan:
     readout = Erring(backbone, ExitConfig(EXITS, LAYERS, head=None, candidates=0))
-    return ExitPlan(EXITS, ScriptedJudge(moves), readout, POLICIES[policy], window)
+    return ExitPlan(EXITS, ScriptedConfidence(moves), readout, POLICIES[policy], window)
 
 
 def check(decoder: Decoder, texts: list[list[int]]) -> None:

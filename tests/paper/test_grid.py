@@ -8,8 +8,8 @@ import pytest
 
 from dynamax_llm import cli
 from dynamax_llm.errors import UsageError
-from dynamax_llm.evaluation import evaluate as module
-from dynamax_llm.evaluation.results import Evaluation
+from dynamax_llm.evaluation.harness import evaluate as module
+from dynamax_llm.evaluation.harness.results import Evaluation
 from dynamax_llm.paper import MODELS, PaperPlan
 from dynamax_llm.paper.grid import notes
 from tests.folders import corpus, model_folder

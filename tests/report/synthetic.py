@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from dynamax_llm.evaluation.results import (
+from dynamax_llm.evaluation.harness.results import (
     BackboneFacts,
     Bin,
     Cell,
@@ -273,7 +273,7 @@ def promises(backbone: BackboneFacts) -> tuple[dict[str, Any], ...]:
     common = {
         "n": 400, "n_path": 100, "unit": "sequences", "parameter": kept["parameter"],
         "thresholds": [*kept["thresholds"][:3], None], "estimate": kept["estimate"], "p_value": kept["p_value"],
-        "mean_depth": kept["mean_depth"], "policy": "propagate", "window": 16, "readout": "head", "judge": "mamba",
+        "mean_depth": kept["mean_depth"], "policy": "propagate", "window": 16, "readout": "head", "estimator": "mamba",
         "data": {"source": "wikipedia.jsonl", "sha256": "7d" * 32, "tokens": 98_304},
         "fingerprint": backbone.fingerprint, "dynamax": "0.1.0", "date": "2026-01-02T03:04:05+00:00", "evidence": steps,
     }  # fmt: skip

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from dynamax_llm.evaluation.results import Bin
+from dynamax_llm.evaluation.harness.results import Bin
 from dynamax_llm.report import write_report
 from dynamax_llm.report.canvas import clean, inline
 from dynamax_llm.report.depths import evidence, reliability

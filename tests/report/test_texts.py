@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynamax_llm.evaluation.results import Example
+from dynamax_llm.evaluation.harness.results import Example
 from dynamax_llm.report.texts import chosen, texts
 from tests.report import synthetic
 

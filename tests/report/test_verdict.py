@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dynamax_llm.evaluation.results import Evaluation, Interval, Metric
+from dynamax_llm.evaluation.harness.results import Evaluation, Interval, Metric
 from dynamax_llm.report.verdict import caution, sentences, verdicts
 from tests.report import synthetic
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamax_llm.training.curves import auroc, oracle_depth, sweep
+from dynamax_llm.traces.curves import auroc, oracle_depth, sweep
 
 LAYERS, L = (3, 5, 6), 8
 

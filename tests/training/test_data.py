@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from dynamax_llm.errors import DataError
-from dynamax_llm.training import data
-from dynamax_llm.training.data import Position, Split, documents, find_source, first_batches, is_held_out, pad
-from dynamax_llm.training.sources import TXT_DOCUMENT, render
+from dynamax_llm.text import batches as data
+from dynamax_llm.text.batches import Position, Split, documents, find_source, first_batches, is_held_out, pad
+from dynamax_llm.text.sources import TXT_DOCUMENT, render
 from tests.training.conftest import sentences, write_jsonl
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dynamax_llm.exits.confidence import observe
 from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.features import exit_features
 from dynamax_llm.exits.readout import Lens, Readout
 from dynamax_llm.testing import random_ids
-from dynamax_llm.training import harvest as module
-from dynamax_llm.training.data import Batch
-from dynamax_llm.training.harvest import forward, harvest
+from dynamax_llm.text.batches import Batch
+from dynamax_llm.traces import collect as module
+from dynamax_llm.traces.collect import collect_exits, forward
 
 LAYERS, L = (2, 3), 5
 FAMILIES = pytest.mark.parametrize("family", ["mistral", "mamba2"])
@@ -47,7 +47,7 @@ def states(backbone, ids: torch.Tensor) -> list[torch.Tensor]:
 @FAMILIES
 def test_the_target_is_the_stock_models_argmax(backbone, family: str) -> None:
     adapter, one = backbone(family), batch()
-    found = harvest(adapter, Readout(adapter, config()), one)
+    found = collect_exits(adapter, Readout(adapter, config()), one)
     for row, length in enumerate(one.mask.sum(1).tolist()):
         with torch.no_grad():
             stock = adapter.model(one.ids[row : row + 1, :length]).logits[0].argmax(-1)
@@ -58,13 +58,13 @@ def test_the_target_is_the_stock_models_argmax(backbone, family: str) -> None:
 def test_rows_see_neither_their_pads_nor_each_other(backbone, family: str) -> None:
     adapter, one = backbone(family), batch()
     readout = Readout(adapter, config())
-    found = harvest(adapter, readout, one)
+    found = collect_exits(adapter, readout, one)
     for row, length in enumerate(one.mask.sum(1).tolist()):
-        alone = harvest(adapter, readout, Batch(one.ids[[row], :length], one.mask[[row], :length]))
+        alone = collect_exits(adapter, readout, Batch(one.ids[[row], :length], one.mask[[row], :length]))
         assert torch.equal(found.labels[:, row, :length], alone.labels[:, 0])
         for exit in range(len(LAYERS)):
             torch.testing.assert_close(found.hidden[exit][row, :length], alone.hidden[exit][0], atol=1e-4, rtol=1e-4)
-            mine, own = found.signals[exit].values[row, :length], alone.signals[exit].values[0]
+            mine, own = found.features[exit].values[row, :length], alone.features[exit].values[0]
             torch.testing.assert_close(mine, own, atol=1e-3, rtol=1e-3)
 
 
@@ -72,14 +72,14 @@ def test_rows_see_neither_their_pads_nor_each_other(backbone, family: str) -> No
 def test_exits_see_what_the_layers_made(backbone, family: str) -> None:
     adapter, one = backbone(family), batch()
     readout = Readout(adapter, config())
-    found = harvest(adapter, readout, one)
+    found = collect_exits(adapter, readout, one)
     with torch.no_grad():
         h = states(adapter, one.ids)
         previous = None
         for exit, layer in enumerate(LAYERS):
             torch.testing.assert_close(found.hidden[exit][one.mask], h[layer][one.mask])
-            previous = observe(h[layer], h[layer - 1], readout.decision_logits(exit, h[layer]), previous)
-            seen = found.signals[exit]
+            previous = exit_features(h[layer], h[layer - 1], readout.decision_logits(exit, h[layer]), previous)
+            seen = found.features[exit]
             torch.testing.assert_close(seen.values[one.mask], previous.values[one.mask], atol=1e-4, rtol=1e-4)
             assert torch.equal(seen.token[one.mask], previous.token[one.mask])
 
@@ -89,7 +89,7 @@ def test_exits_see_what_the_layers_made(backbone, family: str) -> None:
 def test_the_label_describes_the_action(backbone, family: str, kind: str) -> None:
     adapter, one = backbone(family), batch()
     readout = Readout(adapter, config(readout=kind, tail_layers=2), lens_for(adapter) if kind == "lens" else None)
-    found = harvest(adapter, readout, one)
+    found = collect_exits(adapter, readout, one)
     with torch.no_grad():
         h = states(adapter, one.ids)
         full = adapter.readout(h[-1]).argmax(-1)
@@ -105,14 +105,14 @@ def test_the_label_describes_the_action(backbone, family: str, kind: str) -> Non
 
 def test_the_papers_label_is_the_logit_lens_top_k(backbone) -> None:
     adapter, one = backbone("mistral"), batch()
-    found = harvest(adapter, Readout(adapter, config(label="topk", label_k=4)), one)
+    found = collect_exits(adapter, Readout(adapter, config(label="topk", label_k=4)), one)
     with torch.no_grad():
         h = states(adapter, one.ids)
         full = adapter.readout(h[-1]).argmax(-1, keepdim=True)
         for exit, layer in enumerate(LAYERS):
             expected = (adapter.readout(h[layer]).topk(4, -1).indices == full).any(-1)
             assert torch.equal(found.labels[exit][one.mask], expected[one.mask])
-    plain = harvest(adapter, Readout(adapter, config()), one)
+    plain = collect_exits(adapter, Readout(adapter, config()), one)
     assert bool((found.labels[:, one.mask] >= plain.labels[:, one.mask]).all())
 
 
@@ -120,12 +120,12 @@ def test_the_papers_label_is_the_logit_lens_top_k(backbone) -> None:
 def test_logits_exist_one_slice_at_a_time(backbone, monkeypatch, kind: str) -> None:
     adapter, one = backbone("mistral"), batch()
     readout = Readout(adapter, config(label=kind))
-    whole = harvest(adapter, readout, one)
+    whole = collect_exits(adapter, readout, one)
     sizes = []
     stock = adapter.readout
     monkeypatch.setattr(adapter, "readout", lambda h: sizes.append(h.shape[0] * h.shape[1]) or stock(h))
     monkeypatch.setattr("dynamax_llm.exits.readout.LOGITS_AT_ONCE", 4 * adapter.vocab_size)
-    sliced = harvest(adapter, readout, one)
+    sliced = collect_exits(adapter, readout, one)
     assert max(sizes) == 4
     assert torch.equal(sliced.labels, whole.labels)
     assert torch.equal(sliced.target, whole.target)
@@ -134,8 +134,8 @@ def test_logits_exist_one_slice_at_a_time(backbone, monkeypatch, kind: str) -> N
 def test_a_harvest_holds_no_graph_and_touches_no_weight(backbone) -> None:
     adapter, one = backbone("mamba2"), batch()
     before = {name: value.clone() for name, value in adapter.model.state_dict().items()}
-    found = harvest(adapter, Readout(adapter, config()), one)
-    tensors = [*found.hidden, *(item.values for item in found.signals), found.labels, found.target]
+    found = collect_exits(adapter, Readout(adapter, config()), one)
+    tensors = [*found.hidden, *(item.values for item in found.features), found.labels, found.target]
     assert not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors)
     assert all(torch.equal(value, before[name]) for name, value in adapter.model.state_dict().items())
 

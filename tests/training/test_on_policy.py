@@ -1,4 +1,4 @@
-"""Labels of every kind, the harvest with exits on, and what leaving disturbs."""
+"""Labels of every kind, the exit batch with exits on, and what leaving disturbs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding.decoder import ExitPlan
 from dynamax_llm.decoding.state import POLICIES
-from dynamax_llm.decoding.teacher_forced import teacher_forced
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.testing import random_ids, tiny_model, zero_tail
-from dynamax_llm.training.data import Batch
-from dynamax_llm.training.disturbance import disturbance
-from dynamax_llm.training.harvest import harvest
-from dynamax_llm.training.objective import NEVER, Draw, walk
-from dynamax_llm.training.on_policy import harvest_on_policy
+from dynamax_llm.text.batches import Batch
+from dynamax_llm.traces.collect import collect_exits
+from dynamax_llm.traces.drift import drift_penalty
+from dynamax_llm.traces.on_policy import collect_on_policy
+from dynamax_llm.traces.simulate import NEVER, ThresholdSample, simulate_exits
+from dynamax_llm.traces.teacher_forced import teacher_forced
 
 LAYERS, L = (1, 2, 4), 5
 FAMILIES = pytest.mark.parametrize("family", ["mistral", "mamba2"])
@@ -44,17 +44,17 @@ def heads(settings: ExitConfig, width: int) -> ExitHeads:
 def test_soft_labels_are_what_the_distributions_say(backbone, family: str, label: str, monkeypatch) -> None:
     adapter, one = backbone(family), batch()
     monkeypatch.setattr("dynamax_llm.exits.readout.LOGITS_AT_ONCE", 61 * 5)  # several slices
-    found = harvest(adapter, Readout(adapter, config(label=label)), one)
-    plain = harvest(adapter, Readout(adapter, config()), one)
+    found = collect_exits(adapter, Readout(adapter, config(label=label)), one)
+    plain = collect_exits(adapter, Readout(adapter, config()), one)
     assert torch.equal(found.labels, plain.labels)
-    assert torch.equal(plain.aims, plain.labels.float())
+    assert torch.equal(plain.targets, plain.labels.float())
     with torch.no_grad():
         full = adapter.model(one.ids, attention_mask=one.mask.long()).logits.softmax(-1)
         for exit, h in enumerate(found.hidden):
             here = adapter.readout(h).softmax(-1)
             told = full.gather(-1, here.argmax(-1, keepdim=True))[..., 0]
             expected = told if label == "probability" else 1 - (full - here).abs().sum(-1) / 2
-            torch.testing.assert_close(found.aims[exit][one.mask], expected[one.mask], atol=1e-5, rtol=0)
+            torch.testing.assert_close(found.targets[exit][one.mask], expected[one.mask], atol=1e-5, rtol=0)
 
 
 @FAMILIES
@@ -63,13 +63,13 @@ def test_the_harvest_on_policy_is_what_decoding_meets(backbone, family: str, inp
     """The walk over it lets the same tokens leave as the teacher-forced pass, and its labels describe their tokens."""
     adapter, one = backbone(family), batch()
     settings = config(inputs=inputs)
-    judge, readout = heads(settings, adapter.width), Readout(adapter, settings)
-    intact = harvest(adapter, readout, one)
+    estimator, readout = heads(settings, adapter.width), Readout(adapter, settings)
+    intact = collect_exits(adapter, readout, one)
     bars = torch.tensor([[0.5], [0.45], [NEVER]])
-    draw = Draw(bars, torch.tensor([[0], [3], [0]]))
-    met = harvest_on_policy(adapter, readout, judge, one, draw)
-    step = walk(judge, met, draw)
-    plan = ExitPlan(LAYERS, judge, readout, POLICIES.lookup("propagate"))
+    draw = ThresholdSample(bars, torch.tensor([[0], [3], [0]]))
+    met = collect_on_policy(adapter, readout, estimator, one, draw)
+    step = simulate_exits(estimator, met, draw)
+    plan = ExitPlan(LAYERS, estimator, readout, POLICIES.lookup("propagate"))
     decoded = teacher_forced(adapter, plan, one.ids, [bars] * 3, prompt_length=draw.start)
     assert torch.equal(step.exit_index[one.mask], decoded.exit_index[one.mask])
     left = (decoded.exit_index < 3) & one.mask
@@ -84,20 +84,20 @@ def test_the_harvest_on_policy_is_what_decoding_meets(backbone, family: str, inp
 @FAMILIES
 def test_the_two_leading_tokens_are_read(backbone, family: str) -> None:
     adapter, one = backbone(family), batch()
-    found = harvest(adapter, Readout(adapter, config()), one)
+    found = collect_exits(adapter, Readout(adapter, config()), one)
     weight = adapter.model.get_output_embeddings().weight
     with torch.no_grad():
         two = adapter.readout(found.hidden[0]).topk(2).indices
-    torch.testing.assert_close(found.signals[0].rows[one.mask], weight[two].flatten(-2)[one.mask])
-    assert harvest(adapter, Readout(adapter, config(inputs=("signals",))), one).signals[0].rows is None
+    torch.testing.assert_close(found.features[0].rows[one.mask], weight[two].flatten(-2)[one.mask])
+    assert collect_exits(adapter, Readout(adapter, config(inputs=("signals",))), one).features[0].rows is None
 
 
 @FAMILIES
 def test_what_changes_no_state_disturbs_nothing(family: str) -> None:
     """With a zero tail above depth 2, skipped layers would have done nothing to h: leaving there costs nothing."""
     adapter, settings = adapt(zero_tail(tiny_model(family), 2)), config()
-    judge, readout = heads(settings, adapter.width), Readout(adapter, settings)
-    found = disturbance(adapter, readout, judge, [batch()])
+    estimator, readout = heads(settings, adapter.width), Readout(adapter, settings)
+    found = drift_penalty(adapter, readout, estimator, [batch()])
     assert found[1:] == (0.0, 0.0)
     plain = adapt(tiny_model(family))
-    assert disturbance(plain, Readout(plain, settings), judge, [batch()])[0] > 0.1
+    assert drift_penalty(plain, Readout(plain, settings), estimator, [batch()])[0] > 0.1

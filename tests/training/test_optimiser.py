@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dynamax_llm.errors import UsageError
-from dynamax_llm.training.data import Position, Split, find_source
+from dynamax_llm.text.batches import Position, Split, find_source
 from dynamax_llm.training.optimiser import averaged, build, set_rate
 from dynamax_llm.training.presets import PRESETS
 from dynamax_llm.training.settings import SCHEDULE_FREE, TrainSettings

@@ -19,8 +19,8 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.testing import tiny_model
+from dynamax_llm.text.batches import Batch, find_source
 from dynamax_llm.training import trainer
-from dynamax_llm.training.data import Batch, find_source
 from dynamax_llm.training.parallel import Group
 from dynamax_llm.training.trainer import train_many
 from tests.training.conftest import ByteTokenizer

@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynamax_llm.errors import ArtifactCorrupt, UsageError
+from dynamax_llm.errors import ArtifactCorruptError, UsageError
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.confidence import SIGNALS, Signals, measure
 from dynamax_llm.exits.config import HEADS, ExitConfig
+from dynamax_llm.exits.features import STATISTICS, ExitFeatures, measure
 from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.text.batches import find_source
+from dynamax_llm.traces.collect import ExitBatch
+from dynamax_llm.traces.simulate import NEVER, ThresholdSample, simulate_exits
 from dynamax_llm.training import trainer
-from dynamax_llm.training.data import find_source
-from dynamax_llm.training.harvest import Harvest
 from dynamax_llm.training.held_out import HeldOut, apply_threshold, on_policy
-from dynamax_llm.training.objective import NEVER, Balance, Draw, exit_weights, learning_rate, loss, tally, walk
+from dynamax_llm.training.objective import Balance, exit_weights, learning_rate, loss, tally
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.trainer import train, train_many
 
@@ -40,15 +41,16 @@ SETTINGS = TrainSettings(
 )
 
 
-def made_up(batch: int = 3, count: int = 9, width: int = 12, exits: int = 3) -> Harvest:
+def made_up(batch: int = 3, count: int = 9, width: int = 12, exits: int = 3) -> ExitBatch:
     mask = torch.ones(batch, count, dtype=torch.bool)
     mask[1, 6:] = False
-    signals = tuple(
-        Signals(torch.rand(batch, count, len(SIGNALS)), torch.randint(0, 9, (batch, count))) for _ in range(exits)
+    features = tuple(
+        ExitFeatures(torch.rand(batch, count, len(STATISTICS)), torch.randint(0, 9, (batch, count)))
+        for _ in range(exits)
     )
     hidden = tuple(torch.randn(batch, count, width) for _ in range(exits))
     labels = torch.rand(exits, batch, count) < 0.6
-    return Harvest(mask, hidden, signals, labels, torch.zeros(batch, count).long(), labels.float())
+    return ExitBatch(mask, hidden, features, labels, torch.zeros(batch, count).long(), labels.float())
 
 
 def heads_for(kind: str, width: int = 12) -> ExitHeads:
@@ -62,45 +64,45 @@ def heads_for(kind: str, width: int = 12) -> ExitHeads:
 @pytest.mark.parametrize("kind", HEADS)
 def test_training_sees_what_decoding_sees(kind: str) -> None:
     """The parallel walk against decoding's protocol: one token at a time, confidence then advance."""
-    heads, harvest = heads_for(kind), made_up()
-    draw = Draw(torch.tensor([[0.5], [0.45], [NEVER]]), torch.tensor([[0], [2], [0]]))
-    found = walk(heads, harvest, draw)
+    heads, exit_batch = heads_for(kind), made_up()
+    draw = ThresholdSample(torch.tensor([[0.5], [0.45], [NEVER]]), torch.tensor([[0], [2], [0]]))
+    found = simulate_exits(heads, exit_batch, draw)
     for row in range(3):
         states = heads.initial_state(1)
-        for token in range(int(harvest.mask[row].sum())):
+        for token in range(int(exit_batch.mask[row].sum())):
             here = (slice(row, row + 1), slice(token, token + 1))
             left = 3
             for exit in range(3):
-                h = harvest.hidden[exit][here]
-                signals = Signals(harvest.signals[exit].values[here], harvest.signals[exit].token[here])
-                confidence, state = heads.confidence(exit, h, signals, states[exit] if states else None)
+                h = exit_batch.hidden[exit][here]
+                features = ExitFeatures(exit_batch.features[exit].values[here], exit_batch.features[exit].token[here])
+                confidence, state = heads.confidence(exit, h, features, states[exit] if states else None)
                 if states:
                     states = [*states[:exit], state, *states[exit + 1 :]]
                 assert float(confidence) == pytest.approx(float(found.confidence[exit, row, token]), abs=1e-5)
                 assert bool(found.reached[exit, row, token])
                 if token >= int(draw.start[row]) and float(confidence) >= float(draw.threshold[row]):
-                    states, left = heads.advance(exit + 1, h, signals, states), exit
+                    states, left = heads.advance(exit + 1, h, features, states), exit
                     break
             assert int(found.exit_index[row, token]) == left
             assert not bool(found.reached[left + 1 :, row, token].any())
-    assert {int(index) for index in found.exit_index[:2][harvest.mask[:2]]} > {3}
+    assert {int(index) for index in found.exit_index[:2][exit_batch.mask[:2]]} > {3}
     assert bool((found.exit_index[2] == 3).all())
 
 
 def test_loss_counts_only_tokens_that_reach_an_exit() -> None:
-    harvest, heads = made_up(), heads_for("mlp")
-    step = walk(heads, harvest, Draw.fixed(3, 0.5))
+    exit_batch, heads = made_up(), heads_for("mlp")
+    step = simulate_exits(heads, exit_batch, ThresholdSample.fixed(3, 0.5))
     balance = Balance(3)
-    balance.add(tally(harvest.aims, step.reached))
+    balance.add(tally(exit_batch.targets, step.reached))
     weights = balance.weights()
     expected = 0.0
     for exit in range(3):
         reached = step.reached[exit]
         p = torch.sigmoid(step.logits[exit][reached]).double()
-        label = harvest.labels[exit][reached]
+        label = exit_batch.labels[exit][reached]
         losses = torch.where(label, -p.log() * weights[1, exit], -(1 - p).log() * weights[0, exit])
         expected += exit_weights(3)[exit] * float(losses.mean())
-    assert float(loss(step, harvest.aims, weights)) == pytest.approx(expected, abs=1e-5)
+    assert float(loss(step, exit_batch.targets, weights)) == pytest.approx(expected, abs=1e-5)
     assert exit_weights(3) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
 
 
@@ -115,7 +117,7 @@ def test_classes_weigh_the_same_and_the_prior_is_their_log_odds() -> None:
 
 
 def test_draws_are_reproducible_and_mixed() -> None:
-    draws = [Draw.sample(torch.ones(600, 50), 1 / 3, torch.Generator().manual_seed(1)) for _ in range(2)]
+    draws = [ThresholdSample.sample(torch.ones(600, 50), 1 / 3, torch.Generator().manual_seed(1)) for _ in range(2)]
     assert torch.equal(draws[0].threshold, draws[1].threshold)
     assert float((draws[0].threshold == NEVER).float().mean()) == pytest.approx(1 / 3, abs=0.06)
     assert float((draws[0].start == 0).float().mean()) == pytest.approx(0.5, abs=0.07)
@@ -132,21 +134,21 @@ def test_learning_rate_rises_then_falls_to_nothing() -> None:
 
 
 def test_on_policy_depth_of_a_measure_is_the_sweeps() -> None:
-    harvests = [made_up() for _ in range(3)]
+    exit_batches = [made_up() for _ in range(3)]
     held = HeldOut([], lambda batch: batch)
-    held._kept = harvests
-    judge = measure("softmax_margin")
-    depth, agreement = apply_threshold(judge, held, CONFIG, 0.6)
+    held._kept = exit_batches
+    estimator = measure("softmax_margin")
+    depth, agreement = apply_threshold(estimator, held, CONFIG, 0.6)
     depths = torch.tensor([2, 3, 4, 5]).double() / 5
     count = total = agreed = 0
-    for one in harvests:
+    for one in exit_batches:
         for row, token in one.mask.nonzero().tolist():
-            margins = [float(item.values[row, token, SIGNALS.index("margin")]) for item in one.signals]
+            margins = [float(item.values[row, token, STATISTICS.index("margin")]) for item in one.features]
             left = next((exit for exit, margin in enumerate(margins) if margin >= 0.6), 3)
             total, count = total + float(depths[left]), count + 1
             agreed += 1 if left == 3 else int(one.labels[left, row, token])
     assert (depth, agreement) == pytest.approx((total / count, agreed / count))
-    found = on_policy(judge, held, CONFIG, 0.9)
+    found = on_policy(estimator, held, CONFIG, 0.9)
     assert found["agreement"] >= 0.9
     assert found["depth"] <= 1.0
 
@@ -237,7 +239,7 @@ def test_sigkill_and_the_same_command(backbone, corpus: Path, tokenizer, tmp_pat
         from dynamax_llm.backbones import adapt
         from dynamax_llm.testing import tiny_model
         from dynamax_llm.training import trainer
-        from dynamax_llm.training.data import find_source
+        from dynamax_llm.text.batches import find_source
 
         torch.set_num_threads(1)
         original = trainer._Run._step
@@ -283,7 +285,7 @@ def test_a_damaged_checkpoint_is_named(backbone, corpus: Path, tokenizer, tmp_pa
     train(*arguments)
     path = tmp_path / "out" / ".checkpoint" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ArtifactCorrupt, match=r"state\.safetensors cannot be read.*Delete .*\.checkpoint"):
+    with pytest.raises(ArtifactCorruptError, match=r"state\.safetensors cannot be read.*Delete .*\.checkpoint"):
         train(*arguments)
 
 
@@ -293,8 +295,8 @@ def test_a_head_that_no_longer_improves_stops_with_its_best_weights(
     losses = iter([0.6, 0.5, 0.7, 0.8, 0.4])
     snapshots = []
 
-    def evaluate(judges, *rest):
-        snapshots.append({name: value.clone() for name, value in judges[""].state_dict().items()})
+    def evaluate(estimators, *rest):
+        snapshots.append({name: value.clone() for name, value in estimators[""].state_dict().items()})
         return {"": {"loss": next(losses), "depth": 1.0, "threshold": 1.0}}
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)
@@ -340,5 +342,5 @@ def test_disturbance_is_measured_where_confidence_is_about_agreement(backbone, c
         config = dataclasses.replace(CONFIG, head="linear", label=label)
         settings = dataclasses.replace(SETTINGS, max_tokens=600)
         made = train(backbone("mistral"), tokenizer, find_source(corpus), config, settings, tmp_path / label)
-        assert list(made.disturbance) == policies
-        assert all(len(values) == 3 for values in made.disturbance.values())
+        assert list(made.drift_penalty) == policies
+        assert all(len(values) == 3 for values in made.drift_penalty.values())

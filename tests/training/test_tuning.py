@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from dynamax_llm.backbones import adapt
 from dynamax_llm.errors import ArtifactError, BackboneError, UsageError
 from dynamax_llm.testing import tiny_model
-from dynamax_llm.training.data import Batch, Split, find_source, first_batches, pad
+from dynamax_llm.text.batches import Batch, Split, find_source, first_batches, pad
 from dynamax_llm.training.multi_exit import Mixture, depth_weights
 from dynamax_llm.training.objective import exit_weights
 from dynamax_llm.training.tuning import TuneSettings, run, tune

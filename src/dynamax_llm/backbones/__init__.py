@@ -17,7 +17,7 @@ from dynamax_llm.backbones.hybrid import (
 )
 from dynamax_llm.backbones.mamba import Mamba2Backbone
 from dynamax_llm.backbones.mamba1 import Mamba1Backbone
-from dynamax_llm.errors import UnsupportedModel
+from dynamax_llm.errors import UnsupportedModelError
 from dynamax_llm.registry import Registry
 
 #: Hugging Face's model_type to the adapter that drives it.
@@ -43,15 +43,15 @@ FAMILIES: Registry[type[Backbone]] = Registry(
 
 
 def adapt(model: nn.Module) -> Backbone:
-    """The Backbone that drives ``model``. Raises UnsupportedModel, naming the supported types."""
+    """The Backbone that drives ``model``. Raises UnsupportedModelError, naming the supported types."""
     check_supported(getattr(model.config, "model_type", None))
     return FAMILIES[model.config.model_type](model)
 
 
 def check_supported(model_type: str | None) -> None:
-    """Raise UnsupportedModel unless there is an adapter for this Hugging Face model type."""
+    """Raise UnsupportedModelError unless there is an adapter for this Hugging Face model type."""
     if model_type not in FAMILIES:
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"model type {model_type!r} has no adapter. Supported: {', '.join(FAMILIES)}. "
             "Use a model of one of these families."
         )

@@ -18,7 +18,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from dynamax_llm.backbones.base import Backbone, Context, Costs, Held, LayerCost, linear_macs, weight_macs
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.stacking import StackedWeights, normalise
-from dynamax_llm.errors import UnsupportedModel
+from dynamax_llm.errors import UnsupportedModelError
 
 
 def rotate(x: Tensor, ctx: Context) -> Tensor:
@@ -189,7 +189,7 @@ class GemmaBackbone(AttentionBackbone):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         if getattr(self.config, "use_bidirectional_attention", None):
-            raise UnsupportedModel(
+            raise UnsupportedModelError(
                 "this gemma attends in both directions (use_bidirectional_attention), so its earlier states change "
                 "with every token and nothing can be decoded step by step. Use a causal gemma checkpoint."
             )

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from dynamax_llm.backbones import check_supported
-from dynamax_llm.errors import BackboneError, UnsupportedModel, UsageError
+from dynamax_llm.errors import BackboneError, UnsupportedModelError, UsageError
 from dynamax_llm.registry import Registry
 
 #: The trained backbones shipped inside the package, each a folder under ``reference``.
@@ -51,7 +51,7 @@ def load(
     means the CPU, a device ("cuda:0") puts the whole model there, "auto" or a dict spreads it (needs accelerate).
     The tokenizer pads on the left, with the end-of-text token where it has no padding token of its own.
 
-    Raises UnsupportedModel before any weight is read, UsageError for a wrong dtype or device, BackboneError for
+    Raises UnsupportedModelError before any weight is read, UsageError for a wrong dtype or device, BackboneError for
     everything that is missing, unreachable or damaged. Pickled weights are refused, remote code is never run.
     """
     wanted = dtype if isinstance(dtype, torch.dtype) else DTYPES.lookup(dtype)
@@ -78,7 +78,7 @@ def load(
 def peek(name_or_path: str | Path) -> PreTrainedConfig:
     """The configuration of a model that ``load`` would take as far as can be told without its weights.
 
-    Raises UnsupportedModel and BackboneError, as ``load`` does, in a moment instead of minutes.
+    Raises UnsupportedModelError and BackboneError, as ``load`` does, in a moment instead of minutes.
     """
     return _load_config(_resolve(name_or_path))
 
@@ -147,7 +147,7 @@ def _load_config(source: str) -> PreTrainedConfig:
     check_supported(raw["model_type"])
     built = [str(name) for name in raw.get("architectures") or ()]
     if built and not any(name.endswith("ForCausalLM") for name in built):
-        raise UnsupportedModel(
+        raise UnsupportedModelError(
             f"{source} holds {', '.join(built)}, which is no causal language model. "
             "DYNAMAX needs weights saved from a …ForCausalLM class."
         )

@@ -37,9 +37,10 @@ from dynamax_llm.calibration.risks import (
 from dynamax_llm.decoding.loop import DEFAULT_POLICY, EarlyExit
 from dynamax_llm.decoding.state import DEFAULT_WINDOW, POLICIES
 from dynamax_llm.errors import PromiseError, UsageError
-from dynamax_llm.exits.artifact import Exits, installed_version
+from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.promise import METHODS, Promise, Target, digest
-from dynamax_llm.training.sources import Source
+from dynamax_llm.text.sources import Source
+from dynamax_llm.version import installed_version
 
 #: λ of the points that are looked at: two per cent of what could be saved at all apart.
 PARAMETERS = tuple(step / 50 for step in range(1, 51))
@@ -83,7 +84,7 @@ class CalibrationSettings:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a calibration, checked. Raises UsageError, PolicyMismatch, PromiseError."""
+    """What is asked of a calibration, checked. Raises UsageError, PolicyMismatchError, PromiseError."""
 
     target: Target
     confidence: float | None
@@ -152,7 +153,7 @@ def calibrate(
     ``exits.keep(promise).save(folder)`` does that.
 
     Raises PromiseError if there are too few sequences to promise anything, saying how many would do, or if nothing
-    keeps the promise; UsageError and PolicyMismatch for what cannot be asked; DataError, ArtifactMismatch.
+    keeps the promise; UsageError and PolicyMismatchError for what cannot be asked; DataError, ArtifactMismatchError.
     """
     settings = settings or CalibrationSettings()
     request = Request.of(promise, confidence, method, policy, window, measure)
@@ -190,7 +191,7 @@ def calibrate(
         policy=policy,
         window=window,
         readout=exits.config.readout,
-        judge=measure or str(exits.config.head),
+        estimator=measure or str(exits.config.head),
         data={**_facts(source, drawn, settings, path.family), **score},
         fingerprint=digest(exits.fingerprint),
         dynamax=installed_version(),

@@ -14,14 +14,14 @@ from dynamax_llm.calibration.risks import AgreementRisk, Risk, TextRisk
 from dynamax_llm.decoding.loop import EarlyExit
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.readout import Readout
-from dynamax_llm.training.data import pad
+from dynamax_llm.text.batches import pad
 
 #: The λ that are looked at: two per cent of what could be saved at all apart.
 PARAMETERS = tuple(step / 50 for step in range(1, 51))
 #: Where a promise speaks of texts, the aim for tokens: a text that differs once goes its own way, so that over some
 #: tens of tokens a loss of texts takes far fewer of the tokens.
 TEXT_SHARE = 0.1
-#: Share of the tokens that leave at one exit alone while its disturbance is measured.
+#: Share of the tokens that leave at one exit alone while its drift penalty is measured.
 LEAVING = 0.2
 
 
@@ -29,9 +29,9 @@ LEAVING = 0.2
 def fit_path(exits: Exits, risk: Risk, limit: float, how: Mapping[str, Any], parameters: Sequence[float]) -> Path:
     """Learn the path for a mean loss of at most ``limit`` on the sequences of ``risk``; where it generates text, on
     the full model's own text. ``how`` are EarlyExit's policy, window and measure."""
-    backbone, judge = risk.backbone, exits.judge(how.get("measure"))
-    if isinstance(judge, torch.nn.Module):
-        judge.to(backbone.device)
+    backbone, estimator = risk.backbone, exits.estimator(how.get("measure"))
+    if isinstance(estimator, torch.nn.Module):
+        estimator.to(backbone.device)
     items, aim = risk.items, limit
     if isinstance(risk, TextRisk):
         rows, _ = risk.generate(EarlyExit(exits, **{**how, "threshold": "never"}))
@@ -41,13 +41,13 @@ def fit_path(exits: Exits, risk: Risk, limit: float, how: Mapping[str, Any], par
     readout = Readout(backbone, replace(exits.config, label="action"), exits.readout(backbone).lens)
     groups = [items[start : start + risk.batch] for start in range(0, len(items), risk.batch)]
     batches = [pad([list(item.ids) for item in group]) for group in groups]
-    trace = trace_of(backbone, readout, judge, batches, torch.tensor([item.prompt for item in items]))
+    trace = trace_of(backbone, readout, estimator, batches, torch.tensor([item.prompt for item in items]))
     read = AgreementRisk(backbone, risk.tokenizer, items, risk.batch)
-    harm = tuple(_disturbance(exits, index, trace, read, how) for index in range(len(exits.config.layers)))
-    return learn_path(replace(trace, disturbance=harm), aim, parameters)
+    drift_penalty = tuple(_drift_penalty(exits, index, trace, read, how) for index in range(len(exits.config.layers)))
+    return learn_path(replace(trace, drift_penalty=drift_penalty), aim, parameters)
 
 
-def _disturbance(exits: Exits, index: int, trace: Trace, read: AgreementRisk, how: Mapping[str, Any]) -> float:
+def _drift_penalty(exits: Exits, index: int, trace: Trace, read: AgreementRisk, how: Mapping[str, Any]) -> float:
     """Disagreements beyond its own that a token causes by leaving at exit ``index``."""
     bar = float(trace.confidence[index].quantile(1.0 - LEAVING))
     bars = [bar if place == index else None for place in range(len(trace.layers))]

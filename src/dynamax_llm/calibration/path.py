@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.exits.confidence import Judge
+from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.readout import Readout
-from dynamax_llm.training.curves import sweep
-from dynamax_llm.training.data import Batch
-from dynamax_llm.training.harvest import harvest
-from dynamax_llm.training.held_out import depths, undisturbed
+from dynamax_llm.text.batches import Batch
+from dynamax_llm.traces.collect import collect_exits
+from dynamax_llm.traces.curves import sweep
+from dynamax_llm.traces.simulate import depths, simulate_no_exit
 
 #: Thresholds an exit may have in the balanced family: quantiles of its confidences.
 LEVELS = 128
@@ -43,7 +43,7 @@ FAMILIES = ("balanced", "common")
 @dataclass(frozen=True)
 class Trace:
     """What N tokens showed at E exits when none left: ``confidence`` (E, N) float64, ``agrees`` (E, N) bool; ``halves``
-    (N,) bool splits them by sequence. ``layers`` are the depths at which they would have left. ``disturbance`` (E,):
+    (N,) bool splits them by sequence. ``layers`` are the depths at which they would have left. ``drift_penalty`` (E,):
     disagreements that a token which leaves there causes among later ones, through the state it leaves behind."""
 
     confidence: Tensor
@@ -51,7 +51,7 @@ class Trace:
     halves: Tensor
     layers: tuple[int, ...]
     n_layers: int
-    disturbance: tuple[float, ...] = ()
+    drift_penalty: tuple[float, ...] = ()
 
     @property
     def most(self) -> float:
@@ -88,16 +88,18 @@ class Path:
 
 
 @torch.no_grad()
-def trace_of(backbone: Backbone, readout: Readout, judge: Judge, batches: Sequence[Batch], counted: Tensor) -> Trace:
+def trace_of(
+    backbone: Backbone, readout: Readout, estimator: ConfidenceEstimator, batches: Sequence[Batch], counted: Tensor
+) -> Trace:
     """The trace of right-padded batches; ``counted`` (rows in all,) holds each row's first position that may leave."""
     confidence, agrees, halves, row = [], [], [], 0
     for batch in batches:
-        seen = harvest(backbone, readout, batch)
+        seen = collect_exits(backbone, readout, batch)
         rows = torch.arange(row, row + len(batch.ids))
         row += len(batch.ids)
         mask = batch.mask & (torch.arange(batch.ids.shape[1]) >= counted[rows].unsqueeze(1))
         on = mask.to(seen.labels.device)
-        confidence.append(undisturbed(judge, seen).confidence[:, on].double().cpu())
+        confidence.append(simulate_no_exit(estimator, seen).confidence[:, on].double().cpu())
         agrees.append(seen.labels[:, on].cpu())
         halves.append((rows % 2 == 1).unsqueeze(1).expand_as(mask)[mask])
     config = readout.config
@@ -176,6 +178,6 @@ def _outcome(trace: Trace, bars: Tensor) -> tuple[float, float]:
     right = torch.cat((trace.agrees, torch.ones_like(trace.agrees[:1])))
     layers = torch.tensor([*trace.layers, trace.n_layers], dtype=torch.float64)
     wrong = 1.0 - float(right.gather(0, where).double().mean())
-    for index, harm in enumerate(trace.disturbance):
-        wrong += harm * float((where == index).double().mean())
+    for index, drift_penalty in enumerate(trace.drift_penalty):
+        wrong += drift_penalty * float((where == index).double().mean())
     return wrong, float(layers[where].mean()) / trace.n_layers

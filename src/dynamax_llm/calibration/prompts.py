@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynamax_llm.errors import DataError
-from dynamax_llm.training.sources import Source, json_records
+from dynamax_llm.text.sources import Source, json_records
 
 #: Documents that are read before some are drawn; of a larger source, the first so many of its shuffled stream.
 READ = 20_000

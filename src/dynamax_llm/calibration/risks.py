@@ -24,11 +24,11 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.calibration.prompts import Item
 from dynamax_llm.decoding.loop import EarlyExit
-from dynamax_llm.decoding.teacher_forced import step_by_step, teacher_forced
-from dynamax_llm.errors import PolicyMismatch
+from dynamax_llm.errors import PolicyMismatchError
 from dynamax_llm.metrics import exact_match, f1, rouge_l
 from dynamax_llm.registry import Registry
-from dynamax_llm.training.data import pad
+from dynamax_llm.text.batches import pad
+from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
 
 #: Policies whose decisions over a given text one parallel pass gives.
 PARALLEL = ("propagate", "defer")
@@ -54,7 +54,7 @@ class Risk(abc.ABC):
 
     @abc.abstractmethod
     def measure(self, early: EarlyExit) -> Measured:
-        """Losses with exits. Raises PolicyMismatch under ``verify``, where there is nothing to lose."""
+        """Losses with exits. Raises PolicyMismatchError under ``verify``, where there is nothing to lose."""
 
     def batches(self) -> Iterator[tuple[int, list[Item]]]:
         """Consecutive items with the index of the first."""
@@ -77,8 +77,8 @@ class AgreementRisk(Risk):
         ids, mask = batch.ids.to(device), batch.mask.to(device)[:, prompt:]
         truth = self._full(early, start, ids)
         backbone, plan, costs = early.attach(self.backbone.model)
-        walk = teacher_forced if early.policy.name in PARALLEL else step_by_step
-        found = walk(backbone, plan, ids, early.thresholds.values[: len(plan.layers)], prompt_length=prompt)
+        simulate_exits = teacher_forced if early.policy.name in PARALLEL else step_by_step
+        found = simulate_exits(backbone, plan, ids, early.thresholds.values[: len(plan.layers)], prompt_length=prompt)
         taken = found.exit_index[:, prompt:]
         layers = costs.layers(torch.where(taken == len(plan.layers), len(costs.depths) - 1, taken))
         count = mask.sum(1).clamp(min=1).double()
@@ -155,9 +155,9 @@ class TextRisk(Risk):
 
 
 def check_policy(name: str) -> None:
-    """Raise PolicyMismatch for ``verify``."""
+    """Raise PolicyMismatchError for ``verify``."""
     if name == "verify":
-        raise PolicyMismatch(
+        raise PolicyMismatchError(
             "state policy 'verify': its text is the full model's own at every threshold, so there is nothing to "
             "calibrate and no promise to make. Generate with --policy verify, or calibrate another policy."
         )

@@ -37,7 +37,7 @@ app.command()(paper.paper)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from dynamax_llm.exits.artifact import installed_version
+        from dynamax_llm.version import installed_version
 
         typer.echo(f"dynamax {installed_version()}")
         raise typer.Exit

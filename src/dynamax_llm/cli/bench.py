@@ -112,7 +112,7 @@ def bench(
         windows=_numbers("window", window, int),
         exit_at=exit_at,
         checks=checks,
-        judge=head,
+        estimator=head,
         inputs=_names(inputs),
         spread=() if spread is None else _numbers("spread", spread, float),
         leave=leave,
@@ -148,7 +148,7 @@ def _made(shape: str, exit_at: str, dtype: str, device: str | None, seed: int) -
     import torch
 
     from dynamax_llm.backbones.loading import DTYPES
-    from dynamax_llm.evaluation.random_models import RANDOM_SHAPES, random_model, zero_tail
+    from dynamax_llm.evaluation.common.random_models import RANDOM_SHAPES, random_model, zero_tail
     from dynamax_llm.exits.config import place_exits
 
     quiet()

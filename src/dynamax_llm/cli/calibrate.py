@@ -78,7 +78,7 @@ def calibrate(
     from dynamax_llm.calibration.calibrate import calibrate as prove
     from dynamax_llm.exits.artifact import MANIFEST, TENSORS
     from dynamax_llm.exits.files import prepare_folder
-    from dynamax_llm.training.sources import find_source
+    from dynamax_llm.text.sources import find_source
 
     # Whatever can be wrong is found before the backbone is loaded, which may take minutes.
     settings = CalibrationSettings(prompts, prompt_tokens, new_tokens, path_share, batch, seed)
@@ -87,7 +87,7 @@ def calibrate(
     source = find_source(data, text_field)
     peek_backbone(model)
     found, target = _exits(model, exits, out)
-    found.judge(measure)
+    found.estimator(measure)
     prepare_folder(target, (MANIFEST, TENSORS))
     lm, tokenizer = load_backbone(model, dtype, device)
     with _Status() as status:

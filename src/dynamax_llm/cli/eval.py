@@ -17,7 +17,7 @@ from dynamax_llm.cli.options import Device, Dtype, Model, load_backbone, peek_ba
 from dynamax_llm.errors import UsageError
 
 if TYPE_CHECKING:
-    from dynamax_llm.evaluation.settings import Subject, Variant
+    from dynamax_llm.evaluation.harness.settings import Subject, Variant
     from dynamax_llm.exits.artifact import Exits
 
 #: Layers or shares of the depth, where a folder of exits could stand.
@@ -81,10 +81,10 @@ def evaluate(
     measures = _items("measure", measure) if measure else ["softmax_margin"] if baselines else []
     peek_backbone(model)
 
-    from dynamax_llm.evaluation.evaluate import Plan
-    from dynamax_llm.evaluation.evaluate import evaluate as run
-    from dynamax_llm.evaluation.settings import Subject, by_promise
-    from dynamax_llm.evaluation.tasks import load_tasks
+    from dynamax_llm.evaluation.harness.evaluate import Plan
+    from dynamax_llm.evaluation.harness.evaluate import evaluate as run
+    from dynamax_llm.evaluation.harness.settings import Subject, by_promise
+    from dynamax_llm.evaluation.harness.tasks import load_tasks
 
     # Whatever can be wrong is found before the backbone is loaded and the first document is asked.
     plan = Plan(batch=batch, timed=timed, seed=seed)
@@ -161,7 +161,7 @@ def _family(exits: Exits) -> str:
 
 def _check_decisions(thresholds: Sequence[str], measures: Sequence[str]) -> None:
     from dynamax_llm.decoding.thresholds import Thresholds
-    from dynamax_llm.exits.confidence import measure
+    from dynamax_llm.exits.features import measure
 
     for value in thresholds:
         Thresholds.parse(value, 1)
@@ -181,7 +181,7 @@ def _settings(
 ) -> list[Variant]:
     from dynamax_llm.decoding.loop import DEFAULT_POLICY
     from dynamax_llm.decoding.state import DEFAULT_WINDOW
-    from dynamax_llm.evaluation.settings import grid
+    from dynamax_llm.evaluation.harness.settings import grid
     from dynamax_llm.exits.artifact import Exits
 
     heads = {name: exits for name, exits in trained.items() if exits.heads is not None}

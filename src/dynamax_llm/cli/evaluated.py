@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from dynamax_llm.evaluation.results import Cell, Evaluation, Interval
+    from dynamax_llm.evaluation.harness.results import Cell, Evaluation, Interval
 
 Limit = Annotated[int, typer.Option(help="Documents per task.")]
 Batch = Annotated[int, typer.Option(help="Rows at a time; the texts do not depend on it.")]

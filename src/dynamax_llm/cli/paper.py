@@ -62,7 +62,7 @@ def paper(
     import torch
 
     from dynamax_llm.decoding.loop import DEFAULT_POLICY
-    from dynamax_llm.evaluation.evaluate import Plan
+    from dynamax_llm.evaluation.harness.evaluate import Plan
     from dynamax_llm.paper import MODELS, PaperPlan, run
     from dynamax_llm.report import check_targets, write_report
     from dynamax_llm.training.settings import TrainSettings

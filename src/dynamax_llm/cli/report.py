@@ -19,7 +19,7 @@ def report(
     ] = None,
 ) -> None:
     """Make one self-contained HTML page of one or more evaluations."""
-    from dynamax_llm.evaluation.results import Evaluation
+    from dynamax_llm.evaluation.harness.results import Evaluation
     from dynamax_llm.report import check_targets, write_report
 
     check_targets(out, figures)

@@ -18,8 +18,8 @@ ROWS = 24
 WIDE = 100
 
 if TYPE_CHECKING:
-    from dynamax_llm.evaluation.results import Interval
-    from dynamax_llm.evaluation.scanned import Scan
+    from dynamax_llm.evaluation.harness.results import Interval
+    from dynamax_llm.evaluation.scan.document import Scan
 
 
 def scan(
@@ -58,11 +58,11 @@ def scan(
 ) -> None:
     """Say what early exit could save on this model and text, before any training."""
     from dynamax_llm.backbones import adapt
-    from dynamax_llm.evaluation.scan import ScanSettings
-    from dynamax_llm.evaluation.scan import scan as look
+    from dynamax_llm.evaluation.scan.scan import ScanSettings
+    from dynamax_llm.evaluation.scan.scan import scan as look
     from dynamax_llm.exits.config import ExitConfig, place_exits
     from dynamax_llm.report.scanned import check_target, write_scan
-    from dynamax_llm.training.sources import find_source
+    from dynamax_llm.text.sources import find_source
 
     # Whatever can be wrong is found before the backbone is loaded, which may take minutes.
     command = "dynamax " + shlex.join(sys.argv[1:]) if sys.argv[1:2] == ["scan"] else "dynamax scan"
@@ -88,7 +88,7 @@ def _show(found: Scan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dynamax_llm.evaluation.scanned import VERDICT_AT
+    from dynamax_llm.evaluation.scan.document import VERDICT_AT
 
     console = Console(highlight=False, markup=False)
 

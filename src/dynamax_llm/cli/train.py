@@ -102,8 +102,8 @@ def train(
     from dynamax_llm.exits.artifact import MANIFEST, TENSORS
     from dynamax_llm.exits.files import prepare_folder
     from dynamax_llm.exits.heads import BANKS
+    from dynamax_llm.text.sources import find_source
     from dynamax_llm.training.parallel import Group
-    from dynamax_llm.training.sources import find_source
     from dynamax_llm.training.trainer import train as train_exits
 
     # Whatever can be wrong is found before the backbone is loaded, which may take minutes.

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from dynamax_llm.backbones import Backbone
     from dynamax_llm.evaluation import Comparison
     from dynamax_llm.exits.artifact import Exits
+    from dynamax_llm.text.sources import Source
     from dynamax_llm.training.settings import TrainSettings
-    from dynamax_llm.training.sources import Source
 
 #: Held-out tokens decoded with exits on for the report; a full evaluation is not training's business.
 ON_POLICY_TOKENS = 5_000
@@ -24,7 +24,7 @@ def on_policy(
 ) -> Comparison:
     """The trained exits on held-out text decoded with exits on, under ``propagate``, at the settings' agreement."""
     from dynamax_llm.evaluation import Candidate, compare
-    from dynamax_llm.training.data import Split, first_batches
+    from dynamax_llm.text.batches import Split, first_batches
 
     sequence = min(settings.sequence, backbone.max_positions() or settings.sequence)
     split = Split(source, tokenizer, True, settings.held_out, sequence, settings.batch_tokens, settings.seed)

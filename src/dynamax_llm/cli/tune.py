@@ -71,7 +71,7 @@ def tune(
     """Tune a copy of a model so that its exits pay, and say what that changed in the full model."""
     from dynamax_llm.backbones import adapt
     from dynamax_llm.exits.config import place_exits
-    from dynamax_llm.training.sources import find_source
+    from dynamax_llm.text.sources import find_source
     from dynamax_llm.training.tuning import TuneSettings
     from dynamax_llm.training.tuning import tune as run
     from dynamax_llm.training.tuning.folder import check_free

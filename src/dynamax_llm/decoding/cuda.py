@@ -14,7 +14,7 @@ from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.engines.cuda.machine import Machine
 from dynamax_llm.engines.cuda.tiles import power_of_two
 from dynamax_llm.engines.cuda.window import WaitingMachine
-from dynamax_llm.exits.confidence import State
+from dynamax_llm.exits.features import State
 from dynamax_llm.shapes import Ids, Logits, RowFlags
 
 #: Machines kept per backbone: each holds caches and recorded programs for one batch size and judge.
@@ -24,13 +24,15 @@ KEPT = 4
 def machine_for(backbone: Backbone, plan: ExitPlan, batch: int) -> Machine:
     """The machine for ``batch`` sequences under ``plan``: one made before, if the weights are where they were."""
     kept = backbone.machines
-    judge = [*plan.judge.parameters(), *plan.judge.buffers()] if isinstance(plan.judge, nn.Module) else []
-    weights = hash(tuple((part.data_ptr(), part._version) for part in (*backbone.model.parameters(), *judge)))
+    estimator = (
+        [*plan.estimator.parameters(), *plan.estimator.buffers()] if isinstance(plan.estimator, nn.Module) else []
+    )
+    weights = hash(tuple((part.data_ptr(), part._version) for part in (*backbone.model.parameters(), *estimator)))
     policy = plan.policy
     most = power_of_two(max(plan.window, 2)) if policy.exact_state else 1
-    key = (batch, most, policy.exact_output, plan.layers, id(plan.judge), plan.readout.config, weights)
+    key = (batch, most, policy.exact_output, plan.layers, id(plan.estimator), plan.readout.config, weights)
     if key not in kept:
-        parts = (backbone, plan.layers, plan.judge, plan.readout, batch, most)
+        parts = (backbone, plan.layers, plan.estimator, plan.readout, batch, most)
         machine = WaitingMachine(*parts, journal=policy.exact_output) if policy.exact_state else Machine(*parts)
         machine.record()
         kept[key] = machine
@@ -236,7 +238,7 @@ class CudaVerifyingDecoder(CudaDeferredDecoder):
 
     def __init__(self, backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None) -> None:
         super().__init__(backbone, plan, padding)
-        self._history: list[list[State] | None] = []  # the judge's states after each token of the window
+        self._history: list[list[State] | None] = []  # the estimator's states after each token of the window
         self._alone = False  # whether the window is the newest token, which went through by itself
 
     @property

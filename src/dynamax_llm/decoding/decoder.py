@@ -12,7 +12,7 @@ from dynamax_llm.backbones import Backbone, Context
 from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.decoding.state import DEFAULT_WINDOW, InPlace, StatePolicy
 from dynamax_llm.engines import EagerEngine
-from dynamax_llm.exits.confidence import Judge, Signals, State, observe, select
+from dynamax_llm.exits.features import ConfidenceEstimator, ExitFeatures, State, exit_features, select
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.shapes import Ids, NextLogits, RowFlags, RowIds
 
@@ -25,7 +25,7 @@ class ExitPlan:
     """
 
     layers: tuple[int, ...]
-    judge: Judge
+    estimator: ConfidenceEstimator
     readout: Readout
     policy: StatePolicy
     window: int = DEFAULT_WINDOW  # tokens that may wait, under the policies that let tokens wait
@@ -40,13 +40,13 @@ class Step:
 
 
 class Token:
-    """A token on its way through the layers: its h, its signals, and which rows have left."""
+    """A token on its way through the layers: its h, its features, and which rows have left."""
 
     def __init__(self, h: Tensor, idle: Tensor, n_exits: int) -> None:
         self.h, self.before = h, h  # h now and before the last layer, each (B, 1, d)
         self.left = idle.clone()  # (B,) bool
         self.exit_index = torch.full((len(h),), n_exits, device=h.device)
-        self.signals: Signals | None = None
+        self.features: ExitFeatures | None = None
         self.logits: Tensor | None = None  # (B, V) of rows that left
         self.some_left, self.all_left = bool(idle.any()), bool(idle.all())
 
@@ -66,33 +66,33 @@ class Token:
 
 
 class Decoder:
-    """A batch being decoded under one ExitPlan: cache, padding, and the judge's own state."""
+    """A batch being decoded under one ExitPlan: cache, padding, and the estimator's own state."""
 
     def __init__(self, backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None) -> None:
         self.backbone, self.plan = backbone, plan
         self.engine = self._new_engine(padding)
         self.n_exits = len(plan.layers)
-        self.states: list[State] | None = None  # per exit, of a recurrent judge
+        self.states: list[State] | None = None  # per exit, of a recurrent estimator
 
     def _new_engine(self, padding: Tensor | None) -> EagerEngine:
         return EagerEngine(self.backbone, padding)
 
     def prefill(self, ids: Ids) -> NextLogits:
         """The prompt (B, T) at full depth: logits (B, V) of the next token. Recurrent heads read the whole prompt."""
-        judge = self.plan.judge
-        self.states = judge.initial_state(len(ids), self.backbone.device) if self.n_exits else None
+        estimator = self.plan.estimator
+        self.states = estimator.initial_state(len(ids), self.backbone.device) if self.n_exits else None
         padding = self.engine.padding
         h, ctx = self.engine.enter(ids)
-        depth, signals = 0, None
+        depth, features = 0, None
         for index, stop in enumerate(self.plan.layers if self.states is not None else ()):
             before = self.engine.run(depth, stop - 1, h, ctx)
             h = self.engine.run(stop - 1, stop, before, ctx)
             depth = stop
-            if judge.needs_logits:
-                signals, _ = self.plan.readout.signals(index, h, before, signals)
+            if estimator.needs_logits:
+                features, _ = self.plan.readout.features(index, h, before, features)
             else:
-                signals = observe(h, before, None, signals)
-            self._confidence(index, h, signals, padding)
+                features = exit_features(h, before, None, features)
+            self._confidence(index, h, features, padding)
         h = self.engine.run(depth, self.backbone.n_layers, h, ctx)
         self.engine.passes = 0  # the prompt's are not counted
         return self.backbone.readout(h[:, -1:])[:, 0]
@@ -110,7 +110,7 @@ class Decoder:
             depth = stop
             self._ask(token, index, thresholds[index])
             if token.all_left:
-                self._advance_judge(token, index + 1)
+                self._advance_estimator(token, index + 1)
                 break
         return Step(self._finish(token, depth, ctx), token.exit_index)
 
@@ -121,7 +121,7 @@ class Decoder:
     def reorder(self, rows: Tensor) -> None:
         """Keep rows ``rows`` (B',) of the batch, in that order: caches, padding, and the states of recurrent heads."""
         self.engine.reorder(rows)
-        self.states = self.plan.judge.reorder(self.states, rows)
+        self.states = self.plan.estimator.reorder(self.states, rows)
 
     @property
     def _policy(self) -> InPlace:
@@ -137,22 +137,22 @@ class Decoder:
             else:
                 token.h = self.engine.run(begin, end, token.h, ctx)
 
-    def _advance_judge(self, token: Token, first: int) -> None:
-        """Recurrent heads further up read the h and the signals with which the token left."""
-        assert token.signals is not None
-        self.states = self.plan.judge.advance(first, token.h, token.signals, self.states)
+    def _advance_estimator(self, token: Token, first: int) -> None:
+        """Recurrent heads further up read the h and the features with which the token left."""
+        assert token.features is not None
+        self.states = self.plan.estimator.advance(first, token.h, token.features, self.states)
 
     def _ask(self, token: Token, index: int, threshold: float | None) -> None:
-        judge, readout = self.plan.judge, self.plan.readout
+        estimator, readout = self.plan.estimator, self.plan.readout
         logits = None
-        if judge.needs_logits:
-            signals, logits = readout.look(index, token.h, token.before, token.signals)
+        if estimator.needs_logits:
+            features, logits = readout.read(index, token.h, token.before, token.features)
         else:
-            signals = observe(token.h, token.before, None, token.signals)
-        if token.some_left and token.signals is not None:
-            signals = select(token.left.unsqueeze(1), token.signals, signals)
-        token.signals = signals
-        confidence = self._confidence(index, token.h, signals)
+            features = exit_features(token.h, token.before, None, token.features)
+        if token.some_left and token.features is not None:
+            features = select(token.left.unsqueeze(1), token.features, features)
+        token.features = features
+        confidence = self._confidence(index, token.h, features)
         if threshold is None:
             return
         leaving = (confidence[:, 0] >= threshold) & ~token.left
@@ -160,11 +160,11 @@ class Decoder:
             speaks = readout.logits(index, token.h) if logits is None else logits
             token.keep(leaving, speaks[:, 0])
 
-    def _confidence(self, index: int, h: Tensor, signals: Signals, padding: Tensor | None = None) -> Tensor:
-        """The judge's confidence (B, T) at an exit; its state there advances."""
+    def _confidence(self, index: int, h: Tensor, features: ExitFeatures, padding: Tensor | None = None) -> Tensor:
+        """The estimator's confidence (B, T) at an exit; its state there advances."""
         if self.states is None:
-            return self.plan.judge.confidence(index, h, signals, None, padding)[0]
-        confidence, state = self.plan.judge.confidence(index, h, signals, self.states[index], padding)
+            return self.plan.estimator.confidence(index, h, features, None, padding)[0]
+        confidence, state = self.plan.estimator.confidence(index, h, features, self.states[index], padding)
         assert state is not None
         self.states = [*self.states[:index], state, *self.states[index + 1 :]]
         return confidence

@@ -12,7 +12,7 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan, Step, Token
 from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.engines import DeferredEngine
-from dynamax_llm.exits.confidence import State
+from dynamax_llm.exits.features import State
 from dynamax_llm.shapes import Ids, Logits, NextLogits, RowFlags
 
 
@@ -60,7 +60,7 @@ class DeferredDecoder(Decoder):
             token.h = torch.where(token.left.view(-1, 1, 1), token.h, outputs[:, -1:])
             self._ask(token, index, thresholds[index])
             if token.all_left:
-                self._advance_judge(token, index + 1)
+                self._advance_estimator(token, index + 1)
                 break
         self._taken.append(torch.where(idle, -1, token.exit_index))
         return token
@@ -87,7 +87,7 @@ class VerifyingDecoder(DeferredDecoder):
 
     def __init__(self, backbone: Backbone, plan: ExitPlan, padding: Tensor | None = None) -> None:
         super().__init__(backbone, plan, padding, journal=True)
-        self._history: list[list[State] | None] = []  # the judge's states after each token of the window
+        self._history: list[list[State] | None] = []  # the estimator's states after each token of the window
 
     @property
     def drafted(self) -> int:
@@ -133,7 +133,7 @@ def new_decoder(backbone: Backbone, plan: ExitPlan, padding: Tensor | None = Non
 
 
 def states_after(history: list[list[State] | None], counts: Tensor) -> list[State]:
-    """The judge's states with each row as it was after its ``counts`` (B,)-th token."""
+    """The estimator's states with each row as it was after its ``counts`` (B,)-th token."""
     rows = torch.arange(len(counts), device=counts.device)
     moments = [states for states in history if states is not None]
     return [

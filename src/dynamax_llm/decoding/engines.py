@@ -63,4 +63,4 @@ def _obstacle(backbone: Backbone, plan: ExitPlan, batch: int) -> str | None:
             f"{batch} rows with a window of {plan.window} are {batch * plan.window} waiting tokens, and its passes "
             f"take {MOST_WAITING}"
         )
-    return obstacle(backbone, plan.judge, plan.readout)
+    return obstacle(backbone, plan.estimator, plan.readout)

@@ -28,9 +28,9 @@ from dynamax_llm.decoding.state import DEFAULT_WINDOW, POLICIES
 from dynamax_llm.decoding.thresholds import NEVER, Threshold, Thresholds
 from dynamax_llm.decoding.trace import TokenCosts, Trace
 from dynamax_llm.decoding.verify import Verification, VerifiedRun
-from dynamax_llm.errors import PolicyMismatch, UsageError
+from dynamax_llm.errors import PolicyMismatchError, UsageError
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.confidence import MEASURES
+from dynamax_llm.exits.features import MEASURES
 from dynamax_llm.exits.promise import Promise
 
 #: What decides where nothing is said.
@@ -61,7 +61,7 @@ class EarlyExit:
     """Generate with as many layers as each token needs.
 
     ``threshold``: the least confidence that lets a token leave, one or one per exit, in [0, 1] or "never". One for all
-    is what is left of the confidence once what leaving disturbs (``exits.disturbance``) is taken off; one per exit is
+    is what is left of the confidence once what leaving disturbs (``exits.drift_penalty``) is taken off; one per exit is
     the confidence itself.
     ``policy``: what happens to skipped layers' state: "propagate", "copy", "stale" (approximate state), "defer" (exact
     state) or "verify" (exact state and the full model's own output).
@@ -71,9 +71,9 @@ class EarlyExit:
     ``engine``: "eager" (plain PyTorch, anywhere), "cuda" (recorded programs; families, policies and dtypes it has), or
     None for the fastest that can; the output says which ran.
     ``promise``: one that calibration recorded with the exits, "agreement>=0.98" say; thresholds, policy, window and
-    judge are then its own, kept as ``promise``. Naming another of these beside it is refused (PolicyMismatch,
+    judge are then its own, kept as ``promise``. Naming another of these beside it is refused (PolicyMismatchError,
     UsageError), so is a promise that is not recorded (PromiseError).
-    Raises UsageError for values that are not allowed, ArtifactMismatch when used on another backbone.
+    Raises UsageError for values that are not allowed, ArtifactMismatchError when used on another backbone.
     """
 
     def __init__(
@@ -95,33 +95,33 @@ class EarlyExit:
             self.promise = _promised(exits, promise, threshold, policy, window, measure, schedule)
             threshold = [NEVER if bar is None else bar for bar in self.promise.thresholds]
             policy, window = self.promise.policy, self.promise.window
-            measure = self.promise.judge if self.promise.judge in MEASURES else None
+            measure = self.promise.estimator if self.promise.estimator in MEASURES else None
         threshold = DEFAULT_THRESHOLD if threshold is None else threshold
         policy = DEFAULT_POLICY if policy is None else policy
         window = DEFAULT_WINDOW if window is None else window
         self.policy = POLICIES.lookup(policy)
-        harm = exits.disturbance.get(policy, ()) if measure is None else ()
-        self.thresholds = Thresholds.parse(threshold, len(exits.config.layers), schedule, harm)
+        drift_penalty = exits.drift_penalty.get(policy, ()) if measure is None else ()
+        self.thresholds = Thresholds.parse(threshold, len(exits.config.layers), schedule, drift_penalty)
         if not isinstance(window, int) or window < 1:
             raise UsageError(f"window {window!r}: give the number of tokens that may wait, a whole number from 1.")
         self.window = window
-        self.measure, self.judge = measure, exits.judge(measure)
+        self.measure, self.estimator = measure, exits.estimator(measure)
         self.on_token = on_token
         check_engine(engine)
         self.engine = engine
 
     def attach(self, model: nn.Module) -> tuple[Backbone, ExitPlan, TokenCosts]:
-        """What decoding ``model`` takes. Raises ArtifactMismatch, PolicyMismatch, UnsupportedModel."""
+        """What decoding ``model`` takes. Raises ArtifactMismatchError, PolicyMismatchError, UnsupportedModelError."""
         backbone, config = self.exits.drive(model), self.exits.config
         readout = self.exits.readout(backbone)
         self.policy.check(backbone, readout)
         backbone.refresh()
         active = self.thresholds.active
-        judge = self.judge
-        if isinstance(judge, nn.Module):
-            judge.to(backbone.device)
-        plan = ExitPlan(config.layers[:active], judge, readout, self.policy, self.window)
-        costs = TokenCosts.of(backbone.costs(), config.layers, active, judge, self.policy, readout)
+        estimator = self.estimator
+        if isinstance(estimator, nn.Module):
+            estimator.to(backbone.device)
+        plan = ExitPlan(config.layers[:active], estimator, readout, self.policy, self.window)
+        costs = TokenCosts.of(backbone.costs(), config.layers, active, estimator, self.policy, readout)
         return backbone, plan, costs
 
     def __call__(
@@ -232,7 +232,7 @@ def _promised(
         POLICIES.lookup(policy)
     promise = exits.promise(text, policy, measure)
     if window not in (None, promise.window):
-        raise PolicyMismatch(
+        raise PolicyMismatchError(
             f"window {window!r}: the promise {promise.text!r} was calibrated with a window of {promise.window}. "
             "Leave it out, or calibrate with another."
         )

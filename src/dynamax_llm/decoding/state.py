@@ -24,7 +24,7 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone, Context
 from dynamax_llm.backbones.cache import KINDS
 from dynamax_llm.engines import EagerEngine
-from dynamax_llm.errors import PolicyMismatch
+from dynamax_llm.errors import PolicyMismatchError
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.registry import Registry
 
@@ -46,16 +46,16 @@ class StatePolicy:
     updates_state = False
 
     def check(self, backbone: Backbone, readout: Readout) -> None:
-        """Raise PolicyMismatch if the policy is not defined for this backbone's layers, or with this readout."""
+        """Raise PolicyMismatchError if the policy is not defined for this backbone's layers, or with this readout."""
         wrong = sorted(set(backbone.kinds) - set(self.kinds))
         if wrong:
             allowed = [name for name, policy in POLICIES.items() if set(backbone.kinds) <= set(policy.kinds)]
-            raise PolicyMismatch(
+            raise PolicyMismatchError(
                 f"state policy {self.name!r} is not defined for the {' and '.join(wrong)} layers of "
                 f"{backbone.model_type!r}. Use {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}."
             )
         if self.exact_state and readout.tail_layers:
-            raise PolicyMismatch(
+            raise PolicyMismatchError(
                 f"state policy {self.name!r} cannot be used with the readout 'tail': a token that leaves would run "
                 f"the last layers at once, on h that never passed those between, and their state would not be exact. "
                 "Use exits with the readout 'head' or 'lens', or the policy 'propagate'."

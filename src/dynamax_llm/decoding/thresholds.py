@@ -30,11 +30,11 @@ class Thresholds:
         threshold: Threshold | Sequence[Threshold],
         n_exits: int,
         schedule: str = "fixed",
-        harm: Sequence[float] = (),
+        drift_penalty: Sequence[float] = (),
     ) -> Thresholds:
         """From one value or one per exit, each in [0, 1] or "never". Raises UsageError naming what is allowed.
 
-        ``harm``: what leaving costs besides, per exit. One value for all exits rises by it, unless it is
+        ``drift_penalty``: what leaving costs besides, per exit. One value for all exits rises by it, unless it is
         0; an exit where that leaves nothing to be sure enough of is closed.
         """
         common = isinstance(threshold, str | int | float)
@@ -46,8 +46,8 @@ class Thresholds:
         if schedule not in SCHEDULES:
             raise UsageError(f"unknown schedule {schedule!r}. Available: {', '.join(SCHEDULES)}.")
         values = tuple(map(_value, items))
-        if common and harm:
-            values = tuple(_net(value, cost) for value, cost in zip(values, harm, strict=True))
+        if common and drift_penalty:
+            values = tuple(_net(value, cost) for value, cost in zip(values, drift_penalty, strict=True))
         return cls(values, schedule)
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 from dynamax_llm.backbones import Costs
 from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.decoding.state import StatePolicy
-from dynamax_llm.exits.confidence import Judge
+from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.readout import Readout
 
 
@@ -30,7 +30,13 @@ class TokenCosts:
 
     @classmethod
     def of(
-        cls, costs: Costs, exits: Sequence[int], active: int, judge: Judge, policy: StatePolicy, readout: Readout
+        cls,
+        costs: Costs,
+        exits: Sequence[int],
+        active: int,
+        estimator: ConfidenceEstimator,
+        policy: StatePolicy,
+        readout: Readout,
     ) -> TokenCosts:
         """``exits`` are depths; the first ``active`` of them are asked. Every cost is in: layers, skipped states,
         each exit's check, state of recurrent heads at exits the token never reached, every readout."""
@@ -39,12 +45,12 @@ class TokenCosts:
         for index, depth in enumerate((*exits, n_layers)):
             leaves = index < len(exits)
             asked = min(index + 1, active)
-            checks = sum(judge.macs(e) for e in range(asked))
-            if judge.recurrent:
-                checks += sum(judge.update_macs(e) for e in range(asked, active))
+            checks = sum(estimator.macs(e) for e in range(asked))
+            if estimator.recurrent:
+                checks += sum(estimator.update_macs(e) for e in range(asked, active))
             # An exit's own readout serves as the token's if it was complete, unless a tail runs between the two.
-            looked = sum(readout.look_macs(e) for e in range(asked)) if judge.needs_logits else 0
-            reused = leaves and tail == 0 and judge.needs_logits and readout.reads_all(index)
+            looked = sum(readout.read_macs(e) for e in range(asked)) if estimator.needs_logits else 0
+            reused = leaves and tail == 0 and estimator.needs_logits and readout.reads_all(index)
             own = readout.macs(index) if leaves and tail == 0 else costs.readout
             layers = costs.depth(depth)
             if leaves:

@@ -98,10 +98,10 @@ class VerifiedRun:
     def run(self) -> None:
         logits = self.decoder.prefill(self.request.ids)
         none = Draft([], [], [], [0] * self.batch)
-        self._judge(logits.unsqueeze(1), none)
+        self._estimator(logits.unsqueeze(1), none)
         while not all(self.ended):
             draft, window = self._draft()
-            counts = self._judge(window, draft)
+            counts = self._estimator(window, draft)
             if not all(self.ended):
                 self.decoder.keep(torch.tensor(counts, device=window.device))
 
@@ -168,7 +168,7 @@ class VerifiedRun:
         assert result is not None
         return result
 
-    def _judge(self, window: Tensor, draft: Draft) -> list[int]:
+    def _estimator(self, window: Tensor, draft: Draft) -> list[int]:
         """Accept, replace or drop proposals, given the full model's logits (B, W, V): tokens that each row keeps."""
         width, exits = window.shape[1], [part.tolist() for part in draft.exits]
         self.stats.windows += bool(draft.tokens)

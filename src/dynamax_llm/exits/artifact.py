@@ -13,7 +13,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,14 @@ from torch import Tensor, nn
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.fingerprint import explain_mismatch, fingerprint
 from dynamax_llm.backbones.loading import shipped_exits
-from dynamax_llm.errors import ArtifactCorrupt, ArtifactMismatch, ArtifactVersion, UsageError
-from dynamax_llm.exits.confidence import MEASURES, Judge, measure
+from dynamax_llm.errors import ArtifactCorruptError, ArtifactMismatchError, ArtifactVersionError, UsageError
 from dynamax_llm.exits.config import PAPER_EXITS, ExitConfig, place_exits
+from dynamax_llm.exits.features import MEASURES, ConfidenceEstimator, measure
 from dynamax_llm.exits.files import fetch, prepare_folder, write_atomically
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.promise import Promise, digest, find_promise
 from dynamax_llm.exits.readout import Lens, Readout
+from dynamax_llm.version import installed_version
 
 FORMAT = "dynamax-exits"
 #: Raised when older DYNAMAX could misread what this one writes.
@@ -54,8 +54,8 @@ class Exits:
 
     ``heads`` is None where a fixed measure decides, ``lens`` unless the readout is "lens". ``fingerprint`` identifies
     the backbone, ``width`` and ``vocab_size`` are its own. ``provenance`` says how the heads came about, ``promises``
-    what calibration proved of them. ``disturbance``: by policy, what a token that leaves costs later ones, per exit, as
-    training measured it for the heads.
+    what calibration proved of them. ``drift_penalty``: by policy, what a token that leaves costs later ones, per exit,
+    as training measured it for the heads.
     """
 
     config: ExitConfig
@@ -66,7 +66,7 @@ class Exits:
     vocab_size: int
     provenance: dict[str, Any] = field(default_factory=dict)
     promises: tuple[Promise, ...] = ()
-    disturbance: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    drift_penalty: dict[str, tuple[float, ...]] = field(default_factory=dict)
     _backbone: Backbone | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -78,7 +78,7 @@ class Exits:
         readout: str = "head",
         tail_layers: int = 1,
     ) -> Exits:
-        """Exits without heads, to be judged by a confidence measure. Raises ExitPlacement, UsageError."""
+        """Exits without heads, to be judged by a confidence measure. Raises ExitPlacementError, UsageError."""
         if readout == "lens":
             raise UsageError("readout 'lens' is learned: train exits with it. Untrained exits use 'head' or 'tail'.")
         depths = place_exits(layers, backbone.n_layers)
@@ -100,7 +100,7 @@ class Exits:
         identity = fingerprint(backbone.model)
         return cls(config, heads, lens, identity, backbone.width, backbone.vocab_size, provenance or {})
 
-    def judge(self, name: str | None = None) -> Judge:
+    def estimator(self, name: str | None = None) -> ConfidenceEstimator:
         """The trained heads, or the measure called ``name``. Raises UsageError if there are no heads to use."""
         if name is not None:
             return measure(name)
@@ -115,7 +115,7 @@ class Exits:
     def drive(self, model: nn.Module) -> Backbone:
         """The Backbone that drives ``model``, checked once and remembered, with its stacked weights.
 
-        Raises UnsupportedModel, ArtifactMismatch.
+        Raises UnsupportedModelError, ArtifactMismatchError.
         """
         if self._backbone is None or self._backbone.model is not model:
             backbone = adapt(model)
@@ -124,7 +124,7 @@ class Exits:
         return self._backbone
 
     def check_backbone(self, backbone: Backbone) -> None:
-        """Raise ArtifactMismatch unless these exits were made for this backbone, whatever dtype it is loaded in.
+        """Raise ArtifactMismatchError unless these exits were made for this backbone, whatever dtype it is loaded in.
 
         A model that passed is remembered and not hashed again.
         """
@@ -132,7 +132,7 @@ class Exits:
             return
         difference = explain_mismatch(self.fingerprint, fingerprint(backbone.model))
         if difference is not None:
-            raise ArtifactMismatch(
+            raise ArtifactMismatchError(
                 f"these exits were made for another backbone: {difference}. Load the backbone they were trained on"
                 f"{_origin(self.provenance)}, or train exits for this one: dynamax train MODEL --data … --out DIR."
             )
@@ -140,10 +140,11 @@ class Exits:
 
     def promise(self, text: str, policy: str | None = None, measure: str | None = None) -> Promise:
         """The recorded promise ``text``. Raises UsageError if it cannot be read, PromiseError if it is not recorded,
-        PolicyMismatch if it is under another policy or judge, ArtifactMismatch if it is another backbone's."""
+        PolicyMismatchError if it is under another policy or judge, ArtifactMismatchError if it is another
+        backbone's."""
         found = find_promise(self.promises, text, policy, measure)
         if found.fingerprint != digest(self.fingerprint) or found.readout != self.config.readout:
-            raise ArtifactMismatch(
+            raise ArtifactMismatchError(
                 f"promise {found.text!r} was calibrated on another backbone or readout than these exits are for. "
                 "Calibrate it here: dynamax calibrate."
             )
@@ -170,7 +171,7 @@ class Exits:
             "provenance": self.provenance,
             "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
             "promises": [promise.to_json() for promise in self.promises],
-            "disturbance": {policy: list(values) for policy, values in self.disturbance.items()},
+            "drift_penalty": {policy: list(values) for policy, values in self.drift_penalty.items()},
         }
         # The manifest comes last: a save that dies in between leaves a hash that does not match, not a mixture.
         write_atomically(target / TENSORS, tensors)
@@ -180,8 +181,8 @@ class Exits:
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> Exits:
         """Read a folder or hub repository that ``save`` wrote, or what ships with a reference backbone, by its name.
 
-        Raises ArtifactError if there is none, ArtifactVersion if it is newer than this DYNAMAX, ArtifactCorrupt,
-        naming the field or tensor, if it is damaged.
+        Raises ArtifactError if there is none, ArtifactVersionError if it is newer than this DYNAMAX,
+        ArtifactCorruptError, naming the field or tensor, if it is damaged.
         """
         name = str(shipped_exits(folder_or_hub_id) or folder_or_hub_id)
         manifest_path, tensors_path = fetch(name, (MANIFEST, TENSORS))
@@ -196,8 +197,18 @@ class Exits:
         heads, lens = _filled(heads, "heads.", tensors), _filled(lens, "lens.", tensors)
         identity, provenance = manifest["fingerprint"], manifest["provenance"]
         promises = _read_promises(manifest_path, manifest, len(config.layers))
-        harm = _read_disturbance(manifest_path, manifest, len(config.layers))
-        return cls(config, heads, lens, identity, manifest["width"], manifest["vocab_size"], provenance, promises, harm)
+        drift_penalty = _read_drift_penalty(manifest_path, manifest, len(config.layers))
+        return cls(
+            config,
+            heads,
+            lens,
+            identity,
+            manifest["width"],
+            manifest["vocab_size"],
+            provenance,
+            promises,
+            drift_penalty,
+        )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -211,7 +222,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(version, int) or version < 1:
         raise _corrupt(path, f"its version is {version!r}, not a positive whole number")
     if version > VERSION:
-        raise ArtifactVersion(
+        raise ArtifactVersionError(
             f"{path} has format version {version}, written by DYNAMAX {manifest.get('dynamax', '?')}; this one reads "
             f"up to {VERSION}. Upgrade: pip install --upgrade dynamax-llm."
         )
@@ -232,13 +243,13 @@ def _read_config(path: Path, manifest: Mapping[str, Any]) -> ExitConfig:
     return config
 
 
-def _read_disturbance(path: Path, manifest: Mapping[str, Any], n_exits: int) -> dict[str, tuple[float, ...]]:
-    """The optional field "disturbance"."""
-    found = manifest.get("disturbance", {})
+def _read_drift_penalty(path: Path, manifest: Mapping[str, Any], n_exits: int) -> dict[str, tuple[float, ...]]:
+    """The optional field "drift penalty"."""
+    found = manifest.get("drift_penalty", manifest.get("disturbance", {}))
     try:
         by_policy = {str(policy): tuple(map(float, values)) for policy, values in found.items()}
     except (AttributeError, TypeError, ValueError):
-        raise _corrupt(path, "its field 'disturbance' does not hold numbers by policy") from None
+        raise _corrupt(path, "its field 'drift_penalty' does not hold numbers by policy") from None
     for policy, values in by_policy.items():
         if len(values) != n_exits or not all(0.0 <= value < math.inf for value in values):
             raise _corrupt(path, f"its disturbance under {policy!r} is not {n_exits} numbers of 0 or more")
@@ -312,19 +323,11 @@ def _state(heads: nn.Module | None, lens: nn.Module | None) -> dict[str, Tensor]
     return {name: value if value.is_meta else value.cpu().clone().contiguous() for name, value in named.items()}
 
 
-def _corrupt(path: Path, problem: str) -> ArtifactCorrupt:
-    return ArtifactCorrupt(f"{path} is damaged: {problem}. Copy the exits again, or train them anew.")
+def _corrupt(path: Path, problem: str) -> ArtifactCorruptError:
+    return ArtifactCorruptError(f"{path} is damaged: {problem}. Copy the exits again, or train them anew.")
 
 
 def _origin(provenance: Mapping[str, Any]) -> str:
     """Where the right backbone came from, if training recorded it."""
     model = provenance.get("model")
     return f" ({model})" if model else ""
-
-
-def installed_version() -> str:
-    """The version of the installed package."""
-    try:
-        return metadata.version("dynamax-llm")
-    except metadata.PackageNotFoundError:
-        return "source tree"

@@ -6,12 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from fractions import Fraction
 
-from dynamax_llm.errors import ExitPlacement, UsageError
+from dynamax_llm.errors import ExitPlacementError, UsageError
 
 #: The paper's four exits (arXiv 2504.20922), as shares of the depth.
 PAPER_EXITS = ("1/2", "5/8", "3/4", "7/8")
 #: Where states are exact, exits from a quarter of the depth save most; where they are not, thresholds keep the early
-#: ones for the few tokens that can afford them (see ``Exits.disturbance``).
+#: ones for the few tokens that can afford them (see ``Exits.drift_penalty``).
 DEFAULT_EXITS = ("1/4", "3/8", "1/2", "5/8", "3/4", "7/8")
 HEADS = ("linear", "mlp", "transformer", "mamba")
 #: Inner widths at which heads cost about the same: 74 to 77 thousand parameters on the default inputs of a backbone of
@@ -22,7 +22,7 @@ OWN_WIDTH = 0
 READOUTS = ("head", "tail", "lens")
 INPUTS = ("hidden", "signals", "tokens")
 LABELS = ("action", "topk", "probability", "overlap")
-#: Signals hold this many top probabilities, so that no fewer candidates make sense.
+#: ExitFeatures hold this many top probabilities, so that no fewer candidates make sense.
 LEAST_CANDIDATES = 5
 #: How candidates are found: "pairs", the two likeliest of each group of tokens (one pass, no sorting); "top", exactly.
 SHORTLISTS = ("pairs", "top")
@@ -38,7 +38,7 @@ class ExitConfig:
     look only at so many likely tokens of it (0: every exit reads everything), found as ``shortlist`` says
     (``confidence.shortlist``). ``inputs`` are what a head sees: h, its readout's statistics, and the LM head's rows of
     the two tokens that lead there. ``label`` "action" is 1 iff this readout gives the full model's token; the others
-    are described in ``training/labels.py``. Raises UsageError for values that are not allowed.
+    are described in ``traces/labels.py``. Raises UsageError for values that are not allowed.
     """
 
     layers: tuple[int, ...]
@@ -96,7 +96,7 @@ def place_exits(spec: str | tuple[str | int | float, ...], n_layers: int) -> tup
     """Exit depths from layers (``"8,10"``) or fractions of the depth (``"1/2,0.75"``), sorted, within 1..L-1.
 
     A fraction is rounded to the nearest layer; in a shallow model fractions that meet on one layer are one exit.
-    Raises ExitPlacement for anything else, and for a layer named twice.
+    Raises ExitPlacementError for anything else, and for a layer named twice.
     """
     items = [item.strip() for item in spec.split(",")] if isinstance(spec, str) else [str(item) for item in spec]
     depths: dict[int, str] = {}
@@ -104,19 +104,19 @@ def place_exits(spec: str | tuple[str | int | float, ...], n_layers: int) -> tup
         try:
             value = Fraction(item)
         except (ValueError, ZeroDivisionError):
-            raise ExitPlacement(
+            raise ExitPlacementError(
                 f"exit {item!r} is neither a layer nor a fraction. "
                 "Write layers (8,12) or shares of the depth (1/2,0.75)."
             ) from None
         is_share = _is_share(item)
         depth = round(value * n_layers) if is_share else int(value)
         if not 1 <= depth < n_layers:
-            raise ExitPlacement(
+            raise ExitPlacementError(
                 f"exit {item!r} lies at depth {depth}; this backbone has {n_layers} layers, so exits may sit "
                 f"after layers 1 to {n_layers - 1}."
             )
         if depth in depths and not (is_share and _is_share(depths[depth])):
-            raise ExitPlacement(
+            raise ExitPlacementError(
                 f"exits {depths[depth]!r} and {item!r} both lie after layer {depth}: name each layer once."
             )
         depths[depth] = item

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynamax_llm.exits.blocks import advance_cell, causal_convolution, scan, windowed_attention
-from dynamax_llm.exits.confidence import SIGNALS, Judge, Signals, State
 from dynamax_llm.exits.config import INPUTS, ExitConfig
+from dynamax_llm.exits.features import STATISTICS, ConfidenceEstimator, ExitFeatures, State
 from dynamax_llm.registry import Registry
 
 
@@ -250,8 +250,8 @@ BANKS: Registry[type[Bank]] = Registry(
 )
 
 
-class ExitHeads(nn.Module, Judge):
-    """The heads of one set of exits, as a Judge. Confidence is sigmoid(logit + prior).
+class ExitHeads(nn.Module, ConfidenceEstimator):
+    """The heads of one set of exits, as a ConfidenceEstimator. Confidence is sigmoid(logit + prior).
 
     ``prior`` (E,) holds each exit's log-odds of agreement, measured in training: the loss is class-balanced, and the
     prior turns its verdict back into P(agree), so that one threshold means the same at every exit.
@@ -261,9 +261,9 @@ class ExitHeads(nn.Module, Judge):
         """Untrained heads for a backbone of ``width``. Raises UsageError if the configuration names no head."""
         super().__init__()
         self.kind = "none" if config.head is None else config.head
-        self.uses_hidden, self.uses_signals, self.uses_tokens = (kind in config.inputs for kind in INPUTS)
-        self.needs_logits = self.uses_signals or self.uses_tokens
-        inputs = width * (self.uses_hidden + 2 * self.uses_tokens) + len(SIGNALS) * self.uses_signals
+        self.uses_hidden, self.uses_statistics, self.uses_tokens = (kind in config.inputs for kind in INPUTS)
+        self.needs_logits = self.uses_statistics or self.uses_tokens
+        inputs = width * (self.uses_hidden + 2 * self.uses_tokens) + len(STATISTICS) * self.uses_statistics
         self.bank = BANKS.lookup(self.kind)(len(config.layers), inputs, config.width or auto_width(width))
         self.recurrent = self.bank.recurrent
         self.register_buffer("prior", torch.zeros(len(config.layers)))
@@ -273,15 +273,15 @@ class ExitHeads(nn.Module, Judge):
         self.shift: Tensor
         self.scale: Tensor
 
-    def raw_inputs(self, h: Tensor, signals: Signals) -> Tensor:
+    def raw_inputs(self, h: Tensor, features: ExitFeatures) -> Tensor:
         """What the heads see, side by side (B, T, D): h (B, T, d), the statistics, the LM head's rows of the leading
         token and its runner-up; h and rows are scaled to unit root mean square."""
         parts = [unit_rms(h)] if self.uses_hidden else []
-        if self.uses_signals:
-            parts.append(signals.values)
+        if self.uses_statistics:
+            parts.append(features.values)
         if self.uses_tokens:
-            assert signals.rows is not None, "a readout whose configuration has other inputs made these signals"
-            parts.append(unit_rms(signals.rows.unflatten(-1, (2, -1))).flatten(-2))
+            assert features.rows is not None, "a readout whose configuration has other inputs made these signals"
+            parts.append(unit_rms(features.rows.unflatten(-1, (2, -1))).flatten(-2))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def fit_inputs(self, exit: int, mean: Tensor, deviation: Tensor) -> None:
@@ -293,34 +293,34 @@ class ExitHeads(nn.Module, Judge):
         self.scale[exit, 0, 0] = scale
         self.shift[exit, 0, 0] = -mean * scale
 
-    def features(self, exits: slice, h: Tensor, signals: Signals) -> Tensor:
+    def features(self, exits: slice, h: Tensor, features: ExitFeatures) -> Tensor:
         """Standardised inputs (S, B, T, D) of a run of exits."""
-        return torch.addcmul(self.shift[exits], self.raw_inputs(h, signals), self.scale[exits])
+        return torch.addcmul(self.shift[exits], self.raw_inputs(h, features), self.scale[exits])
 
     def logits(
-        self, exit: int, h: Tensor, signals: Signals, state: State | None = None, padding: Tensor | None = None
+        self, exit: int, h: Tensor, features: ExitFeatures, state: State | None = None, padding: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
         """The class-balanced logit (B, T) and this exit's state after the T tokens; state None starts anew."""
         past = None if state is None else tuple(part.unsqueeze(0) for part in state)
         here = slice(exit, exit + 1)
-        logit, after = self.bank(here, self.features(here, h, signals), past, padding)
+        logit, after = self.bank(here, self.features(here, h, features), past, padding)
         return logit.squeeze(0), tuple(part.squeeze(0) for part in after) if self.recurrent else None
 
     def confidence(
-        self, exit: int, h: Tensor, signals: Signals, state: State | None, padding: Tensor | None = None
+        self, exit: int, h: Tensor, features: ExitFeatures, state: State | None, padding: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
-        logit, after = self.logits(exit, h, signals, state, padding)
+        logit, after = self.logits(exit, h, features, state, padding)
         return torch.sigmoid(logit + self.prior[exit]), after
 
     def advance(
-        self, first: int, h: Tensor, signals: Signals, states: list[State] | None, padding: Tensor | None = None
+        self, first: int, h: Tensor, features: ExitFeatures, states: list[State] | None, padding: Tensor | None = None
     ) -> list[State] | None:
         if not self.recurrent or first >= self.bank.n_exits:
             return states
         assert states is not None, "a recurrent head needs the states that initial_state() made"
         later = tuple(torch.stack(parts) for parts in zip(*states[first:], strict=True))
         run = slice(first, None)
-        after = self.bank.advance(run, self.features(run, h, signals), later, padding)
+        after = self.bank.advance(run, self.features(run, h, features), later, padding)
         return states[:first] + list(zip(*(part.unbind(0) for part in after), strict=True))
 
     def initial_state(self, batch: int, device: torch.device | str = "cpu") -> list[State] | None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dynamax_llm.errors import PolicyMismatch, PromiseError, UsageError
+from dynamax_llm.errors import PolicyMismatchError, PromiseError, UsageError
 
 MEASURES = ("agreement", "consistency")
 #: The metric of a risk that names none, and those there are.
@@ -75,8 +75,8 @@ class Promise:
 
     ``confidence`` is None under "crc". ``n`` sequences prove it, ``n_path`` others taught the path. ``parameter`` is
     λ on that path, ``thresholds`` are per exit, None where none may leave. ``estimate`` is the mean (agreement,
-    consistency, or drop of the score at most) seen on the n, ``mean_depth`` the mean share of the layers. ``judge`` is
-    the head's kind or the measure's name. ``evidence`` lists the tested points from safe to risky.
+    consistency, or drop of the score at most) seen on the n, ``mean_depth`` the mean share of the layers. ``estimator``
+    is the head's kind or the measure's name. ``evidence`` lists the tested points from safe to risky.
     """
 
     text: str
@@ -95,7 +95,7 @@ class Promise:
     policy: str
     window: int
     readout: str
-    judge: str
+    estimator: str
     data: dict[str, Any]
     fingerprint: str
     dynamax: str
@@ -105,7 +105,7 @@ class Promise:
     @property
     def key(self) -> tuple[str, str, str]:
         """Exits keep one promise of each key: text, state policy, judge."""
-        return self.text, self.policy, self.judge
+        return self.text, self.policy, self.estimator
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, the inverse of ``from_json``."""
@@ -116,6 +116,8 @@ class Promise:
         """Raises ValueError naming the field that is missing, unknown or impossible."""
         if not isinstance(data, Mapping):
             raise ValueError("it is no JSON object")
+        if "judge" in data:  # the field's name until 0.1.0
+            data = {"estimator" if name == "judge" else name: value for name, value in data.items()}
         known = cls.__dataclass_fields__
         for name in (*known, *data):
             if name not in known:
@@ -181,7 +183,7 @@ _CHECKS = {
     "policy": _text,
     "window": _count,
     "readout": _text,
-    "judge": _text,
+    "estimator": _text,
     "data": lambda value: isinstance(value, dict),
     "fingerprint": _text,
     "dynamax": _text,
@@ -196,14 +198,14 @@ def digest(fingerprint: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def find_promise(promises: Sequence[Promise], text: str, policy: str | None, judge: str | None) -> Promise:
+def find_promise(promises: Sequence[Promise], text: str, policy: str | None, estimator: str | None) -> Promise:
     """The recorded promise ``text`` under this policy and judge, if they are named.
 
     Raises UsageError if the text cannot be read, PromiseError, naming those there are, if there is none.
     """
     wanted = Target.parse(text).text
     named = [promise for promise in promises if promise.text == wanted]
-    fit = [item for item in named if policy in (None, item.policy) and judge in (None, item.judge)]
+    fit = [item for item in named if policy in (None, item.policy) and estimator in (None, item.estimator)]
     if len(fit) == 1:
         return fit[0]
     if not named:
@@ -212,13 +214,13 @@ def find_promise(promises: Sequence[Promise], text: str, policy: str | None, jud
             f"promise {wanted!r} is not recorded with these exits (there: {there}). Calibrate it: dynamax calibrate "
             f'MODEL --exits DIR --data … --promise "{wanted}".'
         )
-    how = "; ".join(f"policy {item.policy!r}, judge {item.judge!r}" for item in (fit or named))
+    how = "; ".join(f"policy {item.policy!r}, estimator {item.estimator!r}" for item in (fit or named))
     if fit:
         raise PromiseError(f"promise {wanted!r} is recorded several times ({how}): name the policy or the measure.")
     asked = " and ".join(
-        f"{name} {value!r}" for name, value in (("policy", policy), ("judge", judge)) if value is not None
+        f"{name} {value!r}" for name, value in (("policy", policy), ("estimator", estimator)) if value is not None
     )
-    raise PolicyMismatch(
+    raise PolicyMismatchError(
         f"promise {wanted!r} was calibrated under {how}; it says nothing under {asked}. Leave that out, or calibrate "
         "under it: dynamax calibrate."
     )

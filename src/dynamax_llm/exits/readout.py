@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from dynamax_llm.backbones.base import Backbone
-from dynamax_llm.exits.confidence import Signals, concatenate, observe
 from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.features import ExitFeatures, concatenate, exit_features
 from dynamax_llm.shapes import Hidden, Ids, Logits
 
 #: Logits made at once when a whole sequence is read out; bounds memory at 64 MiB a float32 copy.
@@ -71,7 +71,9 @@ class Readout:
         """True if the logits the decision was taken from are those of the token: no second readout is needed."""
         return self.config.readout != "tail"
 
-    def look(self, exit: int, h: Hidden, h_before: Hidden, previous: Signals | None) -> tuple[Signals, Logits | None]:
+    def read(
+        self, exit: int, h: Hidden, h_before: Hidden, previous: ExitFeatures | None
+    ) -> tuple[ExitFeatures, Logits | None]:
         """What exit ``exit`` sees of h (B, 1, d), and its logits (B, 1, V) if it read all and they may be output.
 
         With ``config.candidates`` the first exit reads the whole vocabulary and the later ones only its shortlist, so
@@ -80,13 +82,15 @@ class Readout:
         if previous is not None and previous.candidates is not None:
             moved = h if self.lens is None else self.lens(exit, h)
             few = self.backbone.readout_of(moved, previous.candidates)
-            return self._named(observe(h, h_before, few, previous)), None
+            return self._named(exit_features(h, h_before, few, previous)), None
         logits = self.decision_logits(exit, h)
-        seen = self._observe(h, h_before, logits, previous)
+        seen = self._features(h, h_before, logits, previous)
         return self._named(seen), logits if self.decision_is_output else None
 
-    def signals(self, exit: int, h: Hidden, h_before: Hidden, previous: Signals | None) -> tuple[Signals, Ids]:
-        """What ``look`` sees, over a whole sequence h (B, T, d), and the argmax (B, T) of all the logits.
+    def features(
+        self, exit: int, h: Hidden, h_before: Hidden, previous: ExitFeatures | None
+    ) -> tuple[ExitFeatures, Ids]:
+        """What ``read`` sees, over a whole sequence h (B, T, d), and the argmax (B, T) of all the logits.
 
         In slices of T, so that memory stays bounded; every slice reads the whole vocabulary, for the argmax.
         """
@@ -94,19 +98,19 @@ class Readout:
         parts, tokens = [], []
         for start in range(0, h.shape[1], step):
             run = slice(start, start + step)
-            before = None if previous is None else slice_signals(previous, run)
+            before = None if previous is None else slice_features(previous, run)
             logits = self.decision_logits(exit, h[:, run])
             tokens.append(logits.argmax(-1))
             if before is not None and before.candidates is not None:
                 logits = logits.gather(-1, before.candidates)
-            parts.append(self._named(self._observe(h[:, run], h_before[:, run], logits, before)))
+            parts.append(self._named(self._features(h[:, run], h_before[:, run], logits, before)))
         return parts[0] if len(parts) == 1 else concatenate(parts), torch.cat(tokens, dim=1)
 
-    def _observe(self, h: Hidden, h_before: Hidden, logits: Logits, previous: Signals | None) -> Signals:
-        """Signals of logits over the whole vocabulary, or over the candidates of the exits before."""
-        return observe(h, h_before, logits, previous, self.config.candidates, self.config.shortlist == "pairs")
+    def _features(self, h: Hidden, h_before: Hidden, logits: Logits, previous: ExitFeatures | None) -> ExitFeatures:
+        """ExitFeatures of logits over the whole vocabulary, or over the candidates of the exits before."""
+        return exit_features(h, h_before, logits, previous, self.config.candidates, self.config.shortlist == "pairs")
 
-    def _named(self, seen: Signals) -> Signals:
+    def _named(self, seen: ExitFeatures) -> ExitFeatures:
         """With the LM head's rows of the leading token and its runner-up, if the heads read them."""
         if "tokens" not in self.config.inputs or seen.token is None or seen.rival is None:
             return seen
@@ -121,7 +125,7 @@ class Readout:
         """Whether a look at exit ``exit`` reads the whole vocabulary."""
         return exit == 0 or not self.config.candidates
 
-    def look_macs(self, exit: int) -> int:
+    def read_macs(self, exit: int) -> int:
         """Multiply-accumulates of one look at one token."""
         if self.reads_all(exit):
             return self.macs(exit)
@@ -135,7 +139,7 @@ def tokens_at_once(backbone: Backbone) -> int:
     return max(1, logits // backbone.vocab_size)
 
 
-def slice_signals(signals: Signals, run: slice) -> Signals:
-    """The tokens ``run`` of ``signals``."""
-    token, candidates = (None if part is None else part[:, run] for part in (signals.token, signals.candidates))
-    return Signals(signals.values[:, run], token, candidates)
+def slice_features(features: ExitFeatures, run: slice) -> ExitFeatures:
+    """The tokens ``run`` of ``features``."""
+    token, candidates = (None if part is None else part[:, run] for part in (features.token, features.candidates))
+    return ExitFeatures(features.values[:, run], token, candidates)

@@ -19,10 +19,10 @@ from dynamax_llm.backbones.loading import load, peek
 from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.errors import UsageError
-from dynamax_llm.evaluation.evaluate import OnProgress, Plan, evaluate, merge
-from dynamax_llm.evaluation.results import Evaluation
-from dynamax_llm.evaluation.settings import Subject, grid
-from dynamax_llm.evaluation.tasks import EvalTask, load_tasks
+from dynamax_llm.evaluation.harness.evaluate import OnProgress, Plan, evaluate, merge
+from dynamax_llm.evaluation.harness.results import Evaluation
+from dynamax_llm.evaluation.harness.settings import Subject, grid
+from dynamax_llm.evaluation.harness.tasks import EvalTask, load_tasks
 from dynamax_llm.exits.heads import BANKS
 from dynamax_llm.paper.heads import exits_of
 from dynamax_llm.training.settings import TrainSettings

@@ -11,8 +11,8 @@ from dynamax_llm.backbones.loading import shipped_exits
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import MANIFEST, Exits
 from dynamax_llm.exits.config import PAPER_EXITS, ExitConfig, place_exits
+from dynamax_llm.text.sources import find_source
 from dynamax_llm.training.settings import TrainSettings
-from dynamax_llm.training.sources import find_source
 from dynamax_llm.training.trainer import train_many
 
 

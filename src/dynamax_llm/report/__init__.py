@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynamax_llm.errors import UsageError
-from dynamax_llm.evaluation.results import Evaluation
+from dynamax_llm.evaluation.harness.results import Evaluation
 from dynamax_llm.exits.files import write_atomically
 from dynamax_llm.report.canvas import Plot, files
 from dynamax_llm.report.combine import combine

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from dynamax_llm.errors import DataError, UsageError
-from dynamax_llm.evaluation.results import Cell, Evaluation, Example, Setting
+from dynamax_llm.evaluation.harness.results import Cell, Evaluation, Example, Setting
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynamax_llm.evaluation.results import BackboneFacts, Cell, Evaluation, Reliability, TaskFacts
+from dynamax_llm.evaluation.harness.results import BackboneFacts, Cell, Evaluation, Reliability, TaskFacts
 from dynamax_llm.report.canvas import Plot, clean
 from dynamax_llm.report.markup import slug
 from dynamax_llm.report.numbers import is_number, number

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynamax_llm.evaluation.results import BackboneFacts, Cell, Evaluation, Interval, TaskFacts
+from dynamax_llm.evaluation.harness.results import BackboneFacts, Cell, Evaluation, Interval, TaskFacts
 from dynamax_llm.report.canvas import Plot, clean
 from dynamax_llm.report.markup import slug
 from dynamax_llm.report.palette import Palette

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dynamax_llm.evaluation.results import Interval
+from dynamax_llm.evaluation.harness.results import Interval
 
 DASH, MINUS = "–", "−"
 #: Never at the beginning of a line.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 
-from dynamax_llm.evaluation.results import Evaluation
+from dynamax_llm.evaluation.harness.results import Evaluation
 from dynamax_llm.report import words
 from dynamax_llm.report.canvas import Plot, inline
 from dynamax_llm.report.depths import evidence, histogram, reliability

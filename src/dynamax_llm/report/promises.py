@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dynamax_llm.evaluation.results import BackboneFacts, Shift
+from dynamax_llm.evaluation.harness.results import BackboneFacts, Shift
 from dynamax_llm.report.markup import Markup, join, scrolling, tag
 from dynamax_llm.report.numbers import DASH, PERCENT, is_number, number, percent, share, spread
 
@@ -61,7 +61,7 @@ def card(promise: Promise, figure: Markup | None) -> Markup:
     facts = {
         "chosen λ": number(promise.get("parameter")),
         "thresholds per exit": shown,
-        "judge": promise.get("judge", DASH),
+        "estimator": promise.get("estimator", promise.get("judge", DASH)),
         "estimate": number(promise.get("estimate")),
         "p-value": number(promise.get("p_value"), 4),
         "mean depth": percent(promise.get("mean_depth")),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamax_llm.errors import UsageError
-from dynamax_llm.evaluation.scanned import VERDICT_AT, Scan
+from dynamax_llm.evaluation.scan.document import VERDICT_AT, Scan
 from dynamax_llm.exits.files import write_atomically
 from dynamax_llm.report.canvas import Plot, clean, files
 from dynamax_llm.report.palette import Palette

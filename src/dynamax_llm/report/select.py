@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynamax_llm.evaluation.results import BackboneFacts, Cell, Evaluation, Interval, Setting, TaskFacts
+from dynamax_llm.evaluation.harness.results import BackboneFacts, Cell, Evaluation, Interval, Setting, TaskFacts
 from dynamax_llm.report.numbers import DASH, share
 from dynamax_llm.report.palette import BASELINES, CATEGORIES, KNOWN
 

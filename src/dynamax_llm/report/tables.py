@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynamax_llm.evaluation.results import BackboneFacts, Cell, Evaluation, Interval, Setting, TaskFacts
+from dynamax_llm.evaluation.harness.results import BackboneFacts, Cell, Evaluation, Interval, Setting, TaskFacts
 from dynamax_llm.report.markup import Markup, scrolling, tag
 from dynamax_llm.report.numbers import DASH, difference, number, percent, share, spread, times
 from dynamax_llm.report.select import QUIET, colour_roles, label, metric_name, setting_of

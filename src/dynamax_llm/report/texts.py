@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dynamax_llm.evaluation.results import BackboneFacts, Evaluation, Example, ShownToken
+from dynamax_llm.evaluation.harness.results import BackboneFacts, Evaluation, Example, ShownToken
 from dynamax_llm.report.depths import first_depth
 from dynamax_llm.report.markup import Markup, join, tag
 from dynamax_llm.report.numbers import percent

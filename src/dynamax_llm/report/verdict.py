@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from dynamax_llm.evaluation.results import BackboneFacts, Cell, Evaluation, Interval, Setting
+from dynamax_llm.evaluation.harness.results import BackboneFacts, Cell, Evaluation, Interval, Setting
 from dynamax_llm.report.numbers import listed, number, percent, times
 from dynamax_llm.report.select import QUIET, label
 
@@ -61,7 +61,7 @@ def _best(document: Evaluation, backbone: BackboneFacts) -> Verdict | None:
     candidates = [
         found
         for setting in document.settings.get(backbone.name, ())
-        if setting.kind != "full" and setting.kind not in QUIET and (found := _judge(document, backbone, setting))
+        if setting.kind != "full" and setting.kind not in QUIET and (found := _estimator(document, backbone, setting))
     ]
     widest = max((item.tasks for item in candidates), default=0)
     candidates = [item for item in candidates if item.tasks == widest]
@@ -73,7 +73,7 @@ def _best(document: Evaluation, backbone: BackboneFacts) -> Verdict | None:
     return max(candidates, key=lambda item: (item.agreement, item.reduction), default=None)
 
 
-def _judge(document: Evaluation, backbone: BackboneFacts, setting: Setting) -> Verdict | None:
+def _estimator(document: Evaluation, backbone: BackboneFacts, setting: Setting) -> Verdict | None:
     cells = [
         cell
         for cell in document.cells

@@ -1,7 +1,7 @@
 """Training exits on a frozen backbone, in one streaming pass.
 
 sources, data   text into documents, documents into batches, at a position that can be resumed
-harvest         what one frozen forward tells about every exit
+exit batch         what one frozen forward tells about every exit
 objective       the loss, on the inputs that heads will meet when decoding
 learner, lens   one head's, and the translators', optimisation
 trainer         the pass itself; ``checkpoint`` and ``progress`` beside it

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dynamax_llm.backbones.fingerprint import explain_mismatch
-from dynamax_llm.errors import ArtifactCorrupt, UsageError
+from dynamax_llm.errors import ArtifactCorruptError, UsageError
 from dynamax_llm.exits.files import prepare_folder, write_atomically
 
 FOLDER, FILE = ".checkpoint", "state.safetensors"
@@ -38,7 +38,7 @@ class Checkpoint:
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and state of the run so far, None if there is none.
 
-        Raises UsageError, naming the difference, if it is another run's; ArtifactCorrupt if it cannot be read.
+        Raises UsageError, naming the difference, if it is another run's; ArtifactCorruptError if it cannot be read.
         """
         if not self.path.exists():
             return None
@@ -48,7 +48,7 @@ class Checkpoint:
                 identity, state = json.loads(metadata["identity"]), json.loads(metadata["state"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ArtifactCorrupt(
+            raise ArtifactCorruptError(
                 f"the checkpoint {self.path} cannot be read ({error}). Delete {self.path.parent} to start afresh."
             ) from error
         difference = _difference(identity, self.identity)

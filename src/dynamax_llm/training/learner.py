@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.traces.collect import ExitBatch
+from dynamax_llm.traces.simulate import ThresholdSample, simulate_exits
 from dynamax_llm.training import optimiser
-from dynamax_llm.training.harvest import Harvest
-from dynamax_llm.training.objective import Balance, Draw, loss, tally, walk
+from dynamax_llm.training.objective import Balance, loss, tally
 from dynamax_llm.training.parallel import ALONE, Group
 from dynamax_llm.training.settings import TrainSettings
 
@@ -20,7 +21,7 @@ GRADIENT_NORM = 1.0
 
 
 class Learner:
-    """Heads of one configuration; several learners can share a harvest."""
+    """Heads of one configuration; several learners can share a exit batch."""
 
     def __init__(
         self, config: ExitConfig, width: int, settings: TrainSettings, device: torch.device, group: Group = ALONE
@@ -47,18 +48,18 @@ class Learner:
         """The last step's loss. Reading it waits for the device."""
         return None if self._loss is None else float(self._loss)
 
-    def step(self, harvest: Harvest, draw: Draw, progress: float) -> None:
+    def step(self, exit_batch: ExitBatch, draw: ThresholdSample, progress: float) -> None:
         """One optimiser step, at ``progress`` in [0, 1] of the heads' budget. Nothing in it waits for the device.
 
-        ``harvest`` and ``draw`` are this process's share of the batch; the step is the whole batch's.
+        ``exit batch`` and ``draw`` are this process's share of the batch; the step is the whole batch's.
         """
         if not self.optimiser.state:
-            self._fit_inputs(harvest)
+            self._fit_inputs(exit_batch)
         with torch.enable_grad():
-            step = walk(self.heads, harvest, draw)
-            counted = self.group.sum(tally(harvest.aims, step.reached))
+            step = simulate_exits(self.heads, exit_batch, draw)
+            counted = self.group.sum(tally(exit_batch.targets, step.reached))
             self.balance.add(counted)
-            value = loss(step, harvest.aims, self.weights(), counted.sum(0))
+            value = loss(step, exit_batch.targets, self.weights(), counted.sum(0))
             self.optimiser.zero_grad()
             value.backward()
         self.group.sum_gradients(list(self.heads.parameters()))
@@ -74,13 +75,13 @@ class Learner:
         weights = self.balance.weights()
         return weights if self.settings.balanced else torch.ones_like(weights)
 
-    def _fit_inputs(self, harvest: Harvest) -> None:
+    def _fit_inputs(self, exit_batch: ExitBatch) -> None:
         """Standardise the heads' inputs by the first batch they see."""
-        for exit, (h, signals) in enumerate(zip(harvest.hidden, harvest.signals, strict=True)):
-            raw = self.heads.raw_inputs(h, signals)[harvest.mask]
+        for exit, (h, features) in enumerate(zip(exit_batch.hidden, exit_batch.features, strict=True)):
+            raw = self.heads.raw_inputs(h, features)[exit_batch.mask]
             self.heads.fit_inputs(exit, *self.group.mean_deviation(raw))
 
-    def judge_by(self, report: dict[str, Any], tokens: int) -> None:
+    def decide_by(self, report: dict[str, Any], tokens: int) -> None:
         """Take note of an evaluation after ``tokens`` training tokens; keep the weights if they are the best yet."""
         self.history.append({"tokens": tokens, "train_loss": self.train_loss, **report})
         if report["loss"] < self.best_loss:

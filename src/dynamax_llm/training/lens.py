@@ -14,10 +14,10 @@ from torch.optim import AdamW
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.exits.readout import Lens
+from dynamax_llm.text.batches import Batch
+from dynamax_llm.traces.collect import forward
+from dynamax_llm.traces.labels import slices
 from dynamax_llm.training import optimiser
-from dynamax_llm.training.data import Batch
-from dynamax_llm.training.harvest import forward
-from dynamax_llm.training.labels import slices
 from dynamax_llm.training.learner import part
 from dynamax_llm.training.objective import learning_rate
 from dynamax_llm.training.parallel import ALONE, Group

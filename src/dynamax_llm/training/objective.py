@@ -12,86 +12,12 @@ Shapes: B rows, T tokens, E exits.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynamax_llm.exits.confidence import Judge, select
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.training.harvest import Harvest
-
-#: Thresholds of the rows that let tokens leave are drawn between these, as P(agree).
-THRESHOLDS = (0.5, 1.0)
-NEVER = 2.0
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Each row's threshold (B, 1), NEVER for rows in which no token leaves, and the first token that may (B, 1)."""
-
-    threshold: Tensor
-    start: Tensor
-
-    @classmethod
-    def sample(cls, mask: Tensor, never: float, generator: torch.Generator) -> Draw:
-        """For rows of mask (B, T): thresholds uniform in THRESHOLDS; half begin like a prompt, of random length."""
-        rows, length = mask.shape
-        uniform = torch.rand(4, rows, 1, generator=generator)
-        low, high = THRESHOLDS
-        threshold = torch.where(uniform[0] < never, NEVER, low + (high - low) * uniform[1])
-        return cls(threshold, torch.where(uniform[2] < 0.5, 0.0, uniform[3] * length).long())
-
-    def rows(self, rows: slice) -> Draw:
-        """The draw of these rows; where there are none, of one row in which nothing counts."""
-        if rows.start == rows.stop:
-            return Draw.fixed(1, NEVER)
-        return Draw(self.threshold[rows], self.start[rows])
-
-    @classmethod
-    def fixed(cls, rows: int, threshold: float) -> Draw:
-        """One threshold for every token."""
-        return cls(torch.full((rows, 1), threshold), torch.zeros(rows, 1, dtype=torch.int64))
-
-
-@dataclass(frozen=True)
-class Walk:
-    """What a judge said of every token at every exit, and what came of it."""
-
-    confidence: Tensor  # (E, B, T)
-    logits: Tensor | None  # (E, B, T) of learned heads, class-balanced, with gradient
-    reached: Tensor  # (E, B, T) bool: which tokens had not left before the exit
-    exit_index: Tensor  # (B, T) where each token left, E if it did not
-
-
-def walk(judge: Judge, harvest: Harvest, draw: Draw) -> Walk:
-    """Lead a batch from exit to exit; a token that leaves is seen by later exits as it was when it left."""
-    mask = harvest.mask
-    threshold, start = (part.to(mask.device, non_blocking=True) for part in (draw.threshold, draw.start))
-    may_leave = mask & (torch.arange(mask.shape[1], device=mask.device) >= start)
-    left = torch.zeros_like(mask)
-    exit_index = torch.full_like(mask, len(harvest.hidden), dtype=torch.int64)
-    h, signals = harvest.hidden[0], harvest.signals[0]
-    states = judge.initial_state(len(mask), mask.device)
-    confidences: list[Tensor] = []
-    logits: list[Tensor] = []
-    reached: list[Tensor] = []
-    for exit, (fresh, statistics) in enumerate(zip(harvest.hidden, harvest.signals, strict=True)):
-        h, signals = torch.where(left.unsqueeze(-1), h, fresh), select(left, signals, statistics)
-        state = None if states is None else states[exit]
-        if isinstance(judge, ExitHeads):
-            logit, _ = judge.logits(exit, h, signals, state)
-            confidence = torch.sigmoid(logit.detach() + judge.prior[exit])
-            logits.append(logit)
-        else:
-            confidence, _ = judge.confidence(exit, h, signals, state)
-        confidences.append(confidence)
-        reached.append(mask & ~left)
-        leaving = may_leave & ~left & (confidence >= threshold)
-        exit_index = torch.where(leaving, exit, exit_index)
-        left = left | leaving
-    return Walk(torch.stack(confidences), torch.stack(logits) if logits else None, torch.stack(reached), exit_index)
+from dynamax_llm.traces.simulate import ExitSimulation
 
 
 class Balance:
@@ -117,12 +43,12 @@ class Balance:
         return (self.counts.sum(0) / (2 * self.counts)).float()
 
 
-def tally(aims: Tensor, reached: Tensor) -> Tensor:
+def tally(targets: Tensor, reached: Tensor) -> Tensor:
     """Of the tokens that reach each exit, how many disagree and how many agree there: (2, E) from (E, B, T).
 
     A soft label counts as that share of a token.
     """
-    agree = (aims.double() * reached).sum((1, 2))
+    agree = (targets.double() * reached).sum((1, 2))
     return torch.stack((reached.sum((1, 2)) - agree, agree))
 
 
@@ -131,19 +57,19 @@ def exit_weights(n_exits: int) -> list[float]:
     return [(exit + 1) / math.fsum(range(1, n_exits + 1)) for exit in range(n_exits)]
 
 
-def loss(step: Walk, aims: Tensor, weights: Tensor, reached: Tensor | None = None) -> Tensor:
+def loss(step: ExitSimulation, targets: Tensor, weights: Tensor, reached: Tensor | None = None) -> Tensor:
     """Class-balanced binary cross-entropy over the tokens that reach each exit, averaged over exits by i / Σj.
 
-    ``aims`` (E, B, T) in [0, 1], ``weights`` (2, E) from ``Balance``; ``reached`` (E,) is how many tokens reach each
+    ``targets`` (E, B, T) in [0, 1], ``weights`` (2, E) from ``Balance``; ``reached`` (E,) is how many tokens reach each
     exit where ``step`` holds only this process's share of them. An exit that no token reaches adds nothing. Tokens are
     masked, not picked out, because how many there are is known on the device alone.
     """
     assert step.logits is not None
     disagree, agree = weights.to(step.logits.device)[:, :, None, None].unbind()
-    each = torch.lerp(disagree, agree, aims) * step.reached
-    losses = F.binary_cross_entropy_with_logits(step.logits, aims, each, reduction="none").sum((1, 2))
+    each = torch.lerp(disagree, agree, targets) * step.reached
+    losses = F.binary_cross_entropy_with_logits(step.logits, targets, each, reduction="none").sum((1, 2))
     means = losses / (step.reached.sum((1, 2)) if reached is None else reached).clamp(min=1)
-    return torch.stack([share * mean for share, mean in zip(exit_weights(len(aims)), means, strict=True)]).sum()
+    return torch.stack([share * mean for share, mean in zip(exit_weights(len(targets)), means, strict=True)]).sum()
 
 
 def learning_rate(progress: float, peak: float, warmup: float) -> float:

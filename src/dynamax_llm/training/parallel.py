@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from dynamax_llm.errors import UsageError
-from dynamax_llm.training.data import Batch
+from dynamax_llm.text.batches import Batch
 
 
 @dataclass(frozen=True)

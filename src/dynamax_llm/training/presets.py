@@ -33,7 +33,7 @@ class Preset:
     settings: dict[str, Any]
 
     def exit_config(self, n_layers: int, **changes: Any) -> ExitConfig:
-        """For a backbone of ``n_layers``; ``changes`` come first. Raises UsageError, ExitPlacement."""
+        """For a backbone of ``n_layers``; ``changes`` come first. Raises UsageError, ExitPlacementError."""
         return ExitConfig(place_exits(self.exits, n_layers), n_layers, **{**self.config, **changes})
 
     def train_settings(self, **changes: Any) -> TrainSettings:

@@ -1,7 +1,7 @@
 """Training exits on a frozen backbone: one streaming pass, any number of heads, resumable at any moment.
 
 Each batch is harvested and used at once; nothing but checkpoints touches the disk. Heads that share exits, readout
-and labels share the harvest, because the frozen forward is the cost. With the ``lens`` readout the translators are
+and labels share the exit batch, because the frozen forward is the cost. With the ``lens`` readout the translators are
 trained first, on their own share of the budget, and the heads then learn labels that come from them. Started by
 ``accelerate launch``, several processes share every batch (``parallel``); the first of them writes.
 """
@@ -24,27 +24,27 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.fingerprint import fingerprint
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import MANIFEST, TENSORS, Exits
-from dynamax_llm.exits.confidence import Judge
 from dynamax_llm.exits.config import INPUTS, ExitConfig
+from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.files import prepare_folder
 from dynamax_llm.exits.readout import Readout
+from dynamax_llm.progress import TokenBar
+from dynamax_llm.text.batches import Batch, Position, Split, first_batches
+from dynamax_llm.text.sources import Source
+from dynamax_llm.traces.collect import ExitBatch, collect_exits
+from dynamax_llm.traces.drift import drift_penalty
+from dynamax_llm.traces.on_policy import collect_on_policy
+from dynamax_llm.traces.simulate import ThresholdSample
 from dynamax_llm.training.aside import Aside
 from dynamax_llm.training.checkpoint import Checkpoint
-from dynamax_llm.training.data import Batch, Position, Split, first_batches
-from dynamax_llm.training.disturbance import disturbance
-from dynamax_llm.training.harvest import Harvest, harvest
 from dynamax_llm.training.held_out import HeldOut, evaluate, on_policy
 from dynamax_llm.training.learner import Learner, part
 from dynamax_llm.training.lens import LensLearner
-from dynamax_llm.training.objective import Draw
-from dynamax_llm.training.on_policy import harvest_on_policy
 from dynamax_llm.training.optimiser import averaged
 from dynamax_llm.training.parallel import Group
-from dynamax_llm.training.progress import TokenBar
 from dynamax_llm.training.settings import TrainSettings
-from dynamax_llm.training.sources import Source
 
-#: What heads must have in common to learn from one harvest.
+#: What heads must have in common to learn from one exit batch.
 SHARED = ("layers", "n_layers", "readout", "tail_layers", "candidates", "lens_rank", "label", "label_k", "shortlist")
 
 
@@ -120,8 +120,8 @@ class _Run:
         self.checkpoint = Checkpoint(out, _identity(backbone, source, configs, settings))
         self._restore()
 
-    def _harvest(self, batch: Batch) -> Harvest:
-        return harvest(self.backbone, self.readout, batch)
+    def _harvest(self, batch: Batch) -> ExitBatch:
+        return collect_exits(self.backbone, self.readout, batch)
 
     def finish(self) -> dict[str, Exits]:
         """Train to the end of the budget, or until every head has stopped; returns the best of each."""
@@ -191,15 +191,17 @@ class _Run:
             while self.next_evaluation <= self.tokens:
                 self.next_evaluation += self.settings.eval_every
 
-    def _harvest_again(self, judge: Judge, batch: Batch, draw: Draw) -> Harvest:
-        return harvest_on_policy(self.backbone, self.readout, judge, batch, draw)
+    def _harvest_again(self, estimator: ConfidenceEstimator, batch: Batch, draw: ThresholdSample) -> ExitBatch:
+        return collect_on_policy(self.backbone, self.readout, estimator, batch, draw)
 
     def _learn(self, batch: Batch) -> None:
         """One step of every head that still learns, from this process's share of the batch."""
         self._begin_again()
         own = self.group.share(batch)
         made = None if self.again else self._harvest(own)
-        draw = Draw.sample(batch.mask, self.settings.never, self.generator).rows(self.group.rows(len(batch.ids)))
+        draw = ThresholdSample.sample(batch.mask, self.settings.never, self.generator).rows(
+            self.group.rows(len(batch.ids))
+        )
         progress = self._progress()
 
         def work() -> None:
@@ -213,16 +215,16 @@ class _Run:
     def _evaluate(self) -> None:
         self.aside.join()
         active = {name: learner for name, learner in self.learners.items() if not learner.stopped}
-        judges = {name: learner.heads for name, learner in active.items()}
+        estimators = {name: learner.heads for name, learner in active.items()}
         weights = {name: learner.weights() for name, learner in active.items()}
         settings = self.settings
         again = self._harvest_again if self.again else None
         with ExitStack() as stack:
             for learner in active.values():
                 stack.enter_context(averaged(learner.optimiser))
-            reports = evaluate(judges, weights, self.held, self.config, settings.never, settings.agreement, again)
+            reports = evaluate(estimators, weights, self.held, self.config, settings.never, settings.agreement, again)
             for name, learner in active.items():
-                learner.judge_by({"on_policy": self.again, **reports[name]}, self.tokens)
+                learner.decide_by({"on_policy": self.again, **reports[name]}, self.tokens)
 
     def _note(self) -> tuple[str, str]:
         """What the bar says: the phase, and the latest figures. Waits for the device."""
@@ -296,7 +298,7 @@ class _Run:
         exits = Exits.of(self.backbone, learner.config, heads, lens, provenance)
         if learner.config.label != "topk":  # whose confidence is not about agreement: nothing can be taken off it
             readout = exits.readout(self.backbone)
-            exits.disturbance = {"propagate": disturbance(self.backbone, readout, heads, self.held.batches)}
+            exits.drift_penalty = {"propagate": drift_penalty(self.backbone, readout, heads, self.held.batches)}
         return exits
 
 

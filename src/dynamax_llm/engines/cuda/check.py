@@ -1,4 +1,4 @@
-"""Asking the judge on the device: who leaves is known there, and the host reads one word."""
+"""Asking the estimator on the device: who leaves is known there, and the host reads one word."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dynamax_llm.engines.cuda.fused import Rows, head_check
 from dynamax_llm.engines.cuda.kernels.rows import decide_kernel
 from dynamax_llm.engines.cuda.launch import overlaps, settings
 from dynamax_llm.engines.cuda.tiles import power_of_two
-from dynamax_llm.exits.confidence import SIGNALS, Judge, Signals, State, observe, select
+from dynamax_llm.exits.features import STATISTICS, ConfidenceEstimator, ExitFeatures, State, exit_features, select
 from dynamax_llm.exits.readout import Readout
 
 #: Bits of a word below the number of the token it belongs to.
@@ -43,16 +43,16 @@ def heard(read: np.ndarray, number: int, device: torch.device) -> np.ndarray:
 
 
 class Check:
-    """The judge at every exit of one batch, in memory that stays where it is.
+    """The estimator at every exit of one batch, in memory that stays where it is.
 
     ``left`` (B,) int32, 1 for rows that have left; ``exit_index`` (B,) int32, ``n_exits`` for rows that have not.
     ``ticket`` (1,) int32 is the number of the step. With ``fuse`` a check is one kernel where it can be (``fused``),
-    else the judge is asked through PyTorch.
+    else the estimator is asked through PyTorch.
     """
 
     def __init__(
         self,
-        judge: Judge,
+        estimator: ConfidenceEstimator,
         readout: Readout,
         n_exits: int,
         batch: int,
@@ -61,7 +61,7 @@ class Check:
         *,
         fuse: bool = True,
     ) -> None:
-        self.judge, self.readout, self.n_exits, self.batch = judge, readout, n_exits, batch
+        self.estimator, self.readout, self.n_exits, self.batch = estimator, readout, n_exits, batch
         self.device, self.ticket = device, ticket
         self.left = torch.zeros(batch, dtype=torch.int32, device=device)
         self.exit_index = torch.full((batch,), n_exits, dtype=torch.int32, device=device)
@@ -69,14 +69,14 @@ class Check:
         self._thresholds: tuple[float | None, ...] = (None,) * n_exits
         self.words = words(n_exits, device)
         self._read = self.words.numpy()
-        self.signals: list[Signals | None] = [None] * n_exits
-        self._nothing = Signals(torch.zeros(batch, 1, len(SIGNALS), device=device), None)
+        self.features: list[ExitFeatures | None] = [None] * n_exits
+        self._nothing = ExitFeatures(torch.zeros(batch, 1, len(STATISTICS), device=device), None)
         rows = Rows(self.thresholds, ticket, self.left, self.exit_index, self.words)
-        self.fused = head_check(judge, readout, n_exits, batch, rows) if fuse else None
+        self.fused = head_check(estimator, readout, n_exits, batch, rows) if fuse else None
         # (B, V) of an exit that read the whole vocabulary
         self.logits: Tensor | None = None if self.fused is None else self.fused.logits
-        # Of all exits the judge has, asked or not: a token that leaves is heard of by all later ones.
-        self.states: list[State] | None = judge.initial_state(batch, device) if n_exits else None
+        # Of all exits the estimator has, asked or not: a token that leaves is heard of by all later ones.
+        self.states: list[State] | None = estimator.initial_state(batch, device) if n_exits else None
 
     def adopt(self, states: Sequence[State] | None) -> None:
         """Take over what recurrent heads remember of the prompt."""
@@ -104,19 +104,19 @@ class Check:
             self.fused.ask(index, h, before, live)
             return
         h, before = h.unsqueeze(1), before.unsqueeze(1)
-        earlier = self.signals[index - 1] if index else None
+        earlier = self.features[index - 1] if index else None
         logits = None
-        if self.judge.needs_logits:
-            seen, logits = self.readout.look(index, h, before, earlier)
-        elif self.judge.needs_signals:
-            seen = observe(h, before, None, earlier)
+        if self.estimator.needs_logits:
+            seen, logits = self.readout.read(index, h, before, earlier)
+        elif self.estimator.needs_features:
+            seen = exit_features(h, before, None, earlier)
         else:
             seen = self._nothing
         if earlier is not None and self.batch > 1 and seen is not self._nothing:
             seen = select(self.left.bool().unsqueeze(1), earlier, seen)
-        self.signals[index] = seen
+        self.features[index] = seen
         state = None if self.states is None else self.states[index]
-        confidence, after = self.judge.confidence(index, h, seen, state)
+        confidence, after = self.estimator.confidence(index, h, seen, state)
         if state is not None and after is not None:
             for mine, new in zip(state, after, strict=True):
                 mine.copy_(new)
@@ -141,7 +141,7 @@ class Check:
     @property
     def sees_before(self) -> bool:
         """Whether ``ask`` reads h before the last layer."""
-        return self.judge.needs_signals if self.fused is None else self.fused.sees_before
+        return self.estimator.needs_features if self.fused is None else self.fused.sees_before
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -150,10 +150,10 @@ class Check:
 
     def advance(self, index: int, h: Tensor) -> None:
         """Every row has left by exit ``index`` or before: later recurrent heads read what it left with."""
-        seen = self.signals[index]
+        seen = self.features[index]
         if self.states is None or seen is None or index + 1 >= len(self.states):
             return
-        later = self.judge.advance(index + 1, h.unsqueeze(1), seen, self.states)
+        later = self.estimator.advance(index + 1, h.unsqueeze(1), seen, self.states)
         assert later is not None
         for own, new in zip(self.states[index + 1 :], later[index + 1 :], strict=True):
             for mine, fresh in zip(own, new, strict=True):

@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dynamax_llm.engines.cuda.kernels.judge import check_kernel
+from dynamax_llm.engines.cuda.kernels.estimator import check_kernel
 from dynamax_llm.engines.cuda.launch import overlaps, settings
 from dynamax_llm.engines.cuda.readout import final_norm, read_out
 from dynamax_llm.engines.cuda.tiles import blocks, power_of_two
-from dynamax_llm.exits.confidence import LOG_FLOOR, LOG_SCALE, SIGNALS, TOP, Judge
+from dynamax_llm.exits.features import LOG_FLOOR, LOG_SCALE, STATISTICS, TOP, ConfidenceEstimator
 from dynamax_llm.exits.heads import ExitHeads, LinearBank, MlpBank, unit_rms
 from dynamax_llm.exits.readout import Readout
 
@@ -26,7 +26,7 @@ ROWS, COLUMNS = 2, 4096
 #: Groups of tokens that one program looks through, so many of each at once.
 GROUPS, DEPTH = 8, 256
 #: Places for the statistics.
-PLACES = power_of_two(len(SIGNALS))
+PLACES = power_of_two(len(STATISTICS))
 #: What the last program holds in registers: candidates, inner width, entries of the GELU layer at once.
 MOST_CANDIDATES, MOST_WIDTH, HELD = 2048, 128, 8192
 #: Tables may take so many bytes, or this share of the backbone's weights.
@@ -48,7 +48,8 @@ class Rows:
 
 
 class HeadCheck:
-    """The heads of ``judge`` at ``n_exits`` exits, for ``batch`` rows; what does not change is worked out beforehand.
+    """The heads of ``estimator`` at ``n_exits`` exits, for ``batch`` rows; what does not change is worked out
+    beforehand.
 
     What each token's row of the LM head contributes to a head's embedding is a table (exits, 2, V, w), for the leading
     token and its runner-up: a check then reads 2 w numbers in place of 2 d w weights. The first exit's logits (B, V)
@@ -57,32 +58,32 @@ class HeadCheck:
     """
 
     @staticmethod
-    def obstacle(judge: Judge, readout: Readout, n_exits: int) -> str | None:
-        """Why a judge cannot be asked so; None if it can."""
-        if not isinstance(judge, ExitHeads) or not isinstance(judge.bank, LinearBank | MlpBank):
+    def obstacle(estimator: ConfidenceEstimator, readout: Readout, n_exits: int) -> str | None:
+        """Why an estimator cannot be asked so; None if it can."""
+        if not isinstance(estimator, ExitHeads) or not isinstance(estimator.bank, LinearBank | MlpBank):
             return "only linear and MLP heads are"
-        config, backbone, width = readout.config, readout.backbone, _width(judge)
+        config, backbone, width = readout.config, readout.backbone, _width(estimator)
         if width > MOST_WIDTH:
             return f"a width of {width} does not fit one program"
-        if not judge.needs_logits:
+        if not estimator.needs_logits:
             return None
         if not TOP <= config.candidates <= MOST_CANDIDATES or config.shortlist != "pairs" or config.readout != "head":
             return "its exits do not look at a shortlist of pairs"
-        tables = 2 * n_exits * backbone.vocab_size * width * 4 if judge.uses_tokens else 0
+        tables = 2 * n_exits * backbone.vocab_size * width * 4 if estimator.uses_tokens else 0
         weights = sum(weight.nbytes for weight in backbone.model.parameters())
         if tables > max(LEAST_TABLES, TABLES_SHARE * weights):
             return f"tables of {tables} bytes are too much beside {weights} of weights"
         return None
 
     @torch.no_grad()
-    def __init__(self, judge: ExitHeads, readout: Readout, n_exits: int, batch: int, rows: Rows) -> None:
-        bank, backbone, device = judge.bank, readout.backbone, rows.left.device
+    def __init__(self, estimator: ExitHeads, readout: Readout, n_exits: int, batch: int, rows: Rows) -> None:
+        bank, backbone, device = estimator.bank, readout.backbone, rows.left.device
         assert isinstance(bank, LinearBank | MlpBank)
-        self.judge, self.backbone, self.batch, self.rows = judge, backbone, batch, rows
-        self.width, self.inputs, self.linear = _width(judge), backbone.width, isinstance(bank, LinearBank)
-        self.vocabulary, self.looks = backbone.vocab_size, judge.needs_logits
-        self.sees_before = judge.uses_signals
-        self._split(judge, n_exits)
+        self.estimator, self.backbone, self.batch, self.rows = estimator, backbone, batch, rows
+        self.width, self.inputs, self.linear = _width(estimator), backbone.width, isinstance(bank, LinearBank)
+        self.vocabulary, self.looks = backbone.vocab_size, estimator.needs_logits
+        self.sees_before = estimator.uses_statistics
+        self._split(estimator, n_exits)
         groups = blocks(readout.config.candidates, 2) if self.looks else 1
         self.pairs = self.vocabulary > 2 * groups  # else every token is a candidate
         self.groups = groups if self.pairs else self.vocabulary
@@ -105,34 +106,36 @@ class HeadCheck:
 
     @property
     def values(self) -> Tensor:
-        return self._values[..., : len(SIGNALS)]
+        return self._values[..., : len(STATISTICS)]
 
-    def _split(self, judge: ExitHeads, n_exits: int) -> None:
+    def _split(self, estimator: ExitHeads, n_exits: int) -> None:
         """The head's first matrix, its shift and scale, in the parts that belong to h, statistics and tokens' rows."""
-        bank, d, w = judge.bank, self.inputs, self.width
+        bank, d, w = estimator.bank, self.inputs, self.width
         embed = bank.embed if isinstance(bank, MlpBank) else bank.weight  # (E, D, w)
-        scale, shift = judge.scale[:n_exits, 0, 0], judge.shift[:n_exits, 0, 0]
+        scale, shift = estimator.scale[:n_exits, 0, 0], estimator.shift[:n_exits, 0, 0]
         assert isinstance(embed, Tensor)
-        first = d if judge.uses_hidden else 0
-        after = first + (len(SIGNALS) if judge.uses_signals else 0)
+        first = d if estimator.uses_hidden else 0
+        after = first + (len(STATISTICS) if estimator.uses_statistics else 0)
         none = embed.new_zeros(d, w)
-        self.embed = [embed[exit, :d].detach() if judge.uses_hidden else none for exit in range(n_exits)]
-        self.scale = scale[:, :d].contiguous() if judge.uses_hidden else embed.new_zeros(n_exits, d)
+        self.embed = [embed[exit, :d].detach() if estimator.uses_hidden else none for exit in range(n_exits)]
+        self.scale = scale[:, :d].contiguous() if estimator.uses_hidden else embed.new_zeros(n_exits, d)
         constant = embed.new_zeros(n_exits, 1, w)
-        if judge.uses_hidden:
+        if estimator.uses_hidden:
             constant = torch.bmm(shift[:, None, :d], embed[:n_exits, :d])
         if isinstance(bank, MlpBank):
             constant = constant + bank.embed_bias[:n_exits]
         self.constant = constant[:, 0].contiguous()
         bias = bank.out_bias if isinstance(bank, MlpBank) else bank.bias
         assert isinstance(bias, Tensor)
-        self.offset = (bias[:n_exits, 0, 0] + judge.prior[:n_exits]).contiguous()
+        self.offset = (bias[:n_exits, 0, 0] + estimator.prior[:n_exits]).contiguous()
         self.moments, self.observed = embed.new_zeros(n_exits, 2, PLACES), embed.new_zeros(n_exits, PLACES, w)
-        if judge.uses_signals:
+        if estimator.uses_statistics:
             count = after - first
             self.moments[:, 0, :count], self.moments[:, 1, :count] = scale[:, first:after], shift[:, first:after]
             self.observed[:, :count] = embed[:n_exits, first:after]
-        self.tables = self._contributions(embed, scale, shift, after, n_exits) if judge.uses_tokens else self.observed
+        self.tables = (
+            self._contributions(embed, scale, shift, after, n_exits) if estimator.uses_tokens else self.observed
+        )
 
     def _contributions(self, embed: Tensor, scale: Tensor, shift: Tensor, first: int, n_exits: int) -> Tensor:
         """(E, 2, V, w): of every token's row, standardised as the inputs that begin at ``first`` are."""
@@ -153,7 +156,7 @@ class HeadCheck:
         if read == "all":
             assert self.logits is not None
             read_out(self.backbone, h, self.logits)
-        rows, bank, norm = self.rows, self.judge.bank, final_norm(self.backbone)
+        rows, bank, norm = self.rows, self.estimator.bank, final_norm(self.backbone)
         at_once = self._at_once(h.device)
         up, up_bias, out = (self.observed[index],) * 3
         if isinstance(bank, MlpBank):
@@ -214,7 +217,7 @@ class HeadCheck:
             width,
             read,
             self.pairs,
-            self.judge.uses_tokens,
+            self.estimator.uses_tokens,
             self.linear,
             pickers,
             self.embedders,
@@ -236,14 +239,16 @@ class HeadCheck:
         )
 
 
-def _width(judge: ExitHeads) -> int:
+def _width(estimator: ExitHeads) -> int:
     """Outputs of a head's first matrix."""
-    return judge.bank.width if isinstance(judge.bank, MlpBank) else 1
+    return estimator.bank.width if isinstance(estimator.bank, MlpBank) else 1
 
 
-def head_check(judge: Judge, readout: Readout, n_exits: int, batch: int, rows: Rows) -> HeadCheck | None:
-    """The judge at these exits in one kernel each; None where it is asked through PyTorch."""
-    if not n_exits or HeadCheck.obstacle(judge, readout, n_exits) is not None:
+def head_check(
+    estimator: ConfidenceEstimator, readout: Readout, n_exits: int, batch: int, rows: Rows
+) -> HeadCheck | None:
+    """The estimator at these exits in one kernel each; None where it is asked through PyTorch."""
+    if not n_exits or HeadCheck.obstacle(estimator, readout, n_exits) is not None:
         return None
-    assert isinstance(judge, ExitHeads)
-    return HeadCheck(judge, readout, n_exits, batch, rows)
+    assert isinstance(estimator, ExitHeads)
+    return HeadCheck(estimator, readout, n_exits, batch, rows)

@@ -26,7 +26,7 @@ from dynamax_llm.engines.cuda.mamba import Mamba2Layers
 from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.readout import read_out
 from dynamax_llm.engines.cuda.tiles import blocks, power_of_two
-from dynamax_llm.exits.confidence import Judge
+from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.readout import Readout
 
 #: A length at which nothing is written: programs are tried out with it.
@@ -43,7 +43,13 @@ class Machine:
     rides = False  # whether layers go on changing h of rows that left
 
     def __init__(
-        self, backbone: Backbone, exits: tuple[int, ...], judge: Judge, readout: Readout, batch: int, most: int = 1
+        self,
+        backbone: Backbone,
+        exits: tuple[int, ...],
+        estimator: ConfidenceEstimator,
+        readout: Readout,
+        batch: int,
+        most: int = 1,
     ) -> None:
         self.backbone, self.batch = backbone, batch
         self.starts, self.stops = (0, *exits), (*exits, backbone.n_layers)
@@ -60,7 +66,7 @@ class Machine:
         self.logits = torch.zeros(batch, len(head), dtype=torch.float32, device=device)
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
         self.steps = 0  # the host's own count of what ``ticket`` counts; never reset, so that no word is mistaken
-        self.check = Check(judge, readout, self.n_exits, batch, device, self.ticket)
+        self.check = Check(estimator, readout, self.n_exits, batch, device, self.ticket)
         self.idle = torch.zeros(batch, dtype=torch.int32, device=device)
         self.resting = False  # whether any row is
         self.bias = torch.zeros(len(head), dtype=torch.float32, device=device)

@@ -10,7 +10,7 @@ from torch import nn
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.engines.cuda.tiles import LEAST_VECTORS
-from dynamax_llm.exits.confidence import Judge
+from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.readout import Readout
 
 FAMILIES = ("llama", "mistral", "qwen2", "mamba2")
@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROTARY = ("default", "linear", "llama3", "yarn")
 
 
-def obstacle(backbone: Backbone, judge: Judge, readout: Readout) -> str | None:
+def obstacle(backbone: Backbone, estimator: ConfidenceEstimator, readout: Readout) -> str | None:
     """Why this engine cannot decode so; None if it can."""
     checks = (_place, _weights, _modules)
     for check in checks:
@@ -28,8 +28,8 @@ def obstacle(backbone: Backbone, judge: Judge, readout: Readout) -> str | None:
             return found
     if readout.config.readout != "head":
         return f"the readout {readout.config.readout!r} is not one it has; it has 'head'"
-    if not judge.on_device and backbone.device.type == "cuda":
-        return f"{type(judge).__name__} decides on the host, and the engine's programs run without it"
+    if not estimator.on_device and backbone.device.type == "cuda":
+        return f"{type(estimator).__name__} decides on the host, and the engine's programs run without it"
     return None
 
 

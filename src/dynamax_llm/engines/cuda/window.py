@@ -35,7 +35,7 @@ from dynamax_llm.engines.cuda.machine import Machine, residual_dtype
 from dynamax_llm.engines.cuda.mamba import Mamba2Layers
 from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.tiles import power_of_two
-from dynamax_llm.exits.confidence import Judge
+from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.readout import Readout
 
 
@@ -56,7 +56,7 @@ class WaitingMachine(Machine):
         self,
         backbone: Backbone,
         exits: tuple[int, ...],
-        judge: Judge,
+        estimator: ConfidenceEstimator,
         readout: Readout,
         batch: int,
         most: int,
@@ -77,13 +77,13 @@ class WaitingMachine(Machine):
         self.waiting = [waiting(most, 0) for _ in exits]  # before segment i + 1
         self.counts = [0] * len(exits)  # the same, as the host counts
         self.joined = 0  # the last step whose token joined those that wait
-        self.shown = torch.zeros(batch, backbone.width, dtype=residual, device=device)  # what the judge sees
+        self.shown = torch.zeros(batch, backbone.width, dtype=residual, device=device)  # what the estimator sees
         self.no_turn = torch.zeros(2, dtype=torch.int32, device=device)
         vocabulary = len(backbone.model.get_output_embeddings().weight)
         self.window_logits = torch.zeros(batch * most if journal else 0, vocabulary, device=device)
         self.window_words = words(2 * batch * most, device)
         self.replayed = waiting(most, 0)
-        super().__init__(backbone, exits, judge, readout, batch, most)
+        super().__init__(backbone, exits, estimator, readout, batch, most)
 
     def _family(self, batch: int, most: int) -> AttentionLayers | Mamba2Layers:
         if self.backbone.kinds[0] == "mamba":
@@ -130,7 +130,7 @@ class WaitingMachine(Machine):
         self._turn(0)
 
     def _layers(self, segment: int, rows: Pass, source: Waiting) -> None:
-        """A segment's layers over ``rows``; the judge is shown the newest token, unless it has left."""
+        """A segment's layers over ``rows``; the estimator is shown the newest token, unless it has left."""
         first, stop = self.starts[segment], self.stops[segment]
         kept: Tensor | None = None
         if segment < self.n_exits and self.check.sees_before:
@@ -173,7 +173,7 @@ class WaitingMachine(Machine):
     # small kernels
 
     def _show(self, source: Waiting, kept: Tensor | None, *, frozen: bool) -> None:
-        """The newest token to the judge; with ``kept``, h before the last layer, that too."""
+        """The newest token to the estimator; with ``kept``, h before the last layer, that too."""
         width, device = self.backbone.width, self.shown.device
         show_kernel[(self.batch,)](
             source.rows.h,

@@ -10,7 +10,7 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.engines import pick_decoder
 from dynamax_llm.evaluation.bench.document import Sameness
-from dynamax_llm.evaluation.random_models import random_model
+from dynamax_llm.evaluation.common.random_models import random_model
 from dynamax_llm.exits.artifact import Exits
 
 #: What stands for a family where exact equality is looked at in float32.

@@ -11,7 +11,7 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.cache import KVStack, SSMStack
 from dynamax_llm.decoding import EarlyExitOutput
 from dynamax_llm.engines import EagerEngine
-from dynamax_llm.exits.confidence import Judge
+from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.readout import Readout
 
 
@@ -56,7 +56,13 @@ class Counted:
         return self._step(batch, context, sum(self.layers), len(self.layers), 0.0, 1.0)
 
     def step(
-        self, out: EarlyExitOutput, first: int, context: float, judge: Judge, readout: Readout, asked: int
+        self,
+        out: EarlyExitOutput,
+        first: int,
+        context: float,
+        estimator: ConfidenceEstimator,
+        readout: Readout,
+        asked: int,
     ) -> tuple[float, float]:
         """The same for what a generation did: tokens left after ``first`` layers or later, ``asked`` exits judged."""
         batch, steps = len(out.exit_layers), out.exit_layers.shape[1] - 1
@@ -70,11 +76,11 @@ class Counted:
         readouts = 1.0
         if out.verification is not None and out.trace.spent.taken is not None:
             readouts = len(out.trace.spent.taken) / steps  # one a step, of a draft or of a whole window
-        if judge.needs_logits:  # an exit that reads everything reads the LM head once more, unless the token leaves
+        if estimator.needs_logits:  # an exit that reads everything reads the LM head once more, unless the token leaves
             leaves = float((out.exit_layers[:, 1:] < n).float().mean())
             readouts += sum(readout.reads_all(index) for index in range(asked)) * (1.0 - leaves)
-        if isinstance(judge, nn.Module) and asked:
-            weights += sum(weight.nbytes for weight in judge.parameters())
+        if isinstance(estimator, nn.Module) and asked:
+            weights += sum(weight.nbytes for weight in estimator.parameters())
         return self._step(batch, context, weights, per_step, updated, readouts)
 
     def _step(

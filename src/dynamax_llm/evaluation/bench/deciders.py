@@ -10,13 +10,13 @@ import torch
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.state import DEFAULT_WINDOW
 from dynamax_llm.decoding.thresholds import NEVER
-from dynamax_llm.evaluation.bench.judges import DrawnJudge, draw
+from dynamax_llm.evaluation.bench.estimators import DrawnConfidence, draw
 from dynamax_llm.evaluation.bench.plan import BenchSettings, Setting
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS, ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
 
-#: Judges without asking for logits, and is never below 0: with a threshold of 0 every token leaves.
+#: Estimators without asking for logits, and is never below 0: with a threshold of 0 every token leaves.
 FREE = "state_similarity"
 #: Random heads are as sure as not; nothing is this sure.
 SURE = 1.0
@@ -50,15 +50,15 @@ class Deciders:
             count = len(setting.exits)
             pattern = draw(setting.batch, count, self.settings.leave, setting.together, self.settings.seed)
             early = EarlyExit(exits, threshold=0.5, measure=measure, **common)
-            early.judge = DrawnJudge(pattern.to(self.device), count)
+            early.estimator = DrawnConfidence(pattern.to(self.device), count)
         return early
 
     def _asked(self, exits: Exits, setting: Setting) -> EarlyExit:
         """Exits that are asked and by which no token leaves: random heads, or a measure of random weights."""
-        judge = self.settings.judge
-        if judge not in HEADS:
-            return EarlyExit(exits, threshold=SURE, measure=judge, engine=setting.engine)
-        config = ExitConfig(exits.config.layers, exits.config.n_layers, judge, self.settings.inputs)
+        estimator = self.settings.estimator
+        if estimator not in HEADS:
+            return EarlyExit(exits, threshold=SURE, measure=estimator, engine=setting.engine)
+        config = ExitConfig(exits.config.layers, exits.config.n_layers, estimator, self.settings.inputs)
         torch.manual_seed(self.settings.seed)
         heads = ExitHeads(config, self.width).to(self.device).eval()
         return EarlyExit(dataclasses.replace(exits, config=config, heads=heads), threshold=SURE, engine=setting.engine)

@@ -17,8 +17,10 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynamax_llm.evaluation.reading import read_document
-from dynamax_llm.evaluation.results import BackboneFacts, Run, _Part
+from pydantic import AliasChoices, Field
+
+from dynamax_llm.evaluation.common.documents import read_document
+from dynamax_llm.evaluation.harness.results import BackboneFacts, Run, _Part
 from dynamax_llm.exits.files import write_atomically
 
 FORMAT, VERSION = "dynamax-bench", 1
@@ -76,7 +78,8 @@ class Row(_Part):
     policy: str | None = None
     window: int | None = None
     exits: tuple[int, ...] = ()  # depths
-    judge: str | None = None
+    #: Written as "judge" until 0.1.0.
+    estimator: str | None = Field(default=None, validation_alias=AliasChoices("estimator", "judge"))
     leave: float | None = None  # of "spread": share of a row's tokens that leave …
     together: float | None = None  # … and the share of those at which all rows do
     new: int

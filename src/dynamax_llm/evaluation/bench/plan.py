@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.engines import check_engine
 from dynamax_llm.decoding.state import POLICIES
-from dynamax_llm.errors import PolicyMismatch, UsageError
-from dynamax_llm.exits.confidence import MEASURES
+from dynamax_llm.errors import PolicyMismatchError, UsageError
 from dynamax_llm.exits.config import HEADS, INPUTS, ExitConfig, place_exits
+from dynamax_llm.exits.features import MEASURES
 
 #: Settings that take turns with full depth: the GPU engine keeps the programs of four, and building is no part of time.
 GROUP = 3
@@ -24,11 +24,10 @@ class BenchSettings:
     """What to measure; every field has its option of ``dynamax bench``.
 
     ``exit_at``: places at each of which all tokens leave, one setting each, under every one of ``policies`` and, where
-    tokens wait, every one of ``windows``. ``checks``: so many exits, evenly spaced, that are asked by ``judge`` (a kind
-    of head with random weights that reads ``inputs``, or a measure) and by which no token leaves. ``spread``: at batch
-    sizes above 1, rows leave at a share ``leave`` of their tokens, and at these shares of those all together.
-    Raises UsageError for values that are not allowed.
-    """
+    tokens wait, every one of ``windows``. ``checks``: so many exits, evenly spaced, that are asked by ``estimator`` (a
+    kind of head with random weights that reads ``inputs``, or a measure) and by which no token leaves. ``spread``: at
+    batch sizes above 1, rows leave at a share ``leave`` of their tokens, and at these shares of those all together.
+    Raises UsageError for values that are not allowed."""
 
     prompt: int = 64
     new: int = 256
@@ -39,7 +38,7 @@ class BenchSettings:
     windows: tuple[int, ...] = (8, 16)
     exit_at: str = "1/2"
     checks: int = 0
-    judge: str = "mlp"
+    estimator: str = "mlp"
     inputs: tuple[str, ...] = INPUTS
     spread: tuple[float, ...] = ()
     leave: float = 0.5
@@ -63,8 +62,8 @@ class BenchSettings:
         for policy in self.policies:
             POLICIES.lookup(policy)
         check_engine(self.engine)
-        if self.checks and self.judge not in (*HEADS, *UNSURE):
-            raise UsageError(f"--head {self.judge!r}: give one of {', '.join((*HEADS, *UNSURE))}.")
+        if self.checks and self.estimator not in (*HEADS, *UNSURE):
+            raise UsageError(f"--head {self.estimator!r}: give one of {', '.join((*HEADS, *UNSURE))}.")
         if self.spread and max(self.batches) == 1:
             raise UsageError("--spread is about rows that leave by themselves: give a --batch above 1 too.")
 
@@ -97,7 +96,7 @@ class Setting:
 
 
 class Planned:
-    """The settings for one backbone. Raises ExitPlacement, PolicyMismatch."""
+    """The settings for one backbone. Raises ExitPlacementError, PolicyMismatchError."""
 
     def __init__(self, settings: BenchSettings, backbone: Backbone) -> None:
         self.settings, self.n_layers = settings, backbone.n_layers
@@ -105,7 +104,7 @@ class Planned:
         for name in settings.policies:
             wrong = sorted(set(backbone.kinds) - set(POLICIES[name].kinds))
             if wrong:
-                raise PolicyMismatch(
+                raise PolicyMismatchError(
                     f"state policy {name!r} is not defined for the {' and '.join(wrong)} layers of "
                     f"{backbone.model_type!r}. Leave it out of --policy."
                 )

@@ -26,7 +26,7 @@ from dynamax_llm.evaluation.bench.deciders import Deciders
 from dynamax_llm.evaluation.bench.device import describe, forget_peak, peak, wait
 from dynamax_llm.evaluation.bench.document import Bench, Load, Missing, Row, Sameness, Spread
 from dynamax_llm.evaluation.bench.plan import COMPILED, EAGER, STOCK, BenchSettings, Planned, Setting
-from dynamax_llm.evaluation.facts import backbone_facts, run_facts
+from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
 
@@ -69,8 +69,8 @@ def bench(
     """Measure ``model`` where it lies, in the dtype it has; see the module and ``document.Bench``.
 
     ``zero_tail_from`` is noted: the depth from which ``random_models.zero_tail`` was applied. ``tell`` hears of every
-    setting, ``on_part`` gets the document so far after every group. Raises ExitPlacement, PolicyMismatch, UsageError
-    for what cannot be asked of this model; what cannot be measured is listed in the document as missing.
+    setting, ``on_part`` gets the document so far after every group. Raises ExitPlacementError, PolicyMismatchError,
+    UsageError for what cannot be asked of this model; what cannot be measured is listed in the document as missing.
     """
     settings = settings or BenchSettings()
     run = _Run(model, settings, name, zero_tail_from, command, tell or (lambda line: None))
@@ -306,13 +306,13 @@ class _Run:
             first = setting.exits[0] if setting.kind in ("exit", "spread") else n
             readout = early.exits.readout(self.backbone)
             asked = 0 if setting.kind == "full" else len(setting.exits)
-            weights, state = self.counted.step(out, first, context, early.judge, readout, asked)
+            weights, state = self.counted.step(out, first, context, early.estimator, readout, asked)
             depths = out.exit_layers[:, 1:]
             facts = {
                 "policy": None if setting.kind == "full" else setting.policy,
                 "window": setting.window,
                 "exits": setting.exits,
-                "judge": self.settings.judge if setting.kind == "checks" else None,
+                "estimator": self.settings.estimator if setting.kind == "checks" else None,
                 "leave": self.settings.leave if setting.kind == "spread" else None,
                 "together": setting.together,
                 "mean_depth": float(depths.double().mean()) / n,

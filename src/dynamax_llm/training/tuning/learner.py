@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.errors import UsageError
+from dynamax_llm.text.batches import Batch
+from dynamax_llm.traces.labels import slices
 from dynamax_llm.training import optimiser
-from dynamax_llm.training.data import Batch
-from dynamax_llm.training.labels import slices
 from dynamax_llm.training.learner import part
 from dynamax_llm.training.multi_exit import Mixture, readout_loss, rotate_exits
 from dynamax_llm.training.objective import learning_rate

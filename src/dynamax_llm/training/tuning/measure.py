@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.errors import BackboneError
-from dynamax_llm.training.curves import oracle_depth, sweep
-from dynamax_llm.training.data import Batch
-from dynamax_llm.training.labels import slices
+from dynamax_llm.text.batches import Batch
+from dynamax_llm.traces.curves import oracle_depth, sweep
+from dynamax_llm.traces.labels import slices
 from dynamax_llm.training.multi_exit import depth_weights
 
 

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.fingerprint import fingerprint
 from dynamax_llm.errors import UsageError
+from dynamax_llm.progress import TokenBar
+from dynamax_llm.text.batches import Batch, Position, Split, first_batches
+from dynamax_llm.text.sources import Source
 from dynamax_llm.training.checkpoint import Checkpoint
-from dynamax_llm.training.data import Batch, Position, Split, first_batches
-from dynamax_llm.training.progress import TokenBar
-from dynamax_llm.training.sources import Source
 from dynamax_llm.training.tuning.folder import card, check_free, publish, stage, summary, table, work_folder
 from dynamax_llm.training.tuning.learner import TuneLearner
 from dynamax_llm.training.tuning.measure import Figures, measure

@@ -1,0 +1,1 @@
+"""What the parts of evaluation share: intervals, provenance, documents, random models."""

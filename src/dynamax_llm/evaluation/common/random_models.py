@@ -1,0 +1,58 @@
+"""Models of a named shape with random weights, made where they will run: for speed, which weights do not decide."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Mamba2Config, MistralConfig, PreTrainedConfig, PreTrainedModel
+
+from dynamax_llm.backbones import adapt
+from dynamax_llm.evaluation.compare.shapes import SHAPES
+from dynamax_llm.registry import Registry
+
+_TINY = {"num_hidden_layers": 4, "hidden_size": 64, "vocab_size": 512, "initializer_range": 0.1}
+#: Small ones for trying things out, and for exact comparisons in float32.
+TINY_SHAPES: dict[str, PreTrainedConfig] = {
+    "tiny-transformer": MistralConfig(
+        **_TINY,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        sliding_window=None,
+    ),
+    "tiny-mamba": Mamba2Config(
+        **_TINY, num_heads=8, head_dim=16, expand=2, n_groups=2, state_size=16, chunk_size=32, tie_word_embeddings=False
+    ),
+}
+RANDOM_SHAPES: Registry[PreTrainedConfig] = Registry("model shape", {**SHAPES, **TINY_SHAPES})
+
+
+def random_model(
+    name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.bfloat16, *, seed: int = 0
+) -> PreTrainedModel:
+    """A stock model of this shape in eval mode, its weights drawn on ``device`` in ``dtype``; its texts never end.
+
+    Raises UsageError for a shape that is not known.
+    """
+    config = copy.deepcopy(RANDOM_SHAPES.lookup(name))
+    config.eos_token_id = None
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@torch.no_grad()
+def zero_tail(model: nn.Module, depth: int) -> nn.Module:
+    """Make the layers after ``depth`` add nothing: stopping there then gives exactly the full model's output, at the
+    full model's cost. Zeroes every projection that writes into the residual stream; changes ``model`` in place."""
+    for layer in adapt(model).layers[depth:]:
+        for name, parameter in layer.named_parameters():
+            if any(part in name for part in ("o_proj", "down_proj", "out_proj", "output_linear")):
+                parameter.zero_()
+    return model

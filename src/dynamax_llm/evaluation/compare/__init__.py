@@ -1,0 +1,1 @@
+"""Confidence estimators compared on the same text at the same agreement."""

@@ -1,0 +1,110 @@
+"""What a setting would say after every prefix of a given answer: agreement, the full model's view, reliability.
+
+The answer's tokens are forced, one step at a time, after a prompt that other settings have run already; the twin in
+one parallel pass is ``decoding.teacher_forced``, which would run the prompt again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dynamax_llm.decoding.deferred import new_decoder
+from dynamax_llm.evaluation.harness.prompts import PromptSharing
+from dynamax_llm.evaluation.harness.settings import Variant
+from dynamax_llm.exits.features import ConfidenceEstimator, ExitFeatures, State
+from dynamax_llm.exits.readout import Readout
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A batch of left-padded prompts (B, T), their mask, and the answer (new tokens) that each row is forced along."""
+
+    ids: Tensor
+    mask: Tensor
+    answers: Sequence[Sequence[int]]
+
+    @property
+    def steps(self) -> int:
+        return max(map(len, self.answers))
+
+    def fed(self, step: int) -> tuple[Tensor, Tensor]:
+        """Tokens (B, 1) at a step, 0 after an answer's end, and which rows (B,) are past it."""
+        column = [answer[step] if step < len(answer) else 0 for answer in self.answers]
+        over = [step + 1 >= len(answer) for answer in self.answers]  # what follows the last token is not asked
+        return torch.tensor(column, device=self.ids.device).unsqueeze(1), torch.tensor(over, device=self.ids.device)
+
+
+@torch.no_grad()
+def said(variant: Variant, early: PromptSharing, batch: Prompted) -> list[list[int]]:
+    """Per row, the setting's own token at every place of the answer, given the answer before it."""
+    backbone, plan, _ = early.attach(variant.model)
+    decoder = new_decoder(backbone, plan, batch.mask)
+    tokens = [early.prompts.prefill(decoder, batch.ids).argmax(-1)]
+    for step in range(batch.steps - 1):
+        fed, over = batch.fed(step)
+        if bool(over.all()):
+            break
+        tokens.append(decoder.step(fed, early.thresholds.values, over).logits.argmax(-1))
+    table = torch.stack(tokens, dim=1).tolist()
+    return [row[: len(answer)] for row, answer in zip(table, batch.answers, strict=True)]
+
+
+def agreement(own: Sequence[int], answer: Sequence[int]) -> float:
+    """Share of the answer's tokens that the setting gives too; 1 for an empty answer."""
+    return sum(a == b for a, b in zip(own, answer, strict=True)) / len(answer) if len(answer) else 1.0
+
+
+@torch.no_grad()
+def confidences(variant: Variant, early: PromptSharing, batch: Prompted) -> list[list[list[tuple[float, bool]]]]:
+    """Per row and exit, for every answer token but the first: the head's confidence, and whether the exit is right.
+
+    Undisturbed: no token leaves, so every exit sees every token at full depth. Not for the readout ``tail``, whose
+    token is known only once the tail has run.
+    """
+    backbone, plan, _ = early.attach(variant.model)
+    decoder = new_decoder(backbone, plan, batch.mask)
+    early.prompts.prefill(decoder, batch.ids)
+    watch = _Watch(plan.estimator, plan.readout)
+    decoder.plan = replace(plan, estimator=watch)
+    rows: list[list[list[tuple[float, bool]]]] = [[[] for _ in plan.layers] for _ in batch.answers]
+    for step in range(batch.steps - 1):
+        fed, over = batch.fed(step)
+        watch.seen = []
+        decoder.step(fed, [None] * len(plan.layers))
+        for exit, (confidence, token) in enumerate(watch.seen):
+            for row, answer in enumerate(batch.answers):
+                if not bool(over[row]):
+                    right = int(token[row]) == answer[step + 1]
+                    rows[row][exit].append((round(float(confidence[row]), 6), right))
+    return rows
+
+
+class _Watch(ConfidenceEstimator):
+    """An estimator that notes what it says (B,) and what the exit would say (B,)."""
+
+    def __init__(self, estimator: ConfidenceEstimator, readout: Readout) -> None:
+        self.estimator, self.readout = estimator, readout
+        self.needs_logits, self.recurrent = estimator.needs_logits, estimator.recurrent
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def confidence(
+        self, exit: int, h: Tensor, features: ExitFeatures, state: State | None, padding: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        found, after = self.estimator.confidence(exit, h, features, state, padding)
+        self.seen.append((found[:, -1], self.readout.logits(exit, h[:, -1:])[:, 0].argmax(-1)))
+        return found, after
+
+    def advance(
+        self, first: int, h: Tensor, features: ExitFeatures, states: list[State] | None, padding: Tensor | None = None
+    ) -> list[State] | None:
+        return self.estimator.advance(first, h, features, states, padding)
+
+    def initial_state(self, batch: int, device: torch.device | str = "cpu") -> list[State] | None:
+        return self.estimator.initial_state(batch, device)
+
+    def macs(self, exit: int) -> int:
+        return self.estimator.macs(exit)

@@ -1,0 +1,1 @@
+"""What exits would save on a model, estimated before any training."""

@@ -1,0 +1,182 @@
+"""What a scan found, as one JSON document, and the rule of its verdict.
+
+    Scan
+    ├── run, backbone, data   which command, who, on what text
+    ├── layers                every layer 1..L-1: does its own argmax agree with the full model's
+    ├── oracle                mean depth of leaving at the first layer, or the first exit, that agrees
+    ├── points                softmax margin and the fitted estimator at each target agreement
+    ├── predicted             the better of the two: what a trained head should reach, states intact
+    ├── reaches               counted saving and layer passes saved at most, by state policy and rule
+    ├── disturbed             what is left of it under propagate
+    ├── break_even, checks    what a check may cost, and what it costs
+    └── verdict
+
+Depths, agreement and reductions are shares 0..1 unless a name says layers; costs are multiply-accumulates.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dynamax_llm.evaluation.common.documents import read_document
+from dynamax_llm.evaluation.harness.results import BackboneFacts, Interval, Run, _Part
+from dynamax_llm.exits.files import write_atomically
+
+FORMAT, VERSION = "dynamax-scan", 1
+#: The agreement at which the verdict is taken.
+VERDICT_AT = 0.98
+#: Exits are worth it if a trained head should spare at least this share of the depth …
+LEAST_DEPTH_SAVED = 0.10
+#: … and under propagate at least this share of the multiply-accumulates should remain saved, every check paid.
+LEAST_COUNTED = 0.02
+
+
+class Data(_Part):
+    """The text: ``groups`` are documents, or chunks where the text has too few documents to stand apart."""
+
+    source: str
+    documents: int
+    tokens: int
+    groups: int
+    grouped_by: str  # "document" or "chunk": what intervals and the fit draw
+
+
+class Layer(_Part):
+    """One layer: agreement of its own argmax, and the share of tokens that some layer up to here has got right."""
+
+    depth: int
+    agreement: Interval
+    settled: Interval
+
+
+class Oracle(_Part):
+    """Mean depth of the exit rule that leaves at the first place that agrees."""
+
+    every_layer: Interval
+    exits: Interval
+
+
+class Point(_Part):
+    """An estimator at the lowest threshold with at least the target agreement; None: no token leaves.
+
+    Intervals are those of depth and agreement at this very threshold.
+    """
+
+    rule: str  # "softmax_margin" or "fitted"
+    target: float
+    threshold: float | None
+    depth: Interval
+    agreement: Interval
+    left: tuple[int, ...]  # tokens by exit, full depth last
+    checks: float  # per token
+
+
+class Reach(_Part):
+    """The most a policy could save if tokens left where ``rule`` says and later tokens were none the worse for it."""
+
+    policy: str
+    rule: str  # "oracle at every layer", "oracle", "softmax_margin" or "predicted"
+    target: float | None
+    counted_reduction: float
+    pass_reduction: float
+
+
+class BreakEven(_Part):
+    """What one check may cost before the saving at VERDICT_AT of the predicted rule is gone; 0 if none is there."""
+
+    policy: str
+    macs: float
+    of_layer: float  # the same as a share of a mean layer
+
+
+class Check(_Part):
+    """What one check of the default head costs at an exit, its look at the readout included."""
+
+    depth: int
+    macs: int
+    of_layer: float
+
+
+class Drift(_Part):
+    """Mean depth at VERDICT_AT where skipped layers keep approximate state (``propagate``), on a part of the text.
+
+    ``kept`` is the share of the margin rule's spared depth that is left of it; ``predicted`` is what a trained head
+    should run if as much is left of its own, ``counted_reduction`` what it then saves.
+    """
+
+    tokens: int
+    margin_intact: float
+    margin: float
+    kept: float
+    predicted: float
+    counted_reduction: float
+
+
+class Verdict(_Part):
+    """``answer``: "worth it", "only for layer passes" or "not worth it"."""
+
+    answer: str
+    reason: str
+
+
+class Scan(_Part):
+    """The whole document; see the module."""
+
+    format: str = FORMAT
+    version: int = VERSION
+    run: Run
+    backbone: BackboneFacts
+    data: Data
+    exits: tuple[int, ...]  # depths
+    candidates: int
+    layers: tuple[Layer, ...]
+    oracle: Oracle
+    points: tuple[Point, ...]
+    predicted: tuple[Point, ...]
+    reaches: tuple[Reach, ...]
+    disturbed: Drift
+    break_even: tuple[BreakEven, ...]
+    checks: tuple[Check, ...]
+    verdict: Verdict
+
+    def save(self, path: str | Path) -> None:
+        """Write the document to the file ``path``, whole or not at all. Raises ArtifactError."""
+        write_atomically(Path(path), (self.model_dump_json(indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scan:
+        """Read what ``save`` wrote. Raises DataError naming the field at fault."""
+        known = (FORMAT, VERSION)
+        return read_document(cls, Path(path), what="scan", command="dynamax scan", known=known)
+
+
+def judged(depth: float, oracle: float, disturbed: Drift) -> Verdict:
+    """The verdict: from the predicted depth at VERDICT_AT with states intact, the oracle's over the same exits, and
+    what ``propagate`` leaves."""
+    at = f"{VERDICT_AT:.0%} agreement"
+    if 1.0 - oracle < LEAST_DEPTH_SAVED:
+        return Verdict(
+            answer="not worth it",
+            reason=f"Even a judge that always knew would run {oracle:.2f} of the depth at these exits: the layers "
+            "agree with the last one too late. A backbone trained with a multi-exit loss would have to come first.",
+        )
+    if 1.0 - depth < LEAST_DEPTH_SAVED:
+        return Verdict(
+            answer="not worth it",
+            reason=f"A trained head should run {depth:.2f} of the depth at {at}, sparing less than "
+            f"{LEAST_DEPTH_SAVED:.0%}: tokens that could leave early (oracle {oracle:.2f}) can hardly be told from "
+            "those that could not.",
+        )
+    if disturbed.counted_reduction < LEAST_COUNTED:
+        return Verdict(
+            answer="only for layer passes",
+            reason=f"A trained head should run {depth:.2f} of the depth at {at} with states intact (defer, verify), "
+            f"which spares layer passes. Under propagate {disturbed.predicted:.2f}, and checks, readouts and state "
+            f"updates then leave a counted reduction of {disturbed.counted_reduction:.1%}: hardly any arithmetic less.",
+        )
+    return Verdict(
+        answer="worth it",
+        reason=f"A trained head should run {depth:.2f} of the depth at {at} with states intact (oracle {oracle:.2f}) "
+        f"and {disturbed.predicted:.2f} under propagate, for a counted reduction of "
+        f"{disturbed.counted_reduction:.1%}.",
+    )

@@ -1,0 +1,1 @@
+"""Text read from files, folders and datasets, as documents and as batches of tokens."""
