@@ -43,7 +43,7 @@ def pair(backbone: Backbone, config: ExitConfig, heads: ExitHeads, batch: int) -
     device, count = torch.device(DEVICE), len(config.layers)
     ticket = torch.tensor([5], dtype=torch.int32, device=device)
     readout = Readout(backbone, config)
-    checks = [Check(heads, readout, count, batch, device, ticket, fuse=fuse) for fuse in (True, False)]
+    checks = [Check(heads, readout, count, batch, device, ticket, count, fuse=fuse) for fuse in (True, False)]
     assert checks[0].kernels == ("check_kernel",) and checks[1].kernels == ("decide_kernel",)
     return checks
 
@@ -89,7 +89,7 @@ def test_one_kernel_sees_and_decides_what_pytorch_does(
     with torch.no_grad():
         for _ in range(2):  # a second token begins anew
             for check in checks:
-                check.set_thresholds(bars)
+                check.set_thresholds([tuple(bars)] * batch)
                 check.left.zero_()
             lives = [torch.ones(batch, dtype=torch.int32, device=DEVICE) for _ in checks]
             for index in range(3):

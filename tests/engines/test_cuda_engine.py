@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dynamax_llm.decoding.cuda import new_decoder as new_cuda_decoder
-from dynamax_llm.decoding.deferred import new_decoder
 from transformers import PreTrainedModel
 
 from dynamax_llm.backbones import adapt
-from dynamax_llm.decoding import EarlyExit, cuda, engines
+from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.generate import EarlyExitOutput
+from dynamax_llm.engines.cuda.engine import CudaEngine
+from dynamax_llm.engines.eager import EagerEngine
 from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
@@ -21,6 +21,7 @@ from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.testing import ScriptedConfidence, random_ids, tiny_model
+from tests.stepping import Stepper
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {
@@ -74,21 +75,23 @@ def test_tokens_are_taken_back_row_by_row(family: str) -> None:
     backbone, pattern = adapt(model), torch.tensor([[0, 1, 2, 0, 0, 2], [0, 2, 0, 0, 1, 2]])
     readout = Readout(backbone, ExitConfig((1, 2), 3))
     plans = [ExitPlan((1, 2), ScriptedConfidence(pattern.to(DEVICE)), readout, POLICIES["verify"], 4) for _ in range(2)]
-    decoders = [make(backbone, plan) for make, plan in zip((new_decoder, new_cuda_decoder), plans, strict=True)]
-    ids, kept = random_ids(2, 4, vocab=19).to(DEVICE), torch.tensor([1, 2])
+    both = zip((EagerEngine(), CudaEngine()), plans, strict=True)
+    steppers = [Stepper(backbone, plan, batch=2, engine=engine) for engine, plan in both]
+    ids, kept = random_ids(2, 4, vocab=19).to(DEVICE), [1, 2]
     with torch.no_grad():
-        first, _ = (decoder.prefill(ids) for decoder in decoders)
+        first, _ = (stepper.prefill(ids) for stepper in steppers)
         token = first.argmax(-1, keepdim=True)
         for _ in range(6):
-            found = [decoder.step(token, (0.5, 0.5)) for decoder in decoders]
+            found = [stepper.step(token, (0.5, 0.5)) for stepper in steppers]
             assert torch.equal(found[0].exit_index, found[1].exit_index)
             assert torch.allclose(found[0].logits, found[1].logits, atol=1e-4)
             token = found[0].logits.argmax(-1, keepdim=True)
-            if found[0].window is not None:
-                assert torch.allclose(found[0].window, found[1].window, atol=1e-4)
-                counts = kept.clamp(max=found[0].window.shape[1])
-                for decoder in decoders:
-                    decoder.keep(counts.to(DEVICE))
+            assert found[0].deep == found[1].deep
+            if found[0].deep:
+                windows = [stepper.engine.window_logits() for stepper in steppers]
+                assert torch.allclose(*windows, atol=1e-4)
+                for stepper in steppers:
+                    stepper.decoder.keep([min(count, windows[0].shape[1]) for count in kept])
 
 
 def test_a_head_on_h_alone_decides_as_in_eager() -> None:
@@ -143,7 +146,7 @@ def test_programs_serve_prompts_of_any_length_and_are_made_once() -> None:
             out.sequences,
             model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, custom_generate=eager).sequences,
         )
-    assert len(exits.drive(model).machines) == 1
+    assert sum(map(len, exits.drive(model).machines.values())) == 1
 
 
 @pytest.mark.parametrize(
@@ -165,11 +168,11 @@ def test_programs_that_cannot_be_made_are_an_error_that_says_why(monkeypatch: py
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
 
-    monkeypatch.setattr(cuda, "machine_for", full)
+    monkeypatch.setattr(CudaEngine, "open", full)
     with pytest.raises(UsageError, match=r"could not be made \(CUDA out of memory. Tried to allocate 9 GiB\)"):
         generate(small("mistral"), 1, "cuda", threshold=0.5)
-    monkeypatch.setattr(engines, "_on_gpu", lambda backbone: True)
-    with pytest.warns(RuntimeWarning, match="engine 'eager' instead of 'cuda'"):
+    monkeypatch.setattr(CudaEngine, "prefers", lambda self, backbone: True)
+    with pytest.warns(RuntimeWarning, match="engine 'cuda' is not used"):
         assert generate(small("mistral"), 1, None, threshold=0.5).engine == "eager"
 
 

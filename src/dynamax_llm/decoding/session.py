@@ -76,6 +76,7 @@ class Session:
         self.rows = [Row(part, self.thresholds, max_new_tokens) for part in ids.split(1)]
         return self._first(range(self.slots), logits)
 
+    @torch.no_grad()
     def admit(self, ids: Ids, settings: RowSettings) -> int:
         """A row begins with the prompt (1, T); returns its slot. Raises UsageError if no slot is free."""
         free = next((slot for slot, row in enumerate(self.rows) if row is None), None)
@@ -95,6 +96,7 @@ class Session:
         self._events += self._first([free], spread)
         return free
 
+    @torch.no_grad()
     def release(self, slot: int) -> Row:
         """The slot is free from now on; returns the row it held. Raises UsageError if it holds none."""
         row = self.rows[slot] if 0 <= slot < self.slots else None
@@ -123,6 +125,7 @@ class Session:
 
     # one step
 
+    @torch.no_grad()
     def step(self) -> list[Event]:
         """One token of every live row, or one window under ``verify``."""
         events, self._events = self._events, []

@@ -5,9 +5,13 @@ On a device without graphs a program is simply called again; that is how tests r
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
+
+#: Triton's interpreter replaces parts of its language while a kernel runs, so kernels are interpreted one at a time.
+_INTERPRETER = threading.RLock()
 
 
 class Programs:
@@ -52,4 +56,5 @@ class Programs:
         if self.device.type == "cuda":
             self._graphs[name].replay()
         else:
-            self._work[name]()
+            with _INTERPRETER:
+                self._work[name]()
