@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.exits.readout import Lens
+from dynamax_llm.exits.readouts.lens import Lens
 from dynamax_llm.testing import tiny_model
 
 END = "<|endoftext|>"

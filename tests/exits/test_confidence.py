@@ -8,17 +8,9 @@ import pytest
 import torch
 
 from dynamax_llm.errors import UsageError
-from dynamax_llm.exits.features import (
-    LOG_FLOOR,
-    LOG_SCALE,
-    MEASURES,
-    STATISTICS,
-    ExitFeatures,
-    exit_features,
-    measure,
-    select,
-    shortlist,
-)
+from dynamax_llm.exits.confidence.measures import measure
+from dynamax_llm.exits.features import LOG_FLOOR, LOG_SCALE, STATISTICS, ExitFeatures, exit_features, select, shortlist
+from dynamax_llm.exits.registries import MEASURES
 
 B, T, D, V = 2, 3, 8, 11
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.blocks import scan, windowed_attention
-from dynamax_llm.exits.config import HEADS, ExitConfig
+from dynamax_llm.exits.confidence.bank import auto_width
+from dynamax_llm.exits.confidence.heads import ExitHeads
+from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.features import STATISTICS, ExitFeatures
-from dynamax_llm.exits.heads import BANKS, ExitHeads, auto_width
+from dynamax_llm.exits.registries import HEADS
 
 D = 24
 RECURRENT = ("transformer", "mamba")
@@ -226,6 +228,6 @@ def test_hidden_states_of_any_scale_and_dtype(kind: str) -> None:
 
 
 def test_kinds_are_those_of_the_configuration() -> None:
-    assert tuple(BANKS) == HEADS
+    assert tuple(HEADS) == HEADS
     with pytest.raises(UsageError, match=r"unknown head 'none'.*linear, mlp, transformer, mamba"):
         ExitHeads(dataclasses.replace(CONFIG, head=None), D)

@@ -11,7 +11,8 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.exits import readout as module
 from dynamax_llm.exits.config import SHORTLISTS, ExitConfig
 from dynamax_llm.exits.features import LOG_SCALE, exit_features, shortlist
-from dynamax_llm.exits.readout import Lens, Readout
+from dynamax_llm.exits.readouts.base import build_readout
+from dynamax_llm.exits.readouts.lens import Lens
 from dynamax_llm.testing import tiny_model
 
 
@@ -26,7 +27,7 @@ def config(readout: str) -> ExitConfig:
 
 @pytest.mark.parametrize("kind", ["head", "tail"])
 def test_head_and_tail_decide_on_the_plain_head(backbone, kind: str) -> None:
-    readout = Readout(backbone, config(kind))
+    readout = build_readout(backbone, config(kind))
     h = torch.randn(2, 3, backbone.width)
     expected = backbone.model.get_output_embeddings()(backbone.final_norm(h))
     assert torch.equal(readout.decision_logits(0, h), expected)
@@ -38,7 +39,7 @@ def test_head_and_tail_decide_on_the_plain_head(backbone, kind: str) -> None:
 
 def test_a_fresh_lens_changes_nothing_and_each_exit_has_its_own(backbone) -> None:
     lens = Lens(2, backbone.width, 4)
-    readout = Readout(backbone, config("lens"), lens)
+    readout = build_readout(backbone, config("lens"), lens)
     h = torch.randn(2, 3, backbone.width)
     assert torch.equal(readout.logits(0, h), backbone.readout(h))
     with torch.no_grad():
@@ -60,7 +61,7 @@ def test_lens_keeps_dtype_and_scale() -> None:
 
 
 def test_slices_of_a_sequence_see_what_the_whole_does(backbone, monkeypatch) -> None:
-    readout = Readout(backbone, config("head"))
+    readout = build_readout(backbone, config("head"))
     h, before = torch.randn(2, 2, 7, backbone.width).unbind(0)
     previous = exit_features(before, h, readout.decision_logits(0, before), None)
     whole = exit_features(h, before, readout.decision_logits(1, h), previous)
@@ -77,7 +78,7 @@ def test_slices_of_a_sequence_see_what_the_whole_does(backbone, monkeypatch) -> 
 @pytest.mark.parametrize("kind", SHORTLISTS)
 def test_later_exits_look_only_at_the_first_ones_candidates(backbone, kind) -> None:
     """One token at a time, rows of the LM head are gathered; over a sequence the full readout is: same numbers."""
-    readout = Readout(backbone, dataclasses.replace(config("head"), candidates=6, shortlist=kind))
+    readout = build_readout(backbone, dataclasses.replace(config("head"), candidates=6, shortlist=kind))
     h, later = torch.randn(2, 2, 30, backbone.width).unbind(0)
     first, _ = readout.features(0, h, later, None)
     seen, spoken = readout.features(1, later, h, first)
@@ -101,4 +102,4 @@ def test_later_exits_look_only_at_the_first_ones_candidates(backbone, kind) -> N
 
 def test_a_lens_readout_needs_its_lens(backbone) -> None:
     with pytest.raises(AssertionError):
-        Readout(backbone, config("lens"))
+        build_readout(backbone, config("lens"))

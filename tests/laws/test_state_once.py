@@ -18,7 +18,7 @@ from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.decoding.verify import VerifiedRun
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.testing import ScriptedConfidence
 from tests.laws.conftest import left_padding, pattern
 

@@ -16,9 +16,11 @@ import torch
 
 from dynamax_llm.errors import ArtifactCorruptError, UsageError
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.config import HEADS, ExitConfig
-from dynamax_llm.exits.features import STATISTICS, ExitFeatures, measure
-from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.exits.confidence.heads import ExitHeads
+from dynamax_llm.exits.confidence.measures import measure
+from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.features import STATISTICS, ExitFeatures
+from dynamax_llm.exits.registries import HEADS
 from dynamax_llm.text.batches import find_source
 from dynamax_llm.traces.collect import ExitBatch
 from dynamax_llm.traces.simulate import NEVER, ThresholdSample, simulate_exits
