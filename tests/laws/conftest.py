@@ -62,7 +62,8 @@ class Case:
     def plan(
         self, estimator: ConfidenceEstimator | None, policy: str = "propagate", readout: str = "head", tail: int = 1
     ) -> ExitPlan:
-        config = ExitConfig(self.exits, self.backbone.n_layers, head=None, readout=readout, tail_layers=tail)
+        options = {"head": None, "readout": readout, "tail_layers": tail}
+        config = ExitConfig.from_options(self.exits, self.backbone.n_layers, **options)
         lens = None
         if readout == "lens":
             lens = Lens(len(self.exits), self.backbone.width, 3)

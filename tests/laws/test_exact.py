@@ -14,7 +14,8 @@ from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.errors import PolicyMismatchError, UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.readouts.base import Readout, build_readout
+from dynamax_llm.exits.readouts.base import build_readout
+from dynamax_llm.exits.readouts.head import HeadReadout
 from dynamax_llm.testing import ScriptedConfidence, random_ids, tiny_model, zero_tail
 from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
 from tests.laws.conftest import EACH_CASES, Case, left_padding, make_case, pattern, random_heads
@@ -140,7 +141,7 @@ def test_update_state_over_several_tokens_leaves_what_layer_leaves(case: Case) -
         assert (tensor - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
 
 
-class Liar(Readout):
+class Liar(HeadReadout):
     """Says another token than it sees, whenever the script says so; one entry per time that a proposal is read."""
 
     def __init__(self, case: Case, lies: list[bool]) -> None:

@@ -25,7 +25,7 @@ def batch() -> Batch:
 
 
 def config(**changes) -> ExitConfig:
-    return ExitConfig(**{"layers": LAYERS, "n_layers": L, "head": None, **changes})
+    return ExitConfig.from_options(**{"layers": LAYERS, "n_layers": L, "head": None, **changes})
 
 
 def lens_for(backbone) -> Lens:
@@ -79,7 +79,8 @@ def test_exits_see_what_the_layers_made(backbone, family: str) -> None:
         previous = None
         for exit, layer in enumerate(LAYERS):
             torch.testing.assert_close(found.hidden[exit][one.mask], h[layer][one.mask])
-            previous = exit_features(h[layer], h[layer - 1], readout.decision_logits(exit, h[layer]), previous)
+            logits = readout.logits(exit, readout.transform(exit, h[layer])[0])
+            previous = exit_features(h[layer], h[layer - 1], logits, previous)
             seen = found.features[exit]
             torch.testing.assert_close(seen.values[one.mask], previous.values[one.mask], atol=1e-4, rtol=1e-4)
             assert torch.equal(seen.token[one.mask], previous.token[one.mask])
@@ -99,7 +100,7 @@ def test_the_label_describes_the_action(backbone, family: str, kind: str) -> Non
             taken = h[layer]
             for index in range(L - 2, L) if kind == "tail" else ():
                 taken = adapter.layer(index, taken, None, ctx)
-            expected = readout.logits(exit, taken).argmax(-1) == full
+            expected = readout.logits(exit, readout.transform(exit, taken)[0]).argmax(-1) == full
             assert torch.equal(found.labels[exit][one.mask], expected[one.mask])
     assert 0 < int(found.labels[:, one.mask].sum()) < found.labels[:, one.mask].numel()
 

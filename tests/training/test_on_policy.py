@@ -29,7 +29,7 @@ def batch() -> Batch:
 
 
 def config(**changes) -> ExitConfig:
-    return ExitConfig(**{"layers": LAYERS, "n_layers": L, "width": 16, "candidates": 8, **changes})
+    return ExitConfig.from_options(**{"layers": LAYERS, "n_layers": L, "width": 16, "candidates": 8, **changes})
 
 
 def heads(settings: ExitConfig, width: int) -> ExitHeads:

@@ -218,6 +218,6 @@ def find_promise(promises: Sequence[Promise], text: str, policy: str | None, est
         f"{name} {value!r}" for name, value in (("policy", policy), ("estimator", estimator)) if value is not None
     )
     raise PolicyMismatchError(
-        f"promise {wanted!r} was calibrated under {how}; it guarantees nothing under {wrong}. Leave that out, or calibrate "
-        "under it: dynamax calibrate."
+        f"promise {wanted!r} was calibrated under {how}; it guarantees nothing under {wrong}. Leave that out, or "
+        "calibrate under it: dynamax calibrate."
     )

@@ -91,9 +91,7 @@ def overlap(backbone: Backbone, final: Tensor, readout: Readout, exit: int, h: T
     found = []
     for run in slices(backbone, 2 * len(h)):  # two distributions at once
         run = slice(run.start // 2, run.stop // 2)
-        full, here = (
-            backbone.readout(final[None, run])[0],
-            readout.logits(exit, readout.transform(exit, h[None, run])[0])[0],
-        )
+        full = backbone.readout(final[None, run])[0]
+        here = readout.logits(exit, readout.transform(exit, h[None, run])[0])[0]
         found.append(torch.minimum(full.softmax(-1), here.softmax(-1)).sum(-1))
     return torch.cat(found)

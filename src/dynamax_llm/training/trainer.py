@@ -98,8 +98,8 @@ class _Run:
         self.backbone, self.source, self.settings = backbone, source, settings
         if settings.documents and READOUTS.lookup(self.config.readout).learner:
             raise UsageError(
-                f"the readout {self.config.readout!r} is trained on its share of a budget in tokens: leave documents out, or "
-                "use another readout."
+                f"the readout {self.config.readout!r} takes its share of a budget in tokens: leave documents out, or "
+                "use a readout without weights."
             )
         self.group, self.aside = Group.join(backbone.device.type == "cpu"), Aside(backbone.device)
         sequence = min(settings.sequence, backbone.max_positions() or settings.sequence)

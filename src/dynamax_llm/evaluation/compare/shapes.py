@@ -62,9 +62,8 @@ def token_costs(name: str, candidate: Candidate) -> TokenCosts:
     """Cost of a token by exit if this candidate's exits, at the same shares of the depth, sat on the named shape."""
     backbone, config = shape(name), candidate.exits.config
     layers = tuple(round(layer * backbone.n_layers / config.n_layers) for layer in config.layers)
-    scaled = dataclasses.replace(
-        config, layers=layers, n_layers=backbone.n_layers, readout="head", readout_options=ReadoutOptions()
-    )
+    plain = dataclasses.replace(config, readout="head", readout_options=ReadoutOptions())
+    scaled = dataclasses.replace(plain, layers=layers, n_layers=backbone.n_layers)
     estimator = candidate.estimator
     if candidate.measure is None:
         with torch.device("meta"):

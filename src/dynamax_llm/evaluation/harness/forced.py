@@ -97,9 +97,8 @@ class _Watch(ConfidenceEstimator):
         self, exit: int, h: Tensor, features: ExitFeatures, state: State | None, padding: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
         found, after = self.estimator.confidence(exit, h, features, state, padding)
-        self.seen.append(
-            (found[:, -1], self.readout.logits(exit, self.readout.transform(exit, h[:, -1:])[0])[:, 0].argmax(-1))
-        )
+        moved, _ = self.readout.transform(exit, h[:, -1:])
+        self.seen.append((found[:, -1], self.readout.logits(exit, moved)[:, 0].argmax(-1)))
         return found, after
 
     def advance(
