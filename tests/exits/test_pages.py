@@ -7,12 +7,14 @@ import torch
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.errors import UsageError
+from dynamax_llm.errors import ArtifactCorruptError, UsageError
 from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.confidence.bank import Bank
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.features import STATISTICS, ExitFeatures
 from dynamax_llm.exits.readouts.base import Readout
-from dynamax_llm.exits.registries import MEASURES, READOUTS
+from dynamax_llm.exits.registries import HEADS, MEASURES, READOUTS
 from dynamax_llm.testing import random_ids, tiny_model
 from tests.exits.pages import page, registered
 
@@ -87,3 +89,57 @@ def test_a_measure_from_outside_is_found_by_name() -> None:
     ]
     assert torch.equal(both[0].exit_layers, both[1].exit_layers)
     assert set(both[0].exit_layers.flatten().tolist()) > {5}  # some tokens left early
+
+
+class MeanBank(Bank):
+    """Half the sum of the mean input and that of the token before."""
+
+    recurrent = True
+
+    def __init__(self, n_exits: int, inputs: int, width: int) -> None:
+        super().__init__(n_exits, inputs, width)
+        self.weight = self.constant(1, value=0.5)
+
+    def forward(self, exits, x, state, padding):
+        mean = x.mean(-1)  # (S, B, T)
+        (before,) = self.past(exits, x, state)
+        joined = torch.cat((before, mean), dim=-1)
+        return self.weight[exits].unsqueeze(-1) * (joined[..., 1:] + joined[..., :-1]), (mean[..., -1:],)
+
+    def initial_state(self, batch, device):
+        return (torch.zeros(self.n_exits, batch, 1, device=device),)
+
+    def macs(self) -> int:
+        return 2
+
+    def update_macs(self) -> int:
+        return 1
+
+
+def test_a_kind_of_head_from_outside(tmp_path) -> None:
+    HEADS.register("mean", MeanBank)
+    model = tiny_model("llama", vocab=61)
+    config = ExitConfig((2, 3), 5, head="mean")
+    assert config.width == Bank.default_width
+    heads = ExitHeads(config, model.config.hidden_size)
+    heads.bank.weight.data[1] = 2.0
+    heads.scale += torch.rand_like(heads.scale)
+    saved = Exits.of(adapt(model), config, heads.requires_grad_(False))
+    saved.save(tmp_path)
+    loaded = Exits.from_pretrained(tmp_path)
+    assert isinstance(loaded.heads.bank, MeanBank)
+    ids, options = random_ids(2, 5, vocab=61), {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    both = [
+        model.generate(ids, custom_generate=EarlyExit(exits, threshold=0.5), pad_token_id=0, **options).exit_layers
+        for exits in (saved, loaded)
+    ]
+    assert torch.equal(*both)
+    assert len(set(both[0].flatten().tolist())) > 1
+
+
+def test_exits_of_a_kind_that_is_not_registered_name_the_way_out(tmp_path) -> None:
+    Exits.untrained(adapt(tiny_model("llama")), (2,), readout="mean").save(tmp_path)
+    with registered():
+        del READOUTS._entries["mean"]
+        with pytest.raises(ArtifactCorruptError, match=r"unknown readout 'mean'.*must be registered before loading"):
+            Exits.from_pretrained(tmp_path)

@@ -171,25 +171,22 @@ class Exits:
     def keep(self, promise: Promise) -> Exits:
         """These exits with one more promise; it replaces one with the same text, policy and estimator."""
         others = tuple(item for item in self.promises if item.key != promise.key)
-        return replace(self, promises=(*others, _sealed(promise, self._basis())))
-
-    def _basis(self) -> dict[str, Any]:
-        """What every promise of these exits rests on beside its own record."""
         tensors = _tensors(self.config, self.heads, self.readout_weights)
-        return _basis(self.config.to_json(), self.fingerprint, tensors)
+        basis = _basis(self.config.to_json(), self.fingerprint, tensors)
+        return replace(self, promises=(*others, _sealed(promise, basis)))
 
     def save(self, folder: str | Path) -> None:
         """Write the folder. Raises ArtifactError if it holds something else or cannot be written, PromiseError if
         these exits changed since one of their promises was kept."""
         target = prepare_folder(folder, (MANIFEST, TENSORS))
-        basis = self._basis() if self.promises else {}
+        tensors = _tensors(self.config, self.heads, self.readout_weights)
+        basis = _basis(self.config.to_json(), self.fingerprint, tensors)
         for promise in self.promises:
             if promise.digest != seal(promise.to_json(), basis):
                 raise PromiseError(
                     f"{promise.label} was not made for these exits as they are now. Calibrate again and keep the "
                     "promise with Exits.keep, or save without it: dataclasses.replace(exits, promises=())."
                 )
-        tensors = _tensors(self.config, self.heads, self.readout_weights)
         blob = safetensors.torch.save(tensors, metadata={"format": "pt"})
         manifest = {
             "format": FORMAT,
@@ -270,7 +267,9 @@ def _read_config(path: Path, data: Mapping[str, Any]) -> ExitConfig:
         config = ExitConfig.from_json(data)
         placed = place_exits(config.layers, config.n_layers)
     except (TypeError, KeyError, ValueError) as error:  # UsageError is a ValueError
-        raise _corrupt(path, f"its config cannot be used ({error})") from error
+        raise _corrupt(
+            path, f"its config cannot be used ({error}); kinds of your own must be registered before loading"
+        ) from error
     if placed != config.layers:
         raise _corrupt(path, f"its exits {config.layers} are not in order")
     return config
@@ -281,8 +280,8 @@ def _read_promises(
 ) -> tuple[Promise, ...]:
     """The promises, each with a digest of this version, once it is known that they were not edited."""
     promises = []
-    written = _basis(manifest.config, manifest.fingerprint, tensors) if manifest.promises else {}
-    basis = _basis(config.to_json(), manifest.fingerprint, tensors) if manifest.promises else {}
+    written = _basis(manifest.config, manifest.fingerprint, tensors)
+    basis = {**written, "config": config.to_json()}
     for number, record in enumerate(manifest.promises, start=1):
         try:
             promise = Promise.from_json(record)

@@ -70,12 +70,7 @@ class Readout(Stateful):
         return self.backbone.readout(moved)
 
     def read(
-        self,
-        exit: int,
-        h: Hidden,
-        h_before: Hidden,
-        previous: ExitFeatures | None,
-        moved: Hidden | None = None,
+        self, exit: int, h: Hidden, h_before: Hidden, previous: ExitFeatures | None, moved: Hidden | None = None
     ) -> tuple[ExitFeatures, Logits | None]:
         """Features of h (B, 1, d) at exit ``exit``, and its logits (B, 1, V) if it read all and they may be output.
 
@@ -94,12 +89,7 @@ class Readout(Stateful):
         return self._with_rows(features), logits if self.decision_is_output else None
 
     def features(
-        self,
-        exit: int,
-        h: Hidden,
-        h_before: Hidden,
-        previous: ExitFeatures | None,
-        moved: Hidden | None = None,
+        self, exit: int, h: Hidden, h_before: Hidden, previous: ExitFeatures | None, moved: Hidden | None = None
     ) -> tuple[ExitFeatures, Ids]:
         """What ``read`` gives, over a whole sequence h (B, T, d), and the argmax (B, T) of all the logits.
 
