@@ -152,8 +152,9 @@ class Promise(BaseModel):
 
     def agrees_with_evidence(self) -> bool:
         """Whether this is the riskiest point that the evidence kept: all there is to check without a digest."""
-        kept, record = [test for test in self.evidence if test.get("kept")], self.to_json()
-        return bool(kept) and all(record[name] == value for name, value in kept[-1].items() if name in record)
+        best = next((test for test in reversed(self.evidence) if test.get("kept")), {})
+        record = self.to_json()
+        return "thresholds" in best and all(record[name] == value for name, value in best.items() if name in record)
 
     def sentence(self) -> str:
         """What is guaranteed, in plain words."""
