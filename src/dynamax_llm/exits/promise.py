@@ -152,7 +152,7 @@ class Promise(BaseModel):
 
     def agrees_with_evidence(self) -> bool:
         """Whether this is the riskiest point that the evidence kept: all there is to check without a digest."""
-        best = next((test for test in reversed(self.evidence) if test.get("kept")), {})
+        best: dict[str, Any] = next((test for test in reversed(self.evidence) if test.get("kept")), {})
         record = self.to_json()
         return "thresholds" in best and all(record[name] == value for name, value in best.items() if name in record)
 
