@@ -10,7 +10,7 @@ import torch
 import dynamax_llm as dx
 from dynamax_llm import cli
 from dynamax_llm.backbones import adapt
-from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.errors import BackboneError, DataError, ExitPlacementError, UsageError
 from dynamax_llm.evaluation.scan.collect import gather
 from dynamax_llm.evaluation.scan.document import LEAST_COUNTED, Drift, Scan, judged

@@ -114,12 +114,12 @@ def _with(states: list[State] | None, exit: int, state: State | None) -> list[St
 
 
 def _combined(states: Sequence[ExitState], combine: Callable[[Sequence[Tensor]], Tensor]) -> ExitState:
-    """One ExitState from the corresponding tensors of several."""
+    """One ExitState from the corresponding tensors of several; the first's states where another has none."""
 
     def field(name: str) -> list[State] | None:
         lists = [getattr(state, name) for state in states]
         if any(each is None for each in lists):
-            return None
+            return lists[0]
         return [
             tuple(combine(parts) for parts in zip(*exit_states, strict=True))
             for exit_states in zip(*lists, strict=True)
