@@ -47,14 +47,38 @@ def test_a_readout_with_a_state_from_outside(tmp_path) -> None:
         ExitConfig((2, 3), 5, readout="mean", readout_options=READOUTS["tail"].Options(1))
 
 
+def test_generation_uses_a_readout_with_a_state() -> None:
+    """Every token leaves at the first exit, whose logits rest on the running mean: as one pass over the text gives."""
+    module, model = page("add-a-readout.md"), tiny_model("llama", vocab=61)
+    backbone = adapt(model)
+    exits = Exits.untrained(backbone, (2, 3), readout="mean", mean_decay=0.5)
+    exits.readout_weights.weight.data.fill_(3.0)
+    ids, count = random_ids(2, 6, vocab=61), 8
+    early = EarlyExit(exits, measure="state_similarity", threshold=0.0, engine="eager")
+    options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(ids, custom_generate=early, **options)
+    assert (out.exit_layers[:, 1:] == 2).all()
+    cut = adapt(tiny_model("llama", vocab=61))
+    readout = exits.readout(cut)
+    assert isinstance(readout, module.MeanReadout)
+    h = cut.embed(out.sequences)
+    ctx = cut.context(h)
+    for layer in range(2):
+        h = cut.layer(layer, h, None, ctx)
+    moved, _ = readout.transform(0, h)
+    expected = readout.logits(0, moved).argmax(-1)[:, ids.shape[1] : -1]
+    assert torch.equal(out.sequences[:, ids.shape[1] + 1 :], expected)
+    plain = readout.logits(0, h).argmax(-1)[:, ids.shape[1] : -1]
+    assert not torch.equal(plain, expected)  # the state matters
+
+
 def test_a_confidence_from_outside_decides_generation() -> None:
     module = page("add-a-confidence.md")
     model = tiny_model("llama", vocab=61)
     exits = Exits.untrained(adapt(model), (2, 3))
     ids = random_ids(2, 7, vocab=61)
-    early = EarlyExit(exits, measure="softmax_margin", threshold=0.2)
     mine = module.SteadyMargin(2)
-    early.estimator = mine
+    early = EarlyExit(exits, confidence=mine, threshold=0.2)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     steady = model.generate(ids, custom_generate=early, **options)
     mine.power = 0.0  # the margin alone: the state has no influence
