@@ -7,6 +7,7 @@ import torch
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
+from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.errors import ArtifactCorruptError, UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence.bank import Bank
@@ -16,6 +17,7 @@ from dynamax_llm.exits.features import STATISTICS, ExitFeatures
 from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.exits.registries import HEADS, MEASURES, READOUTS
 from dynamax_llm.testing import random_ids, tiny_model
+from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
 from tests.exits.pages import page, registered
 
 
@@ -70,6 +72,23 @@ def test_generation_uses_a_readout_with_a_state() -> None:
     assert torch.equal(out.sequences[:, ids.shape[1] + 1 :], expected)
     plain = readout.logits(0, h).argmax(-1)[:, ids.shape[1] : -1]
     assert not torch.equal(plain, expected)  # the state matters
+
+
+@pytest.mark.parametrize("policy", ["propagate", "defer"])
+def test_a_readout_with_a_state_reads_alike_in_one_pass_and_step_by_step(policy: str) -> None:
+    backbone = adapt(tiny_model("mamba2", vocab=61))
+    exits = Exits.untrained(backbone, (1, 2, 3), readout="mean")
+    exits.readout_weights.weight.data.copy_(torch.tensor([3.0, -2.0, 1.0]))
+    ids, padding = random_ids(3, 24, vocab=61), torch.ones(3, 24, dtype=torch.int64)
+    padding[1, :3] = 0
+    readout, measure = exits.readout(backbone), MEASURES["softmax_margin"]
+    plan = ExitPlan((1, 2, 3), measure, readout, POLICIES[policy])
+    thresholds, how = [0.15, 0.15, 0.15], {"prompt_length": 6, "padding": padding}
+    slow = step_by_step(backbone, plan, ids, thresholds, **how)
+    fast = teacher_forced(backbone, plan, ids, thresholds, **how, keep_logits=True)
+    assert fast.exit_index.tolist() == slow.exit_index.tolist()
+    assert len(slow.exit_index[:, 6:].unique()) >= 3  # several exits are really taken
+    torch.testing.assert_close(fast.logits[:, 5:], slow.logits[:, 5:], atol=1e-4, rtol=0)
 
 
 def test_a_confidence_from_outside_decides_generation() -> None:
