@@ -260,7 +260,7 @@ TRAINING: dict[str, tuple[Command, str, str]] = {
     "unknown head": (lambda t: train("--head", "mambo", out=t / "o"), "'mambo'", "Did you mean 'mamba'"),
     "unknown readout": (lambda t: train("--readout", "tial", out=t / "o"), "'tial'", "head, tail, lens"),
     "unknown label": (lambda t: train("--label", "top", out=t / "o"), "'top'", "action, topk"),
-    "unknown input": (lambda t: train("--inputs", "hidden,logits", out=t / "o"), "logits", "hidden, signals"),
+    "unknown input": (lambda t: train("--inputs", "hidden,logits", out=t / "o"), "logits", "hidden, statistics"),
     "exit 0": (lambda t: train("--exits", "0,2", out=t / "o"), "'0'", "after layers 1 to 4"),
     "exit beyond the depth": (lambda t: train("--exits", "2,9", out=t / "o"), "'9'", "after layers 1 to 4"),
     "exit that is no number": (

@@ -150,8 +150,8 @@ USED = {
 }
 
 DAMAGE = {
-    "no list": ({}, None, "'promises' is no list"),
-    "no object": ("promise", None, "promise 1 cannot be used: it is no JSON object"),
+    "no list": ({}, None, "'promises' cannot be {}: input should be a valid list"),
+    "no object": ("promise", None, "promise 1 cannot be used: it is not a JSON object"),
     "missing": ({"n": None}, "drop", "'n' is missing"),
     "unknown": ({"colour": 1}, None, "'colour' is unknown"),
     "bound": ({"bound": 1.5}, None, "'bound' cannot be 1.5"),

@@ -19,7 +19,7 @@ from dynamax_llm.engines.eager import EagerEngine
 from dynamax_llm.engines.eager.session import EagerSession
 from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.head import HeadReadout
 from dynamax_llm.testing import ScriptedConfidence
 from tests.laws.conftest import left_padding, pattern
 from tests.stepping import Stepper
@@ -81,7 +81,7 @@ class Memory(Backbone):
         return Costs(tuple(LayerCost(1, 1) for _ in range(LAYERS)), 1)
 
 
-class Erring(Readout):
+class Erring(HeadReadout):
     """Every third proposal is another token."""
 
     calls = 0

@@ -7,7 +7,8 @@ import torch
 
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.features import exit_features
-from dynamax_llm.exits.readout import Lens, Readout
+from dynamax_llm.exits.readouts.base import build_readout
+from dynamax_llm.exits.readouts.lens import Lens
 from dynamax_llm.testing import random_ids
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces import collect as module
@@ -24,7 +25,7 @@ def batch() -> Batch:
 
 
 def config(**changes) -> ExitConfig:
-    return ExitConfig(**{"layers": LAYERS, "n_layers": L, "head": None, **changes})
+    return ExitConfig.from_options(**{"layers": LAYERS, "n_layers": L, "head": None, **changes})
 
 
 def lens_for(backbone) -> Lens:
@@ -47,7 +48,7 @@ def states(backbone, ids: torch.Tensor) -> list[torch.Tensor]:
 @FAMILIES
 def test_the_target_is_the_stock_models_argmax(backbone, family: str) -> None:
     adapter, one = backbone(family), batch()
-    found = collect_exits(adapter, Readout(adapter, config()), one)
+    found = collect_exits(adapter, build_readout(adapter, config()), one)
     for row, length in enumerate(one.mask.sum(1).tolist()):
         with torch.no_grad():
             stock = adapter.model(one.ids[row : row + 1, :length]).logits[0].argmax(-1)
@@ -57,7 +58,7 @@ def test_the_target_is_the_stock_models_argmax(backbone, family: str) -> None:
 @FAMILIES
 def test_rows_see_neither_their_pads_nor_each_other(backbone, family: str) -> None:
     adapter, one = backbone(family), batch()
-    readout = Readout(adapter, config())
+    readout = build_readout(adapter, config())
     found = collect_exits(adapter, readout, one)
     for row, length in enumerate(one.mask.sum(1).tolist()):
         alone = collect_exits(adapter, readout, Batch(one.ids[[row], :length], one.mask[[row], :length]))
@@ -71,14 +72,15 @@ def test_rows_see_neither_their_pads_nor_each_other(backbone, family: str) -> No
 @FAMILIES
 def test_exits_see_what_the_layers_made(backbone, family: str) -> None:
     adapter, one = backbone(family), batch()
-    readout = Readout(adapter, config())
+    readout = build_readout(adapter, config())
     found = collect_exits(adapter, readout, one)
     with torch.no_grad():
         h = states(adapter, one.ids)
         previous = None
         for exit, layer in enumerate(LAYERS):
             torch.testing.assert_close(found.hidden[exit][one.mask], h[layer][one.mask])
-            previous = exit_features(h[layer], h[layer - 1], readout.decision_logits(exit, h[layer]), previous)
+            logits = readout.logits(exit, readout.transform(exit, h[layer])[0])
+            previous = exit_features(h[layer], h[layer - 1], logits, previous)
             seen = found.features[exit]
             torch.testing.assert_close(seen.values[one.mask], previous.values[one.mask], atol=1e-4, rtol=1e-4)
             assert torch.equal(seen.token[one.mask], previous.token[one.mask])
@@ -88,7 +90,7 @@ def test_exits_see_what_the_layers_made(backbone, family: str) -> None:
 @pytest.mark.parametrize("kind", ["head", "tail", "lens"])
 def test_the_label_describes_the_action(backbone, family: str, kind: str) -> None:
     adapter, one = backbone(family), batch()
-    readout = Readout(adapter, config(readout=kind, tail_layers=2), lens_for(adapter) if kind == "lens" else None)
+    readout = build_readout(adapter, config(readout=kind, tail_layers=2), lens_for(adapter) if kind == "lens" else None)
     found = collect_exits(adapter, readout, one)
     with torch.no_grad():
         h = states(adapter, one.ids)
@@ -98,33 +100,33 @@ def test_the_label_describes_the_action(backbone, family: str, kind: str) -> Non
             taken = h[layer]
             for index in range(L - 2, L) if kind == "tail" else ():
                 taken = adapter.layer(index, taken, None, ctx)
-            expected = readout.logits(exit, taken).argmax(-1) == full
+            expected = readout.logits(exit, readout.transform(exit, taken)[0]).argmax(-1) == full
             assert torch.equal(found.labels[exit][one.mask], expected[one.mask])
     assert 0 < int(found.labels[:, one.mask].sum()) < found.labels[:, one.mask].numel()
 
 
 def test_the_papers_label_is_the_logit_lens_top_k(backbone) -> None:
     adapter, one = backbone("mistral"), batch()
-    found = collect_exits(adapter, Readout(adapter, config(label="topk", label_k=4)), one)
+    found = collect_exits(adapter, build_readout(adapter, config(label="topk", label_k=4)), one)
     with torch.no_grad():
         h = states(adapter, one.ids)
         full = adapter.readout(h[-1]).argmax(-1, keepdim=True)
         for exit, layer in enumerate(LAYERS):
             expected = (adapter.readout(h[layer]).topk(4, -1).indices == full).any(-1)
             assert torch.equal(found.labels[exit][one.mask], expected[one.mask])
-    plain = collect_exits(adapter, Readout(adapter, config()), one)
+    plain = collect_exits(adapter, build_readout(adapter, config()), one)
     assert bool((found.labels[:, one.mask] >= plain.labels[:, one.mask]).all())
 
 
 @pytest.mark.parametrize("kind", ["action", "topk"])
 def test_logits_exist_one_slice_at_a_time(backbone, monkeypatch, kind: str) -> None:
     adapter, one = backbone("mistral"), batch()
-    readout = Readout(adapter, config(label=kind))
+    readout = build_readout(adapter, config(label=kind))
     whole = collect_exits(adapter, readout, one)
     sizes = []
     stock = adapter.readout
     monkeypatch.setattr(adapter, "readout", lambda h: sizes.append(h.shape[0] * h.shape[1]) or stock(h))
-    monkeypatch.setattr("dynamax_llm.exits.readout.LOGITS_AT_ONCE", 4 * adapter.vocab_size)
+    monkeypatch.setattr("dynamax_llm.exits.readouts.base.LOGITS_AT_ONCE", 4 * adapter.vocab_size)
     sliced = collect_exits(adapter, readout, one)
     assert max(sizes) == 4
     assert torch.equal(sliced.labels, whole.labels)
@@ -134,7 +136,7 @@ def test_logits_exist_one_slice_at_a_time(backbone, monkeypatch, kind: str) -> N
 def test_a_harvest_holds_no_graph_and_touches_no_weight(backbone) -> None:
     adapter, one = backbone("mamba2"), batch()
     before = {name: value.clone() for name, value in adapter.model.state_dict().items()}
-    found = collect_exits(adapter, Readout(adapter, config()), one)
+    found = collect_exits(adapter, build_readout(adapter, config()), one)
     tensors = [*found.hidden, *(item.values for item in found.features), found.labels, found.target]
     assert not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors)
     assert all(torch.equal(value, before[name]) for name, value in adapter.model.state_dict().items())

@@ -7,9 +7,9 @@ import torch
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.engines.plan import POLICIES, ExitPlan
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.testing import random_ids, tiny_model, zero_tail
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import collect_exits
@@ -28,7 +28,7 @@ def batch() -> Batch:
 
 
 def config(**changes) -> ExitConfig:
-    return ExitConfig(**{"layers": LAYERS, "n_layers": L, "width": 16, "candidates": 8, **changes})
+    return ExitConfig.from_options(**{"layers": LAYERS, "n_layers": L, "width": 16, "candidates": 8, **changes})
 
 
 def heads(settings: ExitConfig, width: int) -> ExitHeads:
@@ -42,9 +42,9 @@ def heads(settings: ExitConfig, width: int) -> ExitHeads:
 @pytest.mark.parametrize("label", ["probability", "overlap"])
 def test_soft_labels_are_what_the_distributions_say(backbone, family: str, label: str, monkeypatch) -> None:
     adapter, one = backbone(family), batch()
-    monkeypatch.setattr("dynamax_llm.exits.readout.LOGITS_AT_ONCE", 61 * 5)  # several slices
-    found = collect_exits(adapter, Readout(adapter, config(label=label)), one)
-    plain = collect_exits(adapter, Readout(adapter, config()), one)
+    monkeypatch.setattr("dynamax_llm.exits.readouts.base.LOGITS_AT_ONCE", 61 * 5)  # several slices
+    found = collect_exits(adapter, build_readout(adapter, config(label=label)), one)
+    plain = collect_exits(adapter, build_readout(adapter, config()), one)
     assert torch.equal(found.labels, plain.labels)
     assert torch.equal(plain.targets, plain.labels.float())
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_the_harvest_on_policy_is_what_decoding_meets(backbone, family: str, inp
     """The walk over it lets the same tokens leave as the teacher-forced pass, and its labels describe their tokens."""
     adapter, one = backbone(family), batch()
     settings = config(inputs=inputs)
-    estimator, readout = heads(settings, adapter.width), Readout(adapter, settings)
+    estimator, readout = heads(settings, adapter.width), build_readout(adapter, settings)
     intact = collect_exits(adapter, readout, one)
     bars = torch.tensor([[0.5], [0.45], [NEVER]])
     draw = ThresholdSample(bars, torch.tensor([[0], [3], [0]]))
@@ -83,20 +83,20 @@ def test_the_harvest_on_policy_is_what_decoding_meets(backbone, family: str, inp
 @FAMILIES
 def test_the_two_leading_tokens_are_read(backbone, family: str) -> None:
     adapter, one = backbone(family), batch()
-    found = collect_exits(adapter, Readout(adapter, config()), one)
+    found = collect_exits(adapter, build_readout(adapter, config()), one)
     weight = adapter.model.get_output_embeddings().weight
     with torch.no_grad():
         two = adapter.readout(found.hidden[0]).topk(2).indices
     torch.testing.assert_close(found.features[0].rows[one.mask], weight[two].flatten(-2)[one.mask])
-    assert collect_exits(adapter, Readout(adapter, config(inputs=("signals",))), one).features[0].rows is None
+    assert collect_exits(adapter, build_readout(adapter, config(inputs=("signals",))), one).features[0].rows is None
 
 
 @FAMILIES
 def test_what_changes_no_state_disturbs_nothing(family: str) -> None:
     """With a zero tail above depth 2, skipped layers would have done nothing to h: leaving there costs nothing."""
     adapter, settings = adapt(zero_tail(tiny_model(family), 2)), config()
-    estimator, readout = heads(settings, adapter.width), Readout(adapter, settings)
+    estimator, readout = heads(settings, adapter.width), build_readout(adapter, settings)
     found = drift_penalty(adapter, readout, estimator, [batch()])
     assert found[1:] == (0.0, 0.0)
     plain = adapt(tiny_model(family))
-    assert drift_penalty(plain, Readout(plain, settings), estimator, [batch()])[0] > 0.1
+    assert drift_penalty(plain, build_readout(plain, settings), estimator, [batch()])[0] > 0.1

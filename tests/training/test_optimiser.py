@@ -74,7 +74,7 @@ def test_the_papers_preset() -> None:
     preset = PRESETS.lookup("dynamax-paper")
     config, settings = preset.exit_config(32), preset.train_settings()
     assert config.layers == (16, 20, 24, 28)
-    assert (config.readout, config.tail_layers, config.label, config.label_k) == ("tail", 1, "topk", 15)
+    assert (config.readout, config.tail_layers, config.labels.kind, config.labels.k) == ("tail", 1, "topk", 15)
     assert config.inputs == ("hidden",)
     assert (settings.lr, settings.documents, settings.sequence) == (2.5e-4, 1000, 4096)
     assert (settings.optimiser, settings.never, settings.preset) == (SCHEDULE_FREE, 1.0, "dynamax-paper")

@@ -13,7 +13,8 @@ from dynamax_llm.calibration.prompts import Item
 from dynamax_llm.calibration.risks import AgreementRisk, Risk, TextRisk
 from dynamax_llm.decoding.generate import EarlyExit
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.config import LabelOptions
+from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.text.batches import pad
 
 #: The λ that are looked at: two per cent of what could be saved at all apart.
@@ -38,7 +39,7 @@ def fit_path(exits: Exits, risk: Risk, limit: float, how: Mapping[str, Any], par
         items = [Item((*item.ids[: item.prompt], *row), item.prompt) for item, row in zip(items, rows, strict=True)]
         aim = limit * TEXT_SHARE
     # The trace asks whether this exit's own action agrees, whatever label its head was trained on.
-    readout = Readout(backbone, replace(exits.config, label="action"), exits.readout(backbone).lens)
+    readout = build_readout(backbone, replace(exits.config, labels=LabelOptions()), exits.readout_weights)
     groups = [items[start : start + risk.batch] for start in range(0, len(items), risk.batch)]
     batches = [pad([list(item.ids) for item in group]) for group in groups]
     trace = trace_of(backbone, readout, estimator, batches, torch.tensor([item.prompt for item in items]))

@@ -31,8 +31,9 @@ from dynamax_llm.engines.choose import check_engine, open_session
 from dynamax_llm.engines.plan import DEFAULT_WINDOW, POLICIES, ExitPlan
 from dynamax_llm.errors import PolicyMismatchError, UsageError
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.features import MEASURES, ConfidenceEstimator
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
 from dynamax_llm.exits.promise import Promise
+from dynamax_llm.exits.registries import MEASURES
 
 #: What decides where nothing is named.
 DEFAULT_THRESHOLD, DEFAULT_POLICY = 0.9, "propagate"

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.cache import KINDS
 from dynamax_llm.errors import PolicyMismatchError
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.registry import Registry
 
 #: Tokens per row that may wait, under the policies that let tokens wait.

@@ -1,33 +1,67 @@
-"""What exits remember of the tokens so far: the states of the estimator and of the readout, copied in one place.
+"""What exits remember of earlier tokens, and the one place where it is copied, rolled back or reordered.
 
-States are tuples of tensors with the batch as first axis and are never changed in place, so an old ``ExitState`` is a
-snapshot.
+A state is a tuple of tensors with the batch as first axis, one per exit. It is never changed in place, so an older
+reference to it is a snapshot.
+
+Shapes: B batch, T tokens, d width, E exits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import abc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dynamax_llm.exits.features import ConfidenceEstimator, ExitFeatures, State
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.features import ExitFeatures
+
+#: What one exit remembers of the tokens so far.
+State = tuple[Tensor, ...]
+
+
+class Stateful(abc.ABC):
+    """What readouts and confidence estimators have in common: a state per exit, and a cost."""
+
+    #: True if earlier tokens are remembered, so that every token must reach every exit's state once.
+    recurrent: bool = False
+
+    def initial_state(self, batch: int, device: torch.device | str = "cpu") -> list[State] | None:
+        """One state per exit for ``batch`` new sequences; None if nothing is remembered."""
+        return None
+
+    def advance(
+        self, first: int, h: Tensor, features: ExitFeatures, states: list[State] | None, padding: Tensor | None = None
+    ) -> list[State] | None:
+        """States after T tokens that left before exit ``first``: those of exits ``first`` and later advance.
+
+        ``h`` (B, T, d) and ``features`` are those with which the tokens left; ``padding`` (B, T) is 0 at left pads.
+        """
+        return states
+
+    @abc.abstractmethod
+    def macs(self, exit: int) -> int:
+        """Multiply-accumulates of one use on one token."""
+
+    def update_macs(self, exit: int) -> int:
+        """Multiply-accumulates of advancing this exit's state by one token that left before it."""
+        return 0
 
 
 @dataclass(frozen=True)
 class ExitState:
-    """Per exit, the estimator's and the readout's state; None for one that remembers nothing."""
+    """What the exits of a batch remember: the estimator's states and the readout's, one per exit; None for nothing."""
 
     estimator: list[State] | None = None
     readout: list[State] | None = None
 
     @classmethod
-    def initial(cls, estimator: ConfidenceEstimator, readout: Readout, batch: int, device: Any) -> ExitState:
-        """The state of ``batch`` new sequences."""
-        return cls(estimator.initial_state(batch, device), None)
+    def initial(
+        cls, estimator: Stateful, readout: Stateful, batch: int, device: torch.device | str = "cpu"
+    ) -> ExitState:
+        """For ``batch`` new sequences."""
+        return cls(estimator.initial_state(batch, device), readout.initial_state(batch, device))
 
     def of(self, exit: int) -> tuple[State | None, State | None]:
         """The estimator's and the readout's state at one exit."""
@@ -37,7 +71,7 @@ class ExitState:
         )
 
     def with_exit(self, exit: int, estimator: State | None, readout: State | None) -> ExitState:
-        """With other states at one exit."""
+        """With these states at one exit; None leaves a state as it is."""
         return ExitState(_with(self.estimator, exit, estimator), _with(self.readout, exit, readout))
 
     def advanced(
@@ -45,49 +79,50 @@ class ExitState:
         first: int,
         h: Tensor,
         features: ExitFeatures,
-        estimator: ConfidenceEstimator,
-        readout: Readout,
+        estimator: Stateful,
+        readout: Stateful,
         padding: Tensor | None = None,
     ) -> ExitState:
-        """After exits ``first`` and later have read tokens that left before them."""
-        return replace(self, estimator=estimator.advance(first, h, features, self.estimator, padding))
+        """After T tokens that left before exit ``first``; arguments as of ``Stateful.advance``."""
+        return ExitState(
+            estimator.advance(first, h, features, self.estimator, padding),
+            readout.advance(first, h, features, self.readout, padding),
+        )
+
+    def select(self, rows: Tensor) -> ExitState:
+        """Rows ``rows`` (B',) of the batch, in that order."""
+        return _combined([self], lambda parts: parts[0].index_select(0, rows))
 
     def put(self, row: int, other: ExitState) -> ExitState:
-        """Row ``row`` replaced by row 0 of ``other``."""
-        return ExitState(_put(self.estimator, row, other.estimator), _put(self.readout, row, other.readout))
+        """With row ``row`` replaced by row 0 of ``other``: a new sequence takes a slot."""
 
-    @staticmethod
-    def after(history: Sequence[ExitState], counts: Tensor) -> ExitState:
-        """Each row as it was after its ``counts`` (B,)-th token; ``history`` has one entry per token."""
+        def replaced(parts: Sequence[Tensor]) -> Tensor:
+            into, new = parts
+            return into.index_copy(0, torch.tensor([row], device=into.device), new[:1].to(into))
+
+        return _combined([self, other], replaced)
+
+    @classmethod
+    def after(cls, history: Sequence[ExitState], counts: Tensor) -> ExitState:
+        """Roll back: each row as it was after its ``counts`` (B,)-th token, from 1; ``history`` has one per token."""
         rows = torch.arange(len(counts), device=counts.device)
-
-        def pick(states: list[list[State] | None]) -> list[State] | None:
-            kept = [item for item in states if item is not None]
-            if not kept:
-                return None
-            return [
-                tuple(
-                    torch.stack(parts)[counts - 1, rows] for parts in zip(*(moment[e] for moment in kept), strict=True)
-                )
-                for e in range(len(kept[0]))
-            ]
-
-        return ExitState(pick([item.estimator for item in history]), pick([item.readout for item in history]))
+        return _combined(history, lambda parts: torch.stack(tuple(parts))[counts - 1, rows])
 
 
 def _with(states: list[State] | None, exit: int, state: State | None) -> list[State] | None:
-    if states is None or state is None:
-        return states
-    return [*states[:exit], state, *states[exit + 1 :]]
+    return states if states is None or state is None else [*states[:exit], state, *states[exit + 1 :]]
 
 
-def _put(states: list[State] | None, row: int, other: list[State] | None) -> list[State] | None:
-    if states is None or other is None:
-        return states
-    made = []
-    for state, theirs in zip(states, other, strict=True):
-        parts = tuple(part.clone() for part in state)
-        for part, source in zip(parts, theirs, strict=True):
-            part[row] = source[0]
-        made.append(parts)
-    return made
+def _combined(states: Sequence[ExitState], combine: Callable[[Sequence[Tensor]], Tensor]) -> ExitState:
+    """One ExitState from the corresponding tensors of several; the first's states where another has none."""
+
+    def field(name: str) -> list[State] | None:
+        lists = [getattr(state, name) for state in states]
+        if any(each is None for each in lists):
+            return lists[0]
+        return [
+            tuple(combine(parts) for parts in zip(*exit_states, strict=True))
+            for exit_states in zip(*lists, strict=True)
+        ]
+
+    return ExitState(field("estimator"), field("readout"))

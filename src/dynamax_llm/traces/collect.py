@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dynamax_llm.backbones import Backbone, Context
 from dynamax_llm.exits.features import ExitFeatures
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.labels import Labels
 from dynamax_llm.traces.packing import Packing

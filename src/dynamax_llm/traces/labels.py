@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone, Context
-from dynamax_llm.exits.readout import Readout, tokens_at_once
+from dynamax_llm.exits.readouts.base import Readout, tokens_at_once
 from dynamax_llm.traces.packing import Packing
 
 
@@ -38,7 +38,7 @@ class Labels:
         ``spoken`` (n,) is the argmax of its readout; with the ``tail`` readout the last layers speak instead.
         """
         config, backbone, real = self.readout.config, self.backbone, self.real
-        if config.readout == "tail":
+        if config.tail_layers:
             through = h
             for index in range(backbone.n_layers - config.tail_layers, backbone.n_layers):
                 through = backbone.layer(index, through, None, ctx)
@@ -47,12 +47,12 @@ class Labels:
         else:
             speaks = real.pack(h)
         hard = spoken == self.target
-        if config.label == "topk":
-            hard = among_top(backbone, real.pack(h), self.target, config.label_k)
+        if config.labels.kind == "topk":
+            hard = among_top(backbone, real.pack(h), self.target, config.labels.k)
         aim = hard.float()
-        if config.label == "probability":
+        if config.labels.kind == "probability":
             aim = probability(backbone, self.final, spoken)
-        elif config.label == "overlap":
+        elif config.labels.kind == "overlap":
             aim = overlap(backbone, self.final, self.readout, exit, speaks)
         return real.unpack(hard), real.unpack(aim)
 
@@ -91,6 +91,7 @@ def overlap(backbone: Backbone, final: Tensor, readout: Readout, exit: int, h: T
     found = []
     for run in slices(backbone, 2 * len(h)):  # two distributions at once
         run = slice(run.start // 2, run.stop // 2)
-        full, here = backbone.readout(final[None, run])[0], readout.logits(exit, h[None, run])[0]
+        full = backbone.readout(final[None, run])[0]
+        here = readout.logits(exit, readout.transform(exit, h[None, run])[0])[0]
         found.append(torch.minimum(full.softmax(-1), here.softmax(-1)).sum(-1))
     return torch.cat(found)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.engines.plan import POLICIES, ExitPlan
-from dynamax_llm.exits.features import ConfidenceEstimator, ExitFeatures
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.features import ExitFeatures
+from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import ExitBatch, forward
 from dynamax_llm.traces.labels import Labels

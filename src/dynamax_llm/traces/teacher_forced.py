@@ -99,6 +99,7 @@ class _Pass:
         self.exit_index = torch.full(ids.shape, len(plan.layers), device=ids.device)
         self.features: ExitFeatures | None = None
         self.depth = 0
+        self.moved = self.h  # what the readout of the exit by which a token left makes of its h
         self.states = plan.estimator.initial_state(len(self.h), self.h.device)
 
     def visit(self, index: int, threshold: float | Tensor | None) -> Visit:
@@ -132,8 +133,9 @@ class _Pass:
     def _ask(self, index: int, before: Tensor, threshold: float | Tensor | None) -> Visit:
         estimator, readout = self.plan.estimator, self.plan.readout
         spoken = None
+        moved, _ = readout.transform(index, self.seen, None, self.padding)
         if estimator.needs_logits:
-            fresh, spoken = readout.features(index, self.seen, before, self.features)
+            fresh, spoken = readout.features(index, self.seen, before, self.features, moved)
         else:
             fresh = exit_features(self.seen, before, None, self.features)
         self.features = fresh if self.features is None else select(self.left, self.features, fresh)
@@ -144,6 +146,7 @@ class _Pass:
             leaving = (confidence >= threshold) & self.may_leave & ~self.left
             self.exit_index = torch.where(leaving, index, self.exit_index)
             self.left = self.left | leaving
+            self.moved = torch.where(leaving.unsqueeze(-1), moved, self.moved)
         return visit
 
     def _read(self, keep_logits: bool, wanted: Tensor | None) -> TeacherForced:
@@ -155,8 +158,8 @@ class _Pass:
                 rows = rows & wanted
             if not bool(rows.any()):
                 continue
-            h = self.seen[rows].unsqueeze(0)  # (1, n, d)
             full = index == len(self.plan.layers)
+            h = (self.seen if full or self.plan.readout.tail_layers else self.moved)[rows].unsqueeze(0)  # (1, n, d)
             read = self.backbone.readout(h) if full else self.plan.readout.logits(index, h)
             tokens[rows] = read[0].argmax(-1)
             if logits is not None:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import ExitBatch
 from dynamax_llm.traces.curves import auroc, oracle_depth, sweep

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.exits.readout import Lens
+from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.readouts.lens import LensReadout
+from dynamax_llm.registry import Registry
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import forward
 from dynamax_llm.traces.labels import slices
@@ -27,20 +29,18 @@ from dynamax_llm.training.settings import TrainSettings
 class LensLearner:
     """A lens and its optimiser; the loss is KL(full model || exit) in nats a token."""
 
-    def __init__(
-        self, backbone: Backbone, layers: tuple[int, ...], rank: int, settings: TrainSettings, group: Group = ALONE
-    ) -> None:
-        self.backbone, self.layers, self.settings, self.group = backbone, layers, settings, group
+    def __init__(self, backbone: Backbone, config: ExitConfig, settings: TrainSettings, group: Group = ALONE) -> None:
+        self.backbone, self.layers, self.settings, self.group = backbone, config.layers, settings, group
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.lens = Lens(len(layers), backbone.width, rank).to(backbone.device)
-        self.optimiser = AdamW(self.lens.parameters(), lr=settings.lens_lr, weight_decay=0.0)
+            self.weights = LensReadout.new_weights(config, backbone.width).to(backbone.device)
+        self.optimiser = AdamW(self.weights.parameters(), lr=settings.lens_lr, weight_decay=0.0)
         self.divergence: list[float] = []  # of the last batch, per exit
 
     def step(self, batch: Batch, progress: float) -> None:
         """One optimiser step, at ``progress`` in [0, 1] of the lens's budget."""
         self.divergence = self._accumulate(batch, learn=True)
-        self.group.sum_gradients(list(self.lens.parameters()))
+        self.group.sum_gradients(list(self.weights.parameters()))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(progress, self.settings.lens_lr, self.settings.warmup)
         self.optimiser.step()
@@ -71,21 +71,25 @@ class LensLearner:
     def _one(self, exit: int, h: Tensor, target: Tensor, count: int, learn: bool) -> float:
         """This slice's share of one exit's mean divergence; h (1, n, d), target (n, V)."""
         with torch.set_grad_enabled(learn):
-            found = torch.log_softmax(self.backbone.readout(self.lens(exit, h))[0], dim=-1)
+            found = torch.log_softmax(self.backbone.readout(self.weights(exit, h))[0], dim=-1)
             value = F.kl_div(found, target, reduction="sum", log_target=True) / count
             if learn:
                 # Not backward(): that would also leave gradients on the backbone's own parameters.
-                own = (self.lens.down[exit], self.lens.up[exit])
+                own = (self.weights.down[exit], self.weights.up[exit])
                 for parameter, gradient in zip(own, torch.autograd.grad(value, own), strict=True):
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return float(value.detach())
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything of it, for a checkpoint."""
-        named = {f"lens.{name}": value for name, value in self.lens.state_dict().items()}
+        named = {f"lens.{name}": value for name, value in self.weights.state_dict().items()}
         return named | optimiser.tensors(self.optimiser)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of ``tensors``."""
-        self.lens.load_state_dict(part(tensors, "lens."))
+        self.weights.load_state_dict(part(tensors, "lens."))
         optimiser.restore(self.optimiser, tensors)
+
+
+#: What trains a readout's weights, by ``Readout.learner``; open to learners of your own.
+LEARNERS: Registry[type[LensLearner]] = Registry("readout learner", {"lens": LensLearner})

@@ -24,10 +24,11 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.fingerprint import fingerprint
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import MANIFEST, TENSORS, Exits
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
 from dynamax_llm.exits.config import INPUTS, ExitConfig
-from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.files import prepare_folder
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import build_readout
+from dynamax_llm.exits.registries import READOUTS
 from dynamax_llm.progress import TokenBar
 from dynamax_llm.text.batches import Batch, Position, Split, first_batches
 from dynamax_llm.text.sources import Source
@@ -39,13 +40,13 @@ from dynamax_llm.training.aside import Aside
 from dynamax_llm.training.checkpoint import Checkpoint
 from dynamax_llm.training.held_out import HeldOut, evaluate, on_policy
 from dynamax_llm.training.learner import Learner, part
-from dynamax_llm.training.lens import LensLearner
+from dynamax_llm.training.lens import LEARNERS
 from dynamax_llm.training.optimiser import averaged
 from dynamax_llm.training.parallel import Group
 from dynamax_llm.training.settings import TrainSettings
 
 #: What heads must have in common to learn from one exit batch.
-SHARED = ("layers", "n_layers", "readout", "tail_layers", "candidates", "lens_rank", "label", "label_k", "shortlist")
+SHARED = ("layers", "n_layers", "readout", "readout_options", "candidates", "labels", "shortlist")
 
 
 def train(
@@ -95,18 +96,20 @@ class _Run:
     ) -> None:
         self.config = _common(configs)
         self.backbone, self.source, self.settings = backbone, source, settings
-        if settings.documents and self.config.readout == "lens":
-            raise UsageError("the lens takes its share of a budget in tokens: leave documents out, or the lens.")
+        if settings.documents and READOUTS.lookup(self.config.readout).learner:
+            raise UsageError(
+                f"the readout {self.config.readout!r} takes its share of a budget in tokens: leave documents out, or "
+                "use a readout without weights."
+            )
         self.group, self.aside = Group.join(backbone.device.type == "cpu"), Aside(backbone.device)
         sequence = min(settings.sequence, backbone.max_positions() or settings.sequence)
         self.group.check(sequence, settings.batch_tokens)
         shape = (backbone.width, settings, backbone.device, self.group)
         self.learners = {name: Learner(config, *shape) for name, config in configs.items()}
-        self.lens: LensLearner | None = None
-        if self.config.readout == "lens":
-            self.lens = LensLearner(backbone, self.config.layers, self.config.lens_rank, settings, self.group)
+        learner = READOUTS.lookup(self.config.readout).learner
+        self.lens = LEARNERS.lookup(learner)(backbone, self.config, settings, self.group) if learner else None
         self.lens_budget = int(settings.max_tokens * settings.lens_share) if self.lens else 0
-        self.readout = Readout(backbone, self.config, self.lens.lens if self.lens else None)
+        self.readout = build_readout(backbone, self.config, self.lens.weights if self.lens else None)
         split = (settings.held_out, sequence, settings.batch_tokens, settings.seed, settings.documents is not None)
         self.stream = Split(source, tokenizer, False, *split)
         held = first_batches(Split(source, tokenizer, True, *split), settings.eval_tokens)
@@ -279,7 +282,7 @@ class _Run:
         if heads.recurrent:
             found = on_policy(heads, self.held, self.config, self.settings.agreement)
             held_out |= {"depth": found["depth"], "threshold": found["threshold"]}
-        lens = self.lens.lens.requires_grad_(False).eval() if self.lens else None
+        lens = self.lens.weights.requires_grad_(False).eval() if self.lens else None
         provenance = {
             "model": self.backbone.model.config.name_or_path,
             "data": self.source.spec,
@@ -296,7 +299,7 @@ class _Run:
             "versions": _versions(),
         }
         exits = Exits.of(self.backbone, learner.config, heads, lens, provenance)
-        if learner.config.label != "topk":  # whose confidence is not about agreement: nothing can be taken off it
+        if learner.config.labels.kind != "topk":  # whose confidence is not about agreement: nothing can be taken off it
             readout = exits.readout(self.backbone)
             exits.drift_penalty = {"propagate": drift_penalty(self.backbone, readout, heads, self.held.batches)}
         return exits

@@ -25,8 +25,8 @@ from dynamax_llm.engines.cuda.layers import LAYERS, Layers
 from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.readout import read_out
 from dynamax_llm.engines.cuda.tiles import blocks, power_of_two
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.exits.state import ExitState
 
 #: A length at which nothing is written: programs are tried out with it.

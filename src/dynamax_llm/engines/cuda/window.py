@@ -33,8 +33,8 @@ from dynamax_llm.engines.cuda.layers import LAYERS, Layers
 from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.runner import GraphRunner, residual_dtype
 from dynamax_llm.engines.cuda.tiles import power_of_two
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.readouts.base import Readout
 
 
 @dataclass

@@ -76,9 +76,9 @@ class ExitCheck:
     def decide(self, token: Token, index: int) -> None:
         """Evaluate exit ``index`` on the token; rows that are confident enough leave."""
         plan, readout = self.plan, self.plan.readout
-        logits = None
+        logits, moved = None, self.transform(index, token.h)
         if plan.estimator.needs_logits:
-            features, logits = readout.read(index, token.h, token.before, token.features)
+            features, logits = readout.read(index, token.h, token.before, token.features, moved)
         else:
             features = exit_features(token.h, token.before, None, token.features)
         if token.some_left and token.features is not None:
@@ -90,7 +90,13 @@ class ExitCheck:
             return
         leaving = (confidence[:, 0] >= limit) & ~token.left
         if token.leave(index, leaving) and readout.tail_layers == 0:
-            token.keep_logits(leaving, (readout.logits(index, token.h) if logits is None else logits)[:, 0])
+            token.keep_logits(leaving, (readout.logits(index, moved) if logits is None else logits)[:, 0])
+
+    def transform(self, index: int, h: Tensor, padding: Tensor | None = None) -> Tensor:
+        """h (B, T, d) as the readout transforms it at an exit; what the readout remembers there advances."""
+        moved, after = self.plan.readout.transform(index, h, self.states.of(index)[1], padding)
+        self.states = self.states.with_exit(index, None, after)
+        return moved
 
     def confidence(self, index: int, h: Tensor, features: ExitFeatures, padding: Tensor | None = None) -> Tensor:
         """The estimator's confidence (B, T) at an exit; what it remembers there advances."""
@@ -111,8 +117,9 @@ class ExitCheck:
         self, index: int, h: Tensor, before: Tensor, earlier: ExitFeatures | None, padding: Tensor | None
     ) -> ExitFeatures:
         """Exit ``index`` reads a whole prompt h (B, T, d): its features, for the next exit."""
+        moved = self.transform(index, h, padding)
         if self.plan.estimator.needs_logits:
-            features, _ = self.plan.readout.features(index, h, before, earlier)
+            features, _ = self.plan.readout.features(index, h, before, earlier, moved)
         else:
             features = exit_features(h, before, None, earlier)
         self.confidence(index, h, features, padding)
