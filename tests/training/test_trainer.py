@@ -22,9 +22,11 @@ from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.text.batches import find_source
 from dynamax_llm.traces.collect import ExitBatch
 from dynamax_llm.traces.simulate import NEVER, ThresholdSample, simulate_exits
-from dynamax_llm.training import trainer
+from dynamax_llm.training import phases
 from dynamax_llm.training.held_out import HeldOut, apply_threshold, on_policy
-from dynamax_llm.training.objective import Balance, exit_weights, learning_rate, loss, tally
+from dynamax_llm.training.objective import Balance, exit_weights, loss, tally
+from dynamax_llm.training.optimiser import learning_rate
+from dynamax_llm.training.phases import Phases
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.trainer import train, train_many
 
@@ -63,7 +65,7 @@ def heads_for(kind: str, width: int = 12) -> ExitHeads:
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_training_sees_what_decoding_sees(kind: str) -> None:
-    """The parallel walk against decoding's protocol: one token at a time, confidence then advance."""
+    """The parallel simulation against decoding's protocol: one token at a time, confidence then advance."""
     heads, exit_batch = heads_for(kind), made_up()
     draw = ThresholdSample(torch.tensor([[0.5], [0.45], [NEVER]]), torch.tensor([[0], [2], [0]]))
     found = simulate_exits(heads, exit_batch, draw)
@@ -193,18 +195,18 @@ def test_training_lowers_the_loss(backbone, corpus: Path, tokenizer, tmp_path: P
 
 def run_until(monkeypatch, steps: int, *arguments) -> None:
     """A run that dies in its step number ``steps``, after the last checkpoint, as a kill would have it."""
-    original = trainer._Run._step
+    original = Phases.step
 
     class Killed(BaseException):
         pass
 
-    def step(self, batch) -> None:
-        if self.steps == steps:
+    def step(self, batch, counters) -> None:
+        if counters.steps == steps:
             raise Killed
-        original(self, batch)
+        original(self, batch, counters)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Run, "_step", step)
+        patch.setattr(Phases, "step", step)
         with pytest.raises(Killed):
             train(*arguments)
 
@@ -224,9 +226,8 @@ def test_a_killed_run_ends_like_an_unbroken_one(
         assert resumed.provenance[key] == unbroken.provenance[key], key
     for name, value in unbroken.heads.state_dict().items():
         assert torch.equal(resumed.heads.state_dict()[name], value), name
-    again = train(*common, tmp_path / "b")  # finished: nothing is left to do
-    assert again.provenance["steps"] == unbroken.provenance["steps"]
-    assert again.provenance["held_out"] == unbroken.provenance["held_out"]
+    repeated = train(*common, tmp_path / "b")  # finished: nothing is left to do
+    assert repeated.provenance == resumed.provenance
 
 
 def test_sigkill_and_the_same_command(backbone, corpus: Path, tokenizer, tmp_path: Path) -> None:
@@ -238,18 +239,19 @@ def test_sigkill_and_the_same_command(backbone, corpus: Path, tokenizer, tmp_pat
         from tests.training.test_trainer import CONFIG, SETTINGS
         from dynamax_llm.backbones import adapt
         from dynamax_llm.testing import tiny_model
-        from dynamax_llm.training import trainer
+        from dynamax_llm.training.phases import Phases
+        from dynamax_llm.training.trainer import train
         from dynamax_llm.text.batches import find_source
 
         torch.set_num_threads(1)
-        original = trainer._Run._step
-        def step(self, batch):
-            if self.steps == 5:
+        original = Phases.step
+        def step(self, batch, counters):
+            if counters.steps == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
-            original(self, batch)
-        trainer._Run._step = step
+            original(self, batch, counters)
+        Phases.step = step
         source = find_source(sys.argv[1])
-        trainer.train(adapt(tiny_model("mistral")), ByteTokenizer(), source, CONFIG, SETTINGS, sys.argv[2])
+        train(adapt(tiny_model("mistral")), ByteTokenizer(), source, CONFIG, SETTINGS, sys.argv[2])
         """
     )
     root = Path(__file__).parents[2]
@@ -299,7 +301,7 @@ def test_a_head_that_no_longer_improves_stops_with_its_best_weights(
         snapshots.append({name: value.clone() for name, value in estimators[""].state_dict().items()})
         return {"": {"loss": next(losses), "depth": 1.0, "threshold": 1.0}}
 
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    monkeypatch.setattr(phases, "evaluate", evaluate)
     settings = dataclasses.replace(SETTINGS, max_tokens=60_000, eval_every=1000, patience=2)
     exits = train(backbone("mistral"), tokenizer, find_source(corpus), CONFIG, settings, tmp_path / "out")
     assert len(snapshots) == 4
@@ -330,17 +332,19 @@ def test_configurations_that_cannot_share_are_refused(backbone, corpus: Path, to
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("max_tokens", 0), ("lr", 0.0), ("held_out", 1.0), ("never", 1.5), ("batch_tokens", 8), ("patience", 0)],
+    [("max_tokens", 0), ("lr", 0.0), ("held_out", 1.0), ("no_exit_share", 1.5), ("batch_tokens", 8), ("patience", 0)],
 )
 def test_settings_out_of_bounds_are_named(setting: str, value: float) -> None:
     with pytest.raises(UsageError, match=rf"training setting {setting} = {value!r}: give "):
         TrainSettings(**{setting: value})
 
 
-def test_disturbance_is_measured_where_confidence_is_about_agreement(backbone, corpus, tokenizer, tmp_path) -> None:
+def test_the_drift_penalty_is_measured_where_confidence_is_about_agreement(
+    backbone, corpus, tokenizer, tmp_path
+) -> None:
     for label, policies in (("action", ["propagate"]), ("topk", [])):
-        config = dataclasses.replace(CONFIG, head="linear", label=label)
-        settings = dataclasses.replace(SETTINGS, max_tokens=600)
+        config = dataclasses.replace(CONFIG, head="linear")
+        settings = dataclasses.replace(SETTINGS, max_tokens=600, label=label)
         made = train(backbone("mistral"), tokenizer, find_source(corpus), config, settings, tmp_path / label)
         assert list(made.drift_penalty) == policies
         assert all(len(values) == 3 for values in made.drift_penalty.values())

@@ -1,4 +1,4 @@
-"""What a model's layers are worth on held-out text: the figures before and after a tuning.
+"""How good a model's layers are on held-out text: the figures before and after a tuning.
 
 Everything is teacher-forced with intact states, as in ``training.held_out``; agreement at a layer is with the same
 model's own last layer.
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.errors import BackboneError
 from dynamax_llm.text.batches import Batch
+from dynamax_llm.traces.collect import hidden_states
 from dynamax_llm.traces.curves import oracle_depth, sweep
 from dynamax_llm.traces.labels import slices
 from dynamax_llm.training.multi_exit import depth_weights
@@ -76,20 +77,18 @@ def measure(backbone: Backbone, batches: Sequence[Batch], layers: tuple[int, ...
     )
 
 
-def _read(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _read(backbone: Backbone, batch: Batch) -> tuple[Tensor, ...]:
     """Per layer and token of a batch (L, n), on the CPU: cross-entropy in float64, the likeliest token, its margin."""
-    h = backbone.embed(batch.ids.to(backbone.device))
-    ctx = backbone.context(h)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for index in range(backbone.n_layers):
-        h = backbone.layer(index, h, None, ctx)
-        speaks = batch.mask[:, 1:].to(h.device)
-        found.append(_say(backbone, h[:, :-1][speaks], batch.ids[:, 1:].to(h.device)[speaks]))
-    losses, tokens, margins = (torch.stack(group) for group in zip(*found, strict=True))
-    return losses, tokens, margins
+    states = hidden_states(backbone, batch.ids)
+    next(states)  # the embedding
+    layers = []
+    for h in states:
+        counted = batch.mask[:, 1:].to(h.device)
+        layers.append(_read_layer(backbone, h[:, :-1][counted], batch.ids[:, 1:].to(h.device)[counted]))
+    return tuple(torch.stack(group) for group in zip(*layers, strict=True))
 
 
-def _say(backbone: Backbone, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _read_layer(backbone: Backbone, rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """The same of one layer's rows (n, d)."""
     parts = []
     for piece in slices(backbone, len(rows)):
@@ -97,5 +96,4 @@ def _say(backbone: Backbone, rows: Tensor, targets: Tensor) -> tuple[Tensor, Ten
         loss = F.cross_entropy(logits, targets[piece], reduction="none").double()
         top = torch.softmax(logits, -1).topk(2)
         parts.append((loss.cpu(), logits.argmax(-1).cpu(), (top.values[:, 0] - top.values[:, 1]).cpu()))
-    losses, tokens, margins = (torch.cat(group) for group in zip(*parts, strict=True))
-    return losses, tokens, margins
+    return tuple(torch.cat(group) for group in zip(*parts, strict=True))
