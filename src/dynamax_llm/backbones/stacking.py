@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dynamax_llm.errors import BackboneError
+
 #: Stacked rows are a copy. Above this share of the layers' own bytes (and above 64 MiB) layers are updated one by one.
 MEMORY_SHARE = 0.05
 MEMORY_FLOOR = 64 * 2**20
@@ -27,7 +29,24 @@ def is_plain(module: nn.Module) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether the module's product is that of its ``weight`` and ``bias``; not so where it is quantised or adapted."""
-    return type(module) is nn.Linear and is_plain(module)
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and is_plain(module)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear module or embedding, dequantised where it is stored in another form.
+
+    Raises BackboneError, naming the module's and the weight's class, where that cannot be had.
+    """
+    weight = module.weight() if callable(module.weight) else module.weight
+    if type(weight) is nn.Parameter:
+        return weight
+    try:
+        return weight.dequantize().to(torch.float32)
+    except Exception as error:  # each quantisation library raises its own
+        raise BackboneError(
+            f"the weight of a {type(module).__name__} is a {type(weight).__name__}, whose values cannot be read "
+            f"({str(error).strip()[:100]}). Load the model in bfloat16, float16 or float32."
+        ) from error
 
 
 def weights_signature(modules: Iterable[nn.Module]) -> tuple[tuple, ...]:
