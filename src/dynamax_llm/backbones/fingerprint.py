@@ -172,17 +172,16 @@ def _hash_weights(model: nn.Module) -> str:
                 "Load it with a device_map that keeps every layer on a CPU or GPU."
             )
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(_sample(_readable(model, name, parameter.detach())).numpy().tobytes())
+        digest.update(_sample_of(model, name, parameter.detach()).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _readable(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, dequantised if its class cannot be indexed. Raises BackboneError naming module and class."""
+def _sample_of(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """``_sample``, of the dequantised values if the tensor's class cannot be indexed. Raises BackboneError."""
     try:
-        tensor[(0,) * tensor.dim()]
-        return tensor
+        return _sample(tensor)
     except Exception:  # each quantisation library raises its own
-        return dense_weight(model.get_submodule(name.rpartition(".")[0]))
+        return _sample(dense_weight(model.get_submodule(name.rpartition(".")[0])).detach())
 
 
 def _sample(tensor: Tensor) -> Tensor:
