@@ -137,11 +137,12 @@ class Backbone(abc.ABC):
         """Run layer ``index`` (from 0) on h (B, T, d), advancing its state in ``cache``; returns (B, T, d)."""
 
     def hidden_states(self, ids: Ids, padding: Tensor | None = None) -> Iterator[tuple[int, Hidden]]:
-        """Run whole texts ids (B, T) without a cache: (depth, h) after every layer, depth from 1.
+        """Run whole texts ids (B, T) without a cache: (depth, h) for the embeddings, depth 0, and after every layer.
 
-        ``padding`` (B, T) is 1 at tokens and 0 at pads, None if there are no pads.
+        ``padding`` (B, T) is 1 at tokens and 0 at pads; right pads need none.
         """
-        h = self.embed(ids)
+        h = self.embed(ids.to(self.device, non_blocking=True))
+        yield 0, h
         ctx = self.context(h, padding=padding)
         for index in range(self.n_layers):
             h = self.layer(index, h, None, ctx)
