@@ -54,10 +54,9 @@ def test_hidden_states_are_the_stock_models(case: Case) -> None:
     states = list(case.backbone.hidden_states(ids, padding))
     assert [depth for depth, _ in states] == list(range(case.backbone.n_layers + 1))
     stock = case.backbone.model(ids, attention_mask=padding, output_hidden_states=True).hidden_states
-    assert all(
-        same(h[padding.bool()], expected[padding.bool()])
-        for (_, h), expected in zip(states[:-1], stock[:-1], strict=True)
-    )
+    first = 1 if set(case.backbone.kinds) == {"mamba"} else 0  # stock Mambas do not give the embeddings
+    for (_, h), expected in zip(states[first:], stock[:-1], strict=first == 1):
+        assert same(h[padding.bool()], expected[padding.bool()])
     assert same(states[-1][1], run(case.backbone, ids, None, padding=padding))
 
 
