@@ -53,15 +53,14 @@ class Forward:
 @torch.no_grad()
 def forward(backbone: Backbone, layers: tuple[int, ...], ids: Tensor) -> Forward:
     """Run ids (B, T) through every layer, keeping h at the exits after ``layers``. Right pads need no mask."""
-    hidden, before = [], []
-    states = backbone.hidden_states(ids)
-    _, h = next(states)
+    h = backbone.embed(ids.to(backbone.device, non_blocking=True))
     ctx = backbone.context(h)
-    for depth, after in states:
-        if depth in layers:
-            hidden.append(after)
-            before.append(h)
-        h = after
+    hidden, before = [], []
+    for index in range(backbone.n_layers):
+        earlier, h = h, backbone.layer(index, h, None, ctx)
+        if index + 1 in layers:
+            hidden.append(h)
+            before.append(earlier)
     return Forward(tuple(hidden), tuple(before), h, ctx)
 
 
