@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from dynamax_llm.calibration.betting import BOLDEST, betting_p_value
-from dynamax_llm.calibration.bounds import crc_limit, fixed_sequence, p_value
+from dynamax_llm.calibration.bounds import binomial_cdf, crc_limit, fixed_sequence, p_value
 from dynamax_llm.calibration.risk_test import RiskTest
 from dynamax_llm.exits.promise import METHODS
 
@@ -128,3 +128,12 @@ def test_nothing_is_enough_where_the_loss_is_the_limit(monkeypatch):
         assert risk_test(method, 0.02).prompts_needed([0.02]) is None
         assert risk_test(method, 0.02).prompts_needed([0.01999]) is None
     assert [risk_test(method, 0.02).prompts_needed() for method in METHODS] == [150, 149, 49]
+
+
+def test_the_binomial_distribution_is_scipys():
+    k, n = np.meshgrid(np.arange(-1, 40, 3), np.array([1, 7, 39, 400, 20_000]))
+    for share in (1e-4, 0.02, 0.3, 0.97):
+        expected = stats.binom.cdf(k, n, share)
+        assert binomial_cdf(k, n, share) == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    assert binomial_cdf(400, 20_000, 0.02) == pytest.approx(stats.binom.cdf(400, 20_000, 0.02), rel=1e-9)
+    assert binomial_cdf(3, 10, 0.5).shape == ()

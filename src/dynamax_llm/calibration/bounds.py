@@ -21,7 +21,6 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -35,7 +34,7 @@ def p_value(loss: ArrayLike, n: ArrayLike, limit: float) -> Floats:
     observed, count = np.minimum(np.asarray(loss, dtype=np.float64), limit), np.asarray(n, dtype=np.float64)
     hoeffding = np.exp(-count * _relative_entropy(observed, limit))
     # A sum of n losses is known to rounding only: 3 + 1e-12 is 3.
-    bentkus = math.e * stats.binom.cdf(np.ceil(count * np.asarray(loss, dtype=np.float64) - 1e-9), count, limit)
+    bentkus = math.e * binomial_cdf(np.ceil(count * np.asarray(loss, dtype=np.float64) - 1e-9), count, limit)
     return np.where(np.asarray(loss) >= limit, 1.0, np.minimum(1.0, np.minimum(hoeffding, bentkus)))
 
 
@@ -44,6 +43,22 @@ def _relative_entropy(a: Floats, b: float) -> Floats:
     one = np.where(a > 0, a * np.log(np.where(a > 0, a, 1.0) / b), 0.0)
     rest = np.where(a < 1, (1 - a) * np.log(np.where(a < 1, 1 - a, 1.0) / (1 - b)), 0.0)
     return one + rest
+
+
+def binomial_cdf(successes: ArrayLike, draws: ArrayLike, share: float) -> Floats:
+    """P(Binomial(draws, share) <= successes), elementwise for whole numbers; ``share`` lies between 0 and 1."""
+    k, n = np.broadcast_arrays(np.asarray(successes, dtype=np.int64), np.asarray(draws, dtype=np.int64))
+    pairs, which = np.unique(np.stack((k.ravel(), n.ravel())), axis=1, return_inverse=True)
+    found = np.array([_binomial_cdf(int(k), int(n), share) for k, n in pairs.T])
+    return found[which].reshape(k.shape)
+
+
+def _binomial_cdf(k: int, n: int, share: float) -> float:
+    if k < 0 or k >= n:
+        return float(k >= n)
+    i = np.arange(1, k + 1)
+    logs = np.concatenate(([0.0], np.cumsum(np.log((n - i + 1) / i) + math.log(share / (1.0 - share)))))
+    return min(1.0, float(np.exp(logs + n * math.log1p(-share)).sum()))
 
 
 def fixed_sequence(p_values: ArrayLike, level: float) -> NDArray[np.int64]:

@@ -56,7 +56,7 @@ class EagerEngine:
 
     def reorder(self, rows: Tensor) -> None:
         """Keep rows ``rows`` (B',) of the batch, in that order."""
-        self.cache.reorder_cache(rows)
+        self.cache.select_rows(rows)
         if self.padding is not None:
             self.padding = self.padding[rows]
 
