@@ -20,7 +20,7 @@ from jaxtyping import install_import_hook
 CHECKED = (
     "dynamax_llm.backbones.base",
     "dynamax_llm.exits.features",
-    "dynamax_llm.exits.readout",
+    "dynamax_llm.exits.readouts.base",
     "dynamax_llm.decoding.decoder",
     "dynamax_llm.traces.teacher_forced",
 )

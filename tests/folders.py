@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.exits.readout import Lens
+from dynamax_llm.exits.registries import READOUTS
 from dynamax_llm.testing import tiny_model
 
 END = "<|endoftext|>"
@@ -70,11 +70,13 @@ def exits_folder(model_type: str = "llama", head: str | None = "mamba", readout:
 def make_exits(model_type: str = "llama", head: str | None = "mamba", readout: str = "head") -> Exits:
     """The same exits, in memory."""
     adapted = adapt(backbone(model_type))
-    config = ExitConfig((2, 3), 5, head=head, readout=readout, inputs=("hidden", "signals"), width=None, candidates=64)
+    config = ExitConfig(
+        (2, 3), 5, head=head, readout=readout, inputs=("hidden", "statistics"), width=None, candidates=64
+    )
     torch.manual_seed(1)
     heads = None if head is None else ExitHeads(config, adapted.width)
-    lens = Lens(2, adapted.width, config.lens_rank) if readout == "lens" else None
-    return Exits.of(adapted, config, heads, lens, {"model": "tiny"})
+    weights = READOUTS[readout].new_weights(config, adapted.width)
+    return Exits.of(adapted, config, heads, weights, {"model": "tiny"})
 
 
 def copy(source: Path, target: Path) -> Path:

@@ -28,8 +28,8 @@ from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.loading import REFERENCE_FOLDER, load
 from dynamax_llm.evaluation import Candidate, Comparison, Outcome, check_microseconds, compare, comparison_table
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.config import HEADS, ExitConfig, place_exits
-from dynamax_llm.exits.features import MEASURES
+from dynamax_llm.exits.config import ExitConfig, place_exits
+from dynamax_llm.exits.registries import HEADS, MEASURES
 from dynamax_llm.text.batches import Split, find_source, first_batches
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.trainer import train_many

@@ -43,8 +43,8 @@ from dynamax_llm.evaluation.common.bootstrap import interval
 from dynamax_llm.evaluation.compare.contest import TARGETS, Contest, Points, Standing
 from dynamax_llm.evaluation.compare.heads import Candidate
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.config import HEADS, ExitConfig, place_exits
-from dynamax_llm.exits.features import MEASURES
+from dynamax_llm.exits.config import ExitConfig, place_exits
+from dynamax_llm.exits.registries import HEADS, MEASURES
 from dynamax_llm.metrics import rouge_l
 from dynamax_llm.text.batches import Batch, find_source, pad
 from dynamax_llm.training.presets import PRESETS

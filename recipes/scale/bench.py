@@ -30,7 +30,7 @@ from transformers.utils import logging
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.evaluation.compare.shapes import SHAPES
 from dynamax_llm.exits.config import ExitConfig, place_exits
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import collect_exits, forward
 from dynamax_llm.traces.labels import argmax
@@ -65,7 +65,7 @@ def steps(backbone: Backbone, head: str, tokens: int) -> dict[str, Step]:
     config = ExitConfig(layers, backbone.n_layers, head=head)
     settings = TrainSettings(sequence=tokens, batch_tokens=tokens)
     learner = HeadLearner(config, backbone.width, settings, backbone.device)
-    readout, generator = Readout(backbone, config), torch.Generator().manual_seed(0)
+    readout, generator = build_readout(backbone, config), torch.Generator().manual_seed(0)
     aside = SideStream(backbone.device)
 
     def document() -> Batch:

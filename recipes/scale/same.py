@@ -15,7 +15,8 @@ from tests.training.conftest import ByteTokenizer, sentences, write_jsonl
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.config import HEADS, ExitConfig
+from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.registries import HEADS
 from dynamax_llm.testing import tiny_model
 from dynamax_llm.text.batches import find_source
 from dynamax_llm.training.settings import TrainSettings

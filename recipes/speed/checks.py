@@ -37,9 +37,10 @@ from dynamax_llm.engines.cuda.machine import Machine, residual_dtype
 from dynamax_llm.engines.cuda.readout import read_out
 from dynamax_llm.evaluation.common.random_models import RANDOM_SHAPES, random_model
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.config import HEADS, INPUTS, ExitConfig
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.heads import ExitHeads
+from dynamax_llm.exits.config import INPUTS, ExitConfig
+from dynamax_llm.exits.readouts.base import Readout, build_readout
+from dynamax_llm.exits.registries import HEADS
 
 #: Exits, so few that their tables are a small share of the few layers' weights, as in a whole model.
 EXITS = 3
@@ -73,7 +74,7 @@ def heads_for(backbone: Backbone, layers: int, kind: str, inputs: tuple[str, ...
             elif name == "weight":
                 part.normal_(std=part.shape[1] ** -0.5)
         heads.scale.uniform_(0.5, 1.5)
-    return heads.to(backbone.device).eval(), Readout(backbone, config)
+    return heads.to(backbone.device).eval(), build_readout(backbone, config)
 
 
 def check_for(heads: ExitHeads, readout: Readout, batch: int, *, fuse: bool) -> Check:

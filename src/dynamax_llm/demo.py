@@ -25,7 +25,7 @@ from dynamax_llm.decoding import EarlyExit, EarlyExitOutput
 from dynamax_llm.evaluation import Candidate, Outcome
 from dynamax_llm.evaluation.compare.heads import full_depth_tokens, outcome
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.config import HEADS
+from dynamax_llm.exits.registries import HEADS
 from dynamax_llm.render import legend, marked, percent, pieces, summary, tinted
 from dynamax_llm.text.batches import Batch, pad
 

@@ -31,7 +31,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from dynamax_llm.evaluation.common.random_models import zero_tail
-from dynamax_llm.exits.features import ConfidenceEstimator, ExitFeatures, State
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.features import ExitFeatures
+from dynamax_llm.exits.state import State
 from dynamax_llm.registry import Registry
 
 __all__ = ["TINY", "ScriptedConfidence", "random_ids", "tiny_model", "zero_tail"]

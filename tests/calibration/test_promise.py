@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dynamax_llm import cli
 from dynamax_llm.backbones.loading import load
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.errors import PolicyMismatchError, PromiseError, UsageError
-from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.errors import ArtifactCorruptError, PolicyMismatchError, PromiseError, UsageError
+from dynamax_llm.exits.artifact import MANIFEST, TENSORS, Exits
+from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.promise import METHODS, Promise, Target, digest
 from tests.calibration.promised import promised_folder, record
-from tests.folders import exits_folder, model_folder
+from tests.folders import copy, exits_folder, make_exits, model_folder
 
 
 @pytest.mark.parametrize(
@@ -41,7 +47,7 @@ def test_what_is_no_promise_is_refused(text):
 def test_records_survive_save_and_load(tmp_path):
     exits = Exits.from_pretrained(promised_folder(tmp_path, {}, {"policy": "defer", "evidence": ({"kept": True},)}))
     assert [promise.policy for promise in exits.promises] == ["propagate", "defer"]
-    assert exits.promises[0] == record(exits)
+    assert exits.promises[0] == exits.keep(record(exits)).promises[-1]
     assert Promise.from_json(exits.promises[1].to_json()) == exits.promises[1]
     newer = record(exits, n=99)
     assert [promise.n for promise in exits.keep(newer).promises] == [40, 99], "the same key is replaced"
@@ -107,3 +113,102 @@ def test_records_of_every_method_are_read():
         assert Promise.from_json(made.to_json()).method == method
     with pytest.raises(ValueError, match="'method' cannot be 'hope'"):
         Promise.from_json({**record(exits).to_json(), "method": "hope"})
+
+
+#: Another value for every field of a record, some with the fields that must agree with it.
+RECORD_EDITS: dict[str, dict[str, Any]] = {
+    "text": {"text": "agreement>=0.95", "bound": 0.95},
+    "measure": {"text": "consistency>=0.9", "measure": "consistency"},
+    "bound": {"text": "agreement>=0.8", "bound": 0.8},
+    "confidence": {"confidence": 0.99},
+    "method": {"method": "ltt-hb"},
+    "n": {"n": 400},
+    "n_path": {"n_path": 11},
+    "unit": {"unit": "tokens"},
+    "parameter": {"parameter": 0.4},
+    "thresholds": {"thresholds": [0.0, 0.5]},
+    "estimate": {"estimate": 0.999},
+    "p_value": {"p_value": 0.001},
+    "mean_depth": {"mean_depth": 0.4},
+    "policy": {"policy": "copy"},
+    "window": {"window": 8},
+    "readout": {"readout": "head"},
+    "estimator": {"estimator": "entropy"},
+    "data": {"data": {"source": "another corpus"}},
+    "fingerprint": {"fingerprint": "0" * 64},
+    "dynamax": {"dynamax": "0.2.0"},
+    "date": {"date": "2026-02-01"},
+    "evidence": {"evidence": [{"kept": True}, {"kept": True}]},
+    "dtype": {"dtype": "bfloat16"},
+    "digest": {"digest": "0" * 64},
+}
+CONFIG_EDITS: dict[str, dict[str, Any]] = {
+    "layers": {"layers": [1, 3]},
+    "n_layers": {"n_layers": 6},
+    "inputs": {"inputs": ["statistics", "hidden"]},
+    "readout": {"readout": "head", "readout_options": {}},
+    "readout_options": {"readout_options": {"tail_layers": 2}},
+    "candidates": {"candidates": 32},
+    "shortlist": {"shortlist": "top"},
+    "labels": {"labels": {"kind": "overlap", "k": 15}},
+}
+#: Changed sizes do not fit the tensors, which is noticed before.
+SIZES = {"head", "width"}
+EDITS = [
+    *(("promise", change) for change in RECORD_EDITS.values()),
+    *(("config", change) for change in CONFIG_EDITS.values()),
+    ("fingerprint", {"weights": "0" * 64}),
+    ("fingerprint", {"dtype": "bfloat16"}),
+]
+
+
+@pytest.fixture(scope="module")
+def sealed(tmp_path_factory) -> Path:
+    """Exits with a tail and one promise."""
+    exits, folder = make_exits(head="mlp", readout="tail"), tmp_path_factory.mktemp("sealed") / "exits"
+    exits.keep(record(exits, readout="tail", estimator="mlp", dtype="float32", evidence=({"kept": True},))).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("where", "change"), EDITS, ids=lambda part: part if isinstance(part, str) else next(iter(part))
+)
+def test_whatever_a_promise_rests_on_cannot_be_edited(where: str, change: dict, sealed: Path, tmp_path) -> None:
+    folder = copy(sealed, tmp_path / "exits")
+    assert len(Exits.from_pretrained(folder).promises) == 1
+    manifest = json.loads((folder / MANIFEST).read_text())
+    place = manifest["promises"][0] if where == "promise" else manifest[where]
+    assert all(place[name] != value for name, value in change.items())
+    place |= change
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactCorruptError, match=r"promise '.*calibrate again: dynamax calibrate"):
+        Exits.from_pretrained(folder)
+
+
+def test_every_field_is_among_the_edited() -> None:
+    assert set(RECORD_EDITS) == set(Promise.model_fields)
+    assert set(CONFIG_EDITS) | SIZES == {field.name for field in dataclasses.fields(ExitConfig)}
+
+
+def test_other_tensors_void_a_promise(sealed: Path, tmp_path) -> None:
+    """Even where the manifest names their hash."""
+    folder = copy(sealed, tmp_path / "exits")
+    tensors = load_file(folder / TENSORS)
+    tensors["heads.prior"] = tensors["heads.prior"] + 1
+    save_file(tensors, folder / TENSORS)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["tensors_sha256"] = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactCorruptError, match=r"promise '.*calibrate again"):
+        Exits.from_pretrained(folder)
+
+
+def test_exits_that_changed_since_calibration_are_not_saved_with_the_promise(sealed: Path, tmp_path) -> None:
+    exits = Exits.from_pretrained(sealed)
+    exits.heads.prior.add_(1.0)
+    with pytest.raises(PromiseError, match="Calibrate again"):
+        exits.save(tmp_path / "changed")
+    with pytest.raises(PromiseError, match="Calibrate again"):
+        dataclasses.replace(exits, promises=(record(exits),)).save(tmp_path / "never kept")
+    dataclasses.replace(exits, promises=()).save(tmp_path / "without")
+    assert Exits.from_pretrained(tmp_path / "without").promises == ()

@@ -17,9 +17,9 @@ from dynamax_llm.engines.cuda import check, fused
 from dynamax_llm.engines.cuda.check import Check
 from dynamax_llm.evaluation.bench.estimators import DrawnConfidence, draw
 from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.testing import random_ids
 from tests.engines.test_cuda_engine import DEVICE, small
 
@@ -42,7 +42,7 @@ def pair(backbone: Backbone, config: ExitConfig, heads: ExitHeads, batch: int) -
     """The same heads, in one kernel and through PyTorch."""
     device, count = torch.device(DEVICE), len(config.layers)
     ticket = torch.tensor([5], dtype=torch.int32, device=device)
-    readout = Readout(backbone, config)
+    readout = build_readout(backbone, config)
     checks = [Check(heads, readout, count, batch, device, ticket, fuse=fuse) for fuse in (True, False)]
     assert checks[0].kernels == ("check_kernel",) and checks[1].kernels == ("decide_kernel",)
     return checks
@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_asked_through_pytorch(monkeypatch: pytest.MonkeyPa
 
     def said(**changes: object) -> str | None:
         changed = dataclasses.replace(config, **changes)
-        return fused.HeadCheck.obstacle(ExitHeads(changed, backbone.width), Readout(backbone, changed), 2)
+        return fused.HeadCheck.obstacle(ExitHeads(changed, backbone.width), build_readout(backbone, changed), 2)
 
     assert said() is None
     assert said(head="mamba", width=16) == "only linear and MLP heads are"

@@ -18,9 +18,9 @@ from dynamax_llm.decoding.loop import EarlyExitOutput
 from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.testing import ScriptedConfidence, random_ids, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,7 +73,7 @@ def test_tokens_are_taken_back_row_by_row(family: str) -> None:
     """Law 4 here: after a rejection every row's state is that of the tokens it kept."""
     model = small(family)
     backbone, pattern = adapt(model), torch.tensor([[0, 1, 2, 0, 0, 2], [0, 2, 0, 0, 1, 2]])
-    readout = Readout(backbone, ExitConfig((1, 2), 3))
+    readout = build_readout(backbone, ExitConfig((1, 2), 3))
     plans = [ExitPlan((1, 2), ScriptedConfidence(pattern.to(DEVICE)), readout, POLICIES["verify"], 4) for _ in range(2)]
     decoders = [make(backbone, plan) for make, plan in zip((new_decoder, new_cuda_decoder), plans, strict=True)]
     ids, kept = random_ids(2, 4, vocab=19).to(DEVICE), torch.tensor([1, 2])

@@ -11,8 +11,8 @@ from dynamax_llm.evaluation import Candidate, Outcome, compare, comparison_table
 from dynamax_llm.evaluation.compare.heads import at_agreement, full_depth_tokens, outcome
 from dynamax_llm.evaluation.compare.shapes import SHAPES, projected, shape, token_costs
 from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.testing import random_ids, tiny_model
 from dynamax_llm.text.batches import Batch
 

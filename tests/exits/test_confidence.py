@@ -8,17 +8,10 @@ import pytest
 import torch
 
 from dynamax_llm.errors import UsageError
-from dynamax_llm.exits.features import (
-    LOG_FLOOR,
-    LOG_SCALE,
-    MEASURES,
-    STATISTICS,
-    ExitFeatures,
-    exit_features,
-    measure,
-    select,
-    shortlist,
-)
+from dynamax_llm.exits.confidence.measures import measure
+from dynamax_llm.exits.features import LOG_FLOOR, LOG_SCALE, STATISTICS, ExitFeatures, exit_features, select, shortlist
+from dynamax_llm.exits.registries import MEASURES
+from dynamax_llm.exits.state import ExitState
 
 B, T, D, V = 2, 3, 8, 11
 
@@ -118,7 +111,7 @@ def test_measures_are_their_formulas(seen) -> None:
 def test_measures_remember_nothing() -> None:
     estimator = measure("entropy")
     assert estimator.initial_state(2) is None
-    assert estimator.reorder(None, torch.tensor([1, 0])) is None
+    assert ExitState.initial(estimator, estimator, 2) == ExitState().select(torch.tensor([1, 0])) == ExitState()
     features = ExitFeatures(torch.zeros(1, 1, len(STATISTICS)), None)
     assert estimator.advance(1, torch.zeros(1, 1, D), features, None) is None
     assert (estimator.macs(0), estimator.update_macs(0)) == (0, 0)

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.blocks import scan, windowed_attention
-from dynamax_llm.exits.config import HEADS, ExitConfig
+from dynamax_llm.exits.confidence.bank import auto_width
+from dynamax_llm.exits.confidence.heads import ExitHeads
+from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.features import STATISTICS, ExitFeatures
-from dynamax_llm.exits.heads import BANKS, ExitHeads, auto_width
+from dynamax_llm.exits.registries import HEADS
+from dynamax_llm.exits.state import ExitState
 
 D = 24
 RECURRENT = ("transformer", "mamba")
-CONFIG = ExitConfig(layers=(2, 3, 5), n_layers=7, inputs=("hidden", "signals"), width=None)
+CONFIG = ExitConfig(layers=(2, 3, 5), n_layers=7, inputs=("hidden", "statistics"), width=None)
 
 
 def make(kind: str, **changes) -> ExitHeads:
@@ -40,16 +43,16 @@ def part(h: torch.Tensor, features: ExitFeatures, run: slice) -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("inputs", [("hidden",), ("signals",), ("hidden", "signals")])
+@pytest.mark.parametrize("inputs", [("hidden",), ("statistics",), ("hidden", "statistics")])
 def test_confidence_is_a_calibrated_probability(kind: str, inputs: tuple[str, ...]) -> None:
     heads = make(kind, inputs=inputs)
     h, features = text(2, 5)
     logit, _ = heads.logits(1, h, features)
     confidence, _ = heads.confidence(1, h, features, None)
     torch.testing.assert_close(confidence, torch.sigmoid(logit + heads.prior[1]))
-    assert heads.needs_logits == ("signals" in inputs)
+    assert heads.needs_logits == ("statistics" in inputs)
     other = ExitFeatures(features.values + 1, None)
-    assert torch.equal(heads.logits(1, h, other)[0], logit) == ("signals" not in inputs)
+    assert torch.equal(heads.logits(1, h, other)[0], logit) == ("statistics" not in inputs)
     assert torch.equal(heads.logits(1, h + 1, features)[0], logit) == ("hidden" not in inputs)
 
 
@@ -131,7 +134,7 @@ def test_states_are_never_changed_in_place_and_rows_reorder(kind: str) -> None:
     confidence, after = heads.confidence(0, h, features, state)
     assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
     index = torch.tensor([2, 0, 0, 1])
-    moved = heads.reorder([state] * 3, index)[0]
+    moved = ExitState([state] * 3).select(index).of(0)[0]
     again, _ = heads.confidence(0, h[index], ExitFeatures(features.values[index], None), moved)
     torch.testing.assert_close(again, confidence[index], atol=1e-6, rtol=0)
     assert not torch.equal(after[-1], state[-1])
@@ -226,6 +229,6 @@ def test_hidden_states_of_any_scale_and_dtype(kind: str) -> None:
 
 
 def test_kinds_are_those_of_the_configuration() -> None:
-    assert tuple(BANKS) == HEADS
+    assert tuple(HEADS) == ("linear", "mlp", "transformer", "mamba")
     with pytest.raises(UsageError, match=r"unknown head 'none'.*linear, mlp, transformer, mamba"):
         ExitHeads(dataclasses.replace(CONFIG, head=None), D)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from dynamax_llm.backbones import adapt
-from dynamax_llm.exits import readout as module
 from dynamax_llm.exits.config import SHORTLISTS, ExitConfig
 from dynamax_llm.exits.features import LOG_SCALE, exit_features, shortlist
-from dynamax_llm.exits.readout import Lens, Readout
+from dynamax_llm.exits.readouts import base
+from dynamax_llm.exits.readouts.base import build_readout
+from dynamax_llm.exits.readouts.lens import Lens
 from dynamax_llm.testing import tiny_model
 
 
@@ -21,15 +22,19 @@ def backbone(request):
 
 
 def config(readout: str) -> ExitConfig:
-    return ExitConfig(layers=(2, 3), n_layers=5, head=None, readout=readout, lens_rank=4, tail_layers=2)
+    return ExitConfig.from_options(layers=(2, 3), n_layers=5, head=None, readout=readout, lens_rank=4, tail_layers=2)
+
+
+def logits(readout, exit: int, h: torch.Tensor) -> torch.Tensor:
+    return readout.logits(exit, readout.transform(exit, h)[0])
 
 
 @pytest.mark.parametrize("kind", ["head", "tail"])
 def test_head_and_tail_decide_on_the_plain_head(backbone, kind: str) -> None:
-    readout = Readout(backbone, config(kind))
+    readout = build_readout(backbone, config(kind))
     h = torch.randn(2, 3, backbone.width)
     expected = backbone.model.get_output_embeddings()(backbone.final_norm(h))
-    assert torch.equal(readout.decision_logits(0, h), expected)
+    assert torch.equal(readout.logits(0, readout.transform(0, h)[0]), expected)
     assert torch.equal(readout.logits(1, h), expected)
     assert readout.tail_layers == (2 if kind == "tail" else 0)
     assert readout.decision_is_output == (kind == "head")
@@ -38,15 +43,19 @@ def test_head_and_tail_decide_on_the_plain_head(backbone, kind: str) -> None:
 
 def test_a_fresh_lens_changes_nothing_and_each_exit_has_its_own(backbone) -> None:
     lens = Lens(2, backbone.width, 4)
-    readout = Readout(backbone, config("lens"), lens)
+    readout = build_readout(backbone, config("lens"), lens)
     h = torch.randn(2, 3, backbone.width)
-    assert torch.equal(readout.logits(0, h), backbone.readout(h))
+    assert torch.equal(logits(readout, 0, h), backbone.readout(h))
     with torch.no_grad():
         lens.up[1].normal_()
     moved = h + h @ lens.down[1].T @ lens.up[1].T
-    torch.testing.assert_close(readout.logits(1, h), backbone.readout(moved), atol=1e-5, rtol=1e-5)
-    assert torch.equal(readout.decision_logits(1, h), readout.logits(1, h))
-    assert torch.equal(readout.logits(0, h), backbone.readout(h))
+    torch.testing.assert_close(logits(readout, 1, h), backbone.readout(moved), atol=1e-5, rtol=1e-5)
+    features, output = readout.read(1, h[:, :1], h[:, 1:2], None)
+    torch.testing.assert_close(output, logits(readout, 1, h[:, :1]))
+    assert torch.equal(features.token, output.argmax(-1))
+    given, again = readout.read(1, h[:, :1], h[:, 1:2], None, moved[:, :1])
+    torch.testing.assert_close((given.values, again), (features.values, output), atol=1e-5, rtol=1e-5)
+    assert torch.equal(logits(readout, 0, h), backbone.readout(h))
     assert readout.macs(1) == backbone.vocab_size * backbone.width + 2 * 4 * backbone.width
 
 
@@ -60,13 +69,13 @@ def test_lens_keeps_dtype_and_scale() -> None:
 
 
 def test_slices_of_a_sequence_see_what_the_whole_does(backbone, monkeypatch) -> None:
-    readout = Readout(backbone, config("head"))
+    readout = build_readout(backbone, config("head"))
     h, before = torch.randn(2, 2, 7, backbone.width).unbind(0)
-    previous = exit_features(before, h, readout.decision_logits(0, before), None)
-    whole = exit_features(h, before, readout.decision_logits(1, h), previous)
+    previous = exit_features(before, h, readout.logits(0, before), None)
+    whole = exit_features(h, before, readout.logits(1, h), previous)
     calls = []
-    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2 * 2 * backbone.vocab_size)
-    monkeypatch.setattr(readout, "decision_logits", lambda exit, h: calls.append(h.shape) or backbone.readout(h))
+    monkeypatch.setattr(base, "LOGITS_AT_ONCE", 2 * 2 * backbone.vocab_size)
+    monkeypatch.setattr(readout, "logits", lambda exit, h: calls.append(h.shape) or backbone.readout(h))
     sliced, spoken = readout.features(1, h, before, previous)
     assert [shape[1] for shape in calls] == [2, 2, 2, 1]
     torch.testing.assert_close(sliced.values, whole.values, atol=1e-5, rtol=1e-5)
@@ -77,7 +86,7 @@ def test_slices_of_a_sequence_see_what_the_whole_does(backbone, monkeypatch) -> 
 @pytest.mark.parametrize("kind", SHORTLISTS)
 def test_later_exits_look_only_at_the_first_ones_candidates(backbone, kind) -> None:
     """One token at a time, rows of the LM head are gathered; over a sequence the full readout is: same numbers."""
-    readout = Readout(backbone, dataclasses.replace(config("head"), candidates=6, shortlist=kind))
+    readout = build_readout(backbone, dataclasses.replace(config("head"), candidates=6, shortlist=kind))
     h, later = torch.randn(2, 2, 30, backbone.width).unbind(0)
     first, _ = readout.features(0, h, later, None)
     seen, spoken = readout.features(1, later, h, first)
@@ -101,4 +110,4 @@ def test_later_exits_look_only_at_the_first_ones_candidates(backbone, kind) -> N
 
 def test_a_lens_readout_needs_its_lens(backbone) -> None:
     with pytest.raises(AssertionError):
-        Readout(backbone, config("lens"))
+        build_readout(backbone, config("lens"))

@@ -11,10 +11,11 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.decoding.decoder import ExitPlan
 from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.exits.readout import Lens, Readout
+from dynamax_llm.exits.readouts.base import build_readout
+from dynamax_llm.exits.readouts.lens import Lens
 from dynamax_llm.testing import ScriptedConfidence, tiny_model
 
 #: Families whose every variant runs; the others run one each, so that the suite stays quick.
@@ -61,12 +62,13 @@ class Case:
     def plan(
         self, estimator: ConfidenceEstimator | None, policy: str = "propagate", readout: str = "head", tail: int = 1
     ) -> ExitPlan:
-        config = ExitConfig(self.exits, self.backbone.n_layers, head=None, readout=readout, tail_layers=tail)
+        options = {"head": None, "readout": readout, "tail_layers": tail}
+        config = ExitConfig.from_options(self.exits, self.backbone.n_layers, **options)
         lens = None
         if readout == "lens":
             lens = Lens(len(self.exits), self.backbone.width, 3)
             torch.nn.init.normal_(lens.up[0], std=0.1)
-        return ExitPlan(self.exits, estimator, Readout(self.backbone, config, lens), POLICIES[policy])
+        return ExitPlan(self.exits, estimator, build_readout(self.backbone, config, lens), POLICIES[policy])
 
     def cheap_policy(self) -> str:
         """The policy of this family that leaves skipped state alone; hybrids have none."""

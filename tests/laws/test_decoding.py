@@ -11,8 +11,8 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan
 from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.features import MEASURES
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import build_readout
+from dynamax_llm.exits.registries import MEASURES
 from dynamax_llm.testing import ScriptedConfidence, random_ids
 from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
 from tests.laws.conftest import Case, left_padding, pattern, random_heads, scripted
@@ -44,7 +44,7 @@ def test_learned_heads_decide_alike_in_one_pass_and_step_by_step(head_case: Case
     """Law 2 with real judges: what a recurrent head sees of tokens that left is the same in both."""
     estimator = random_heads(head_case, kind, candidates)
     config = ExitConfig(head_case.exits, head_case.backbone.n_layers, head=kind, candidates=candidates)
-    plan = ExitPlan(head_case.exits, estimator, Readout(head_case.backbone, config), POLICIES["propagate"])
+    plan = ExitPlan(head_case.exits, estimator, build_readout(head_case.backbone, config), POLICIES["propagate"])
     ids, padding = random_ids(3, PROMPT + 2 * STEPS), left_padding(3, PROMPT + 2 * STEPS)
     slow = step_by_step(head_case.backbone, plan, ids, half(plan), prompt_length=PROMPT, padding=padding)
     fast = teacher_forced(
@@ -160,7 +160,7 @@ def test_reordered_rows_go_on_as_if_they_had_always_been_there(case: Case, kind:
     """Caches, padding and the recurrent heads' own states move together."""
     estimator = random_heads(case, kind, 0)
     config = ExitConfig(case.exits, case.backbone.n_layers, head=kind, candidates=0)
-    plan = ExitPlan(case.exits, estimator, Readout(case.backbone, config), POLICIES["propagate"])
+    plan = ExitPlan(case.exits, estimator, build_readout(case.backbone, config), POLICIES["propagate"])
     ids, padding, rows = random_ids(3, PROMPT + 6), left_padding(3, PROMPT), torch.tensor([2, 0, 2])
     moved, straight = (Decoder(case.backbone, plan, part) for part in (padding, padding[rows]))
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_half_precision_updates_round_like_the_layer(case: Case) -> None:
         assert (tensor.float() - expected.float()).abs().max() < 0.02 * scale
     estimator = random_heads(half_case, "mamba", 6)
     config = ExitConfig(case.exits, backbone.n_layers, head="mamba", candidates=6)
-    plan = ExitPlan(case.exits, estimator, Readout(backbone, config), POLICIES["propagate"])
+    plan = ExitPlan(case.exits, estimator, build_readout(backbone, config), POLICIES["propagate"])
     found = step_by_step(backbone, plan, random_ids(2, PROMPT + STEPS), half(plan), prompt_length=PROMPT)
     assert found.logits.dtype == torch.float32 and bool(found.logits.isfinite().all())
     assert len(found.exit_index[:, PROMPT:].unique()) >= 2

@@ -14,7 +14,8 @@ from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.errors import PolicyMismatchError, UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import build_readout
+from dynamax_llm.exits.readouts.head import HeadReadout
 from dynamax_llm.testing import ScriptedConfidence, random_ids, tiny_model, zero_tail
 from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
 from tests.laws.conftest import EACH_CASES, Case, left_padding, make_case, pattern, random_heads
@@ -44,7 +45,7 @@ def script(kind: str, batch: int, steps: int, n_exits: int) -> torch.Tensor:
 
 def deferred(case: Case, estimator, window: int, policy: str = "defer") -> ExitPlan:
     config = ExitConfig(case.exits, case.backbone.n_layers, head=None)
-    return ExitPlan(case.exits, estimator, Readout(case.backbone, config), POLICIES[policy], window)
+    return ExitPlan(case.exits, estimator, build_readout(case.backbone, config), POLICIES[policy], window)
 
 
 @pytest.mark.parametrize(("kind", "window"), WINDOWS)
@@ -90,7 +91,7 @@ def test_learned_heads_decide_alike_under_defer(head_case: Case, kind: str) -> N
     case = head_case
     estimator = random_heads(case, kind, 6)
     config = ExitConfig(case.exits, case.backbone.n_layers, head=kind, candidates=6)
-    plan = ExitPlan(case.exits, estimator, Readout(case.backbone, config), POLICIES["defer"], 5)
+    plan = ExitPlan(case.exits, estimator, build_readout(case.backbone, config), POLICIES["defer"], 5)
     ids, padding, half = random_ids(3, PROMPT + STEPS), left_padding(3, PROMPT + STEPS), [0.5] * len(case.exits)
     slow = step_by_step(case.backbone, plan, ids, half, prompt_length=PROMPT, padding=padding)
     fast = teacher_forced(case.backbone, plan, ids, half, prompt_length=PROMPT, padding=padding, keep_logits=True)
@@ -140,7 +141,7 @@ def test_update_state_over_several_tokens_leaves_what_layer_leaves(case: Case) -
         assert (tensor - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
 
 
-class Liar(Readout):
+class Liar(HeadReadout):
     """Says another token than it sees, whenever the script says so; one entry per time that a proposal is read."""
 
     def __init__(self, case: Case, lies: list[bool]) -> None:
@@ -253,7 +254,7 @@ def test_verified_drafts_are_what_defer_would_do(head_case: Case) -> None:
     early.exits.config = config
     out = greedy(case, random_ids(1, PROMPT), early, new=24)
     assert out.verification.corrected >= 3 and out.trace.spent.taken is not None
-    plan = ExitPlan(case.exits, estimator, Readout(case.backbone, config), POLICIES["defer"])
+    plan = ExitPlan(case.exits, estimator, build_readout(case.backbone, config), POLICIES["defer"])
     forced = teacher_forced(case.backbone, plan, out.sequences, [0.5] * len(case.exits), prompt_length=PROMPT)
     depths = torch.tensor([*case.exits, case.backbone.n_layers])
     for place in range(PROMPT, out.sequences.shape[1] - 1):

@@ -17,7 +17,7 @@ from dynamax_llm.decoding.deferred import DeferredDecoder
 from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.testing import TINY, ScriptedConfidence, random_ids, tiny_model
 
 #: Draws per family: over 200 in all.
@@ -82,7 +82,7 @@ def test_deferred_state_is_that_of_never_leaving(family: str, draw: dict) -> Non
         moves = moves.clone()
         moves[:, draw["new"]] = full  # the last token goes deep
         plan = ExitPlan(
-            draw["exits"], ScriptedConfidence(moves), Readout(backbone, config), POLICIES["defer"], draw["window"]
+            draw["exits"], ScriptedConfidence(moves), build_readout(backbone, config), POLICIES["defer"], draw["window"]
         )
         decoder = DeferredDecoder(backbone, plan, mask)
         with torch.no_grad():

@@ -18,7 +18,7 @@ from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.decoding.verify import VerifiedRun
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.head import HeadReadout
 from dynamax_llm.testing import ScriptedConfidence
 from tests.laws.conftest import left_padding, pattern
 
@@ -79,7 +79,7 @@ class Memory(Backbone):
         return Costs(tuple(LayerCost(1, 1) for _ in range(LAYERS)), 1)
 
 
-class Erring(Readout):
+class Erring(HeadReadout):
     """Every third proposal is another token."""
 
     calls = 0

@@ -8,9 +8,9 @@ import torch
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.decoding.decoder import ExitPlan
 from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.testing import random_ids, tiny_model, zero_tail
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import collect_exits
@@ -30,7 +30,7 @@ def batch() -> Batch:
 
 
 def config(**changes) -> ExitConfig:
-    return ExitConfig(**{"layers": LAYERS, "n_layers": L, "width": 16, "candidates": 8, **changes})
+    return ExitConfig.from_options(**{"layers": LAYERS, "n_layers": L, "width": 16, "candidates": 8, **changes})
 
 
 def heads(settings: ExitConfig, width: int) -> ExitHeads:
@@ -44,9 +44,9 @@ def heads(settings: ExitConfig, width: int) -> ExitHeads:
 @pytest.mark.parametrize("label", ["probability", "overlap"])
 def test_soft_labels_are_what_the_distributions_say(backbone, family: str, label: str, monkeypatch) -> None:
     adapter, one = backbone(family), batch()
-    monkeypatch.setattr("dynamax_llm.exits.readout.LOGITS_AT_ONCE", 61 * 5)  # several slices
-    found = collect_exits(adapter, Readout(adapter, config()), one, Label(label))
-    plain = collect_exits(adapter, Readout(adapter, config()), one)
+    monkeypatch.setattr("dynamax_llm.exits.readouts.base.LOGITS_AT_ONCE", 61 * 5)  # several slices
+    found = collect_exits(adapter, build_readout(adapter, config()), one, Label(label))
+    plain = collect_exits(adapter, build_readout(adapter, config()), one)
     assert torch.equal(found.labels, plain.labels)
     assert torch.equal(plain.targets, plain.labels.float())
     with torch.no_grad():
@@ -61,10 +61,10 @@ def test_soft_labels_are_what_the_distributions_say(backbone, family: str, label
 @FAMILIES
 @pytest.mark.parametrize("inputs", [("hidden", "signals", "tokens"), ("hidden",)])
 def test_an_exit_batch_on_policy_is_what_decoding_gives(backbone, family: str, inputs: tuple[str, ...]) -> None:
-    """The simulation on it lets the same tokens leave as the teacher-forced pass, and its labels describe their tokens."""
+    """In its simulation the same tokens leave as in the teacher-forced pass, and its labels describe their tokens."""
     adapter, one = backbone(family), batch()
     settings = config(inputs=inputs)
-    estimator, readout = heads(settings, adapter.width), Readout(adapter, settings)
+    estimator, readout = heads(settings, adapter.width), build_readout(adapter, settings)
     intact = collect_exits(adapter, readout, one)
     thresholds = torch.tensor([[0.5], [0.45], [NEVER]])
     sample = ThresholdSample(thresholds, torch.tensor([[0], [3], [0]]))
@@ -85,12 +85,12 @@ def test_an_exit_batch_on_policy_is_what_decoding_gives(backbone, family: str, i
 @FAMILIES
 def test_the_two_leading_tokens_are_read(backbone, family: str) -> None:
     adapter, one = backbone(family), batch()
-    found = collect_exits(adapter, Readout(adapter, config()), one)
+    found = collect_exits(adapter, build_readout(adapter, config()), one)
     weight = adapter.model.get_output_embeddings().weight
     with torch.no_grad():
         two = adapter.readout(found.hidden[0]).topk(2).indices
     torch.testing.assert_close(found.features[0].rows[one.mask], weight[two].flatten(-2)[one.mask])
-    assert collect_exits(adapter, Readout(adapter, config(inputs=("signals",))), one).features[0].rows is None
+    assert collect_exits(adapter, build_readout(adapter, config(inputs=("signals",))), one).features[0].rows is None
 
 
 @FAMILIES
@@ -100,7 +100,7 @@ def test_what_changes_no_state_has_no_drift_penalty(family: str) -> None:
     estimator = heads(settings, adapter.width)
 
     def measured(backbone: Backbone, policy: str = "propagate", prompt: int = 0) -> tuple[float, ...]:
-        plan = ExitPlan(LAYERS, estimator, Readout(backbone, settings), POLICIES.lookup(policy))
+        plan = ExitPlan(LAYERS, estimator, build_readout(backbone, settings), POLICIES.lookup(policy))
         return drift_penalty(backbone, plan, [(batch(), prompt)])
 
     assert measured(adapter)[1:] == (0.0, 0.0)

@@ -16,9 +16,11 @@ import torch
 
 from dynamax_llm.errors import ArtifactCorruptError, UsageError
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.config import HEADS, ExitConfig
-from dynamax_llm.exits.features import STATISTICS, ExitFeatures, measure
-from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.exits.confidence.heads import ExitHeads
+from dynamax_llm.exits.confidence.measures import measure
+from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.features import STATISTICS, ExitFeatures
+from dynamax_llm.exits.registries import HEADS
 from dynamax_llm.text.batches import find_source
 from dynamax_llm.traces.collect import ExitBatch
 from dynamax_llm.traces.simulate import NEVER, ThresholdSample, simulate_exits
@@ -180,7 +182,7 @@ def test_heads_share_a_pass_and_differ(backbone, corpus: Path, tokenizer, tmp_pa
             assert torch.equal(saved, found), name
         for parameter in loaded.heads.bank.parameters():
             assert all(not torch.equal(parameter[0], parameter[other]) for other in (1, 2))
-        assert (exits.lens is not None) == (readout == "lens")
+        assert (exits.readout_weights is not None) == (readout == "lens")
     if readout == "lens":
         divergence = provenance["lens_divergence"]
         assert all(after < earlier for earlier, after in zip(divergence["before"], divergence["after"], strict=True))

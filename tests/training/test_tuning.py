@@ -70,7 +70,7 @@ def explicit_loss(model: torch.nn.Module, teacher: Tensor, exits: tuple[int, ...
 def test_loss_and_gradient_equal_an_explicit_computation(
     method: str, teacher: str, checkpointing: bool, monkeypatch
 ) -> None:
-    monkeypatch.setattr("dynamax_llm.exits.readout.LOGITS_AT_ONCE", 61 * 10)  # several slices
+    monkeypatch.setattr("dynamax_llm.exits.readouts.base.LOGITS_AT_ONCE", 61 * 10)  # several slices
     settings = dataclasses.replace(
         SETTINGS, method=method, teacher=teacher, distil=0.6, exit_weight=0.7, checkpointing=checkpointing
     )

@@ -202,6 +202,7 @@ def calibrate(
         dynamax=installed_version(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         evidence=tuple(evidence),
+        dtype=str(backbone.dtype).removeprefix("torch."),
     )
 
 

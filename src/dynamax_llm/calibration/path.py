@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import collect_exits
 from dynamax_llm.traces.curves import sweep

@@ -161,7 +161,7 @@ def _family(exits: Exits) -> str:
 
 def _check_decisions(thresholds: Sequence[str], measures: Sequence[str]) -> None:
     from dynamax_llm.decoding.thresholds import Thresholds
-    from dynamax_llm.exits.features import measure
+    from dynamax_llm.exits.confidence.measures import measure
 
     for value in thresholds:
         Thresholds.parse(value, 1)

@@ -140,7 +140,7 @@ class _Job:
         from dynamax_llm.render import marked, tinted
 
         config = self.exits.config
-        first = config.layers[0] + (config.tail_layers if config.readout == "tail" else 0)
+        first = config.layers[0] + config.tail_layers
         console.print(tinted(items, config.n_layers, first) if in_colour(console) else marked(items), end="")
 
     def print_summary(self, console: Console, out: Any, seconds: float) -> None:

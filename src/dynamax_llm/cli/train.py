@@ -101,13 +101,13 @@ def train(
     from dynamax_llm.cli.trained import report
     from dynamax_llm.exits.artifact import MANIFEST, TENSORS
     from dynamax_llm.exits.files import prepare_folder
-    from dynamax_llm.exits.heads import BANKS
+    from dynamax_llm.exits.registries import HEADS
     from dynamax_llm.text.sources import find_source
     from dynamax_llm.training.parallel import Group
     from dynamax_llm.training.trainer import train as train_exits
 
     # Whatever can be wrong is found before the backbone is loaded, which may take minutes.
-    BANKS.lookup(head)
+    HEADS.lookup(head)
     plan, given = chosen(context, preset)
     settings = plan.train_settings(**{_SETTINGS[name]: given[name] for name in _SETTINGS.keys() & given})
     n_layers = peek_backbone(model).num_hidden_layers

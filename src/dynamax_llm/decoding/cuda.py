@@ -14,7 +14,7 @@ from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.engines.cuda.machine import Machine
 from dynamax_llm.engines.cuda.tiles import power_of_two
 from dynamax_llm.engines.cuda.window import WaitingMachine
-from dynamax_llm.exits.features import State
+from dynamax_llm.exits.state import State
 from dynamax_llm.shapes import Ids, Logits, RowFlags
 
 #: Machines kept per backbone: each holds caches and recorded programs for one batch size and judge.

@@ -12,8 +12,10 @@ from dynamax_llm.backbones import Backbone, Context
 from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.decoding.state import DEFAULT_WINDOW, InPlace, StatePolicy
 from dynamax_llm.engines import EagerEngine
-from dynamax_llm.exits.features import ConfidenceEstimator, ExitFeatures, State, exit_features, select
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.features import ExitFeatures, exit_features, select
+from dynamax_llm.exits.readouts.base import Readout
+from dynamax_llm.exits.state import ExitState, State
 from dynamax_llm.shapes import Ids, NextLogits, RowFlags, RowIds
 
 
@@ -121,7 +123,7 @@ class Decoder:
     def reorder(self, rows: Tensor) -> None:
         """Keep rows ``rows`` (B',) of the batch, in that order: caches, padding, and the states of recurrent heads."""
         self.engine.reorder(rows)
-        self.states = self.plan.estimator.reorder(self.states, rows)
+        self.states = ExitState(self.states).select(rows).estimator
 
     @property
     def _policy(self) -> InPlace:
@@ -157,7 +159,7 @@ class Decoder:
             return
         leaving = (confidence[:, 0] >= threshold) & ~token.left
         if token.leave(index, leaving) and readout.tail_layers == 0:
-            speaks = readout.logits(index, token.h) if logits is None else logits
+            speaks = readout.logits(index, readout.transform(index, token.h)[0]) if logits is None else logits
             token.keep(leaving, speaks[:, 0])
 
     def _confidence(self, index: int, h: Tensor, features: ExitFeatures, padding: Tensor | None = None) -> Tensor:

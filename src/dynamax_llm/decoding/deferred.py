@@ -12,7 +12,7 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import Decoder, ExitPlan, Step, Token
 from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.engines import DeferredEngine
-from dynamax_llm.exits.features import State
+from dynamax_llm.exits.state import State
 from dynamax_llm.shapes import Ids, Logits, NextLogits, RowFlags
 
 

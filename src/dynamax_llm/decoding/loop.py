@@ -30,8 +30,8 @@ from dynamax_llm.decoding.trace import TokenCosts, Trace
 from dynamax_llm.decoding.verify import Verification, VerifiedRun
 from dynamax_llm.errors import PolicyMismatchError, UsageError
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.features import MEASURES
 from dynamax_llm.exits.promise import Promise
+from dynamax_llm.exits.registries import MEASURES
 
 #: What decides where nothing is said.
 DEFAULT_THRESHOLD, DEFAULT_POLICY = 0.9, "propagate"

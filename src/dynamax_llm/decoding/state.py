@@ -25,7 +25,7 @@ from dynamax_llm.backbones import Backbone, Context
 from dynamax_llm.backbones.cache import KINDS
 from dynamax_llm.engines import EagerEngine
 from dynamax_llm.errors import PolicyMismatchError
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.registry import Registry
 
 #: Tokens per row that may wait, under the policies that let tokens wait.

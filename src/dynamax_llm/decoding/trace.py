@@ -14,8 +14,8 @@ from torch import Tensor
 from dynamax_llm.backbones import Costs
 from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.decoding.state import StatePolicy
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.readouts.base import Readout
 
 
 @dataclass(frozen=True)

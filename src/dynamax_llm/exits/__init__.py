@@ -1,8 +1,14 @@
-"""What sits at an exit: statistics and measures, learned heads, readouts, and the artifact that holds them.
+"""What sits at an exit: readouts, confidence estimators, what they remember, and the artifact that holds them.
 
-config       where the exits are, which head judges, which readout speaks
-confidence   features of a readout, the ConfidenceEstimator, the fixed measures
-heads        the learned judges; their recurrent blocks are in ``blocks``
-readout      h at an exit to logits
-artifact     all of it as a folder of safetensors and JSON; ``files`` writes without leaving halves
+config       where the exits are, which head and which readout they have
+features     what an estimator reads of an exit's logits and hidden state
+state        what exits remember of earlier tokens
+readouts     h at an exit to logits, one file a kind
+confidence   measures and exit heads, one file a kind; the recurrent heads' arithmetic is in ``blocks``
+registries   the kinds by name, open to your own
+artifact     all of it as a folder of safetensors and JSON; ``promise`` is one record in it, ``files`` writes atomically
 """
+
+from dynamax_llm.exits import confidence, readouts  # registers the kinds that come with the package
+
+__all__ = ["confidence", "readouts"]

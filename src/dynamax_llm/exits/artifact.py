@@ -9,58 +9,72 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.fingerprint import explain_mismatch, fingerprint
 from dynamax_llm.backbones.loading import shipped_exits
-from dynamax_llm.errors import ArtifactCorruptError, ArtifactMismatchError, ArtifactVersionError, UsageError
+from dynamax_llm.errors import (
+    ArtifactCorruptError,
+    ArtifactMismatchError,
+    ArtifactVersionError,
+    PromiseError,
+    UsageError,
+)
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.confidence.heads import ExitHeads
+from dynamax_llm.exits.confidence.measures import measure
 from dynamax_llm.exits.config import PAPER_EXITS, ExitConfig, place_exits
-from dynamax_llm.exits.features import MEASURES, ConfidenceEstimator, measure
 from dynamax_llm.exits.files import fetch, prepare_folder, write_atomically
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.exits.promise import Promise, digest, find_promise
-from dynamax_llm.exits.readout import Lens, Readout
+from dynamax_llm.exits.promise import Promise, digest, explain, find_promise, seal
+from dynamax_llm.exits.readouts.base import Readout, build_readout
+from dynamax_llm.exits.registries import MEASURES, READOUTS
 from dynamax_llm.version import installed_version
 
 FORMAT = "dynamax-exits"
-#: Raised when older DYNAMAX could misread what this one writes.
-VERSION = 1
+#: Raised when older DYNAMAX could misread what this one writes. 1: flat options, promises without a digest.
+VERSION = 2
 MANIFEST, TENSORS = "exits.json", "exits.safetensors"
-#: What the manifest must hold, and the JSON type of each.
-FIELDS: dict[str, type] = {
-    "config": dict,
-    "width": int,
-    "vocab_size": int,
-    "fingerprint": dict,
-    "provenance": dict,
-    "tensors_sha256": str,
-}
+
+
+class _Manifest(BaseModel):
+    """What ``exits.json`` must hold beside its format and version."""
+
+    config: dict[str, Any]
+    width: int
+    vocab_size: int
+    fingerprint: dict[str, Any]
+    provenance: dict[str, Any]
+    tensors_sha256: str
+    promises: list[Any] = []
+    drift_penalty: dict[str, list[Annotated[float, Field(ge=0.0, allow_inf_nan=False)]]] = Field(
+        {}, validation_alias=AliasChoices("drift_penalty", "disturbance")
+    )
 
 
 @dataclass
 class Exits:
-    """Everything DYNAMAX adds to one backbone: where the exits are, their heads and lens, and whose they are.
+    """Everything DYNAMAX adds to one backbone: where the exits are, their learned weights, and the backbone's identity.
 
-    ``heads`` is None where a fixed measure decides, ``lens`` unless the readout is "lens". ``fingerprint`` identifies
-    the backbone, ``width`` and ``vocab_size`` are its own. ``provenance`` says how the heads came about, ``promises``
-    what calibration proved of them. ``drift_penalty``: by policy, what a token that leaves costs later ones, per exit,
-    as training measured it for the heads.
+    ``heads`` is None where there is a fixed measure alone, ``readout_weights`` where the readout has none.
+    ``fingerprint`` identifies the backbone, ``width`` and ``vocab_size`` are its own. ``provenance`` tells how the
+    heads were trained, ``promises`` what calibration proved of them. ``drift_penalty``: by policy, what a token that
+    leaves costs later ones, per exit, as training measured it for the heads.
     """
 
     config: ExitConfig
     heads: ExitHeads | None
-    lens: Lens | None
+    readout_weights: nn.Module | None
     fingerprint: dict[str, Any]
     width: int
     vocab_size: int
@@ -76,16 +90,20 @@ class Exits:
         layers: str | tuple[str | int | float, ...] = PAPER_EXITS,
         *,
         readout: str = "head",
-        tail_layers: int = 1,
+        **options: Any,
     ) -> Exits:
-        """Exits without heads, to be judged by a confidence measure. Raises ExitPlacementError, UsageError."""
-        if readout == "lens":
-            raise UsageError("readout 'lens' is learned: train exits with it. Untrained exits use 'head' or 'tail'.")
-        depths = place_exits(layers, backbone.n_layers)
-        config = ExitConfig(
-            depths, backbone.n_layers, head=None, readout=readout, tail_layers=tail_layers, candidates=0
-        )
-        return cls.of(backbone, config)
+        """Exits without heads, for a confidence measure; ``options`` are the readout's (``tail_layers=2``).
+
+        Raises ExitPlacementError, UsageError.
+        """
+        if READOUTS.lookup(readout).learner is not None:
+            untrained = [repr(name) for name, kind in READOUTS.items() if kind.learner is None]
+            raise UsageError(
+                f"readout {readout!r} is learned: train exits with it. Untrained exits use {' or '.join(untrained)}."
+            )
+        depths, own = place_exits(layers, backbone.n_layers), {"head": None, "candidates": 0, "readout": readout}
+        config = ExitConfig.from_options(depths, backbone.n_layers, **own, **options)
+        return cls.of(backbone, config, readout_weights=READOUTS[readout].new_weights(config, backbone.width))
 
     @classmethod
     def of(
@@ -93,12 +111,12 @@ class Exits:
         backbone: Backbone,
         config: ExitConfig,
         heads: ExitHeads | None = None,
-        lens: Lens | None = None,
+        readout_weights: nn.Module | None = None,
         provenance: dict[str, Any] | None = None,
     ) -> Exits:
         """Exits of this backbone; its fingerprint is taken here."""
         identity = fingerprint(backbone.model)
-        return cls(config, heads, lens, identity, backbone.width, backbone.vocab_size, provenance or {})
+        return cls(config, heads, readout_weights, identity, backbone.width, backbone.vocab_size, provenance or {})
 
     def estimator(self, name: str | None = None) -> ConfidenceEstimator:
         """The trained heads, or the measure called ``name``. Raises UsageError if there are no heads to use."""
@@ -109,8 +127,8 @@ class Exits:
         return self.heads
 
     def readout(self, backbone: Backbone) -> Readout:
-        """How these exits speak on ``backbone``; a lens moves to its device."""
-        return Readout(backbone, self.config, None if self.lens is None else self.lens.to(backbone.device))
+        """Their readout on ``backbone``; its weights move to that device."""
+        return build_readout(backbone, self.config, self.readout_weights)
 
     def drive(self, model: nn.Module) -> Backbone:
         """The Backbone that drives ``model``, checked once and remembered, with its stacked weights.
@@ -140,7 +158,7 @@ class Exits:
 
     def promise(self, text: str, policy: str | None = None, measure: str | None = None) -> Promise:
         """The recorded promise ``text``. Raises UsageError if it cannot be read, PromiseError if it is not recorded,
-        PolicyMismatchError if it is under another policy or judge, ArtifactMismatchError if it is another
+        PolicyMismatchError if it is under another policy or estimator, ArtifactMismatchError if it is another
         backbone's."""
         found = find_promise(self.promises, text, policy, measure)
         if found.fingerprint != digest(self.fingerprint) or found.readout != self.config.readout:
@@ -151,14 +169,28 @@ class Exits:
         return found
 
     def keep(self, promise: Promise) -> Exits:
-        """These exits with one more promise; it takes the place of one with the same text, policy and judge."""
+        """These exits with one more promise; it replaces one with the same text, policy and estimator."""
         others = tuple(item for item in self.promises if item.key != promise.key)
-        return replace(self, promises=(*others, promise))
+        return replace(self, promises=(*others, _sealed(promise, self._basis())))
+
+    def _basis(self) -> dict[str, Any]:
+        """What every promise of these exits rests on beside its own record."""
+        tensors = _tensors(self.config, self.heads, self.readout_weights)
+        return _basis(self.config.to_json(), self.fingerprint, tensors)
 
     def save(self, folder: str | Path) -> None:
-        """Write the folder. Raises ArtifactError if it holds something else or cannot be written."""
+        """Write the folder. Raises ArtifactError if it holds something else or cannot be written, PromiseError if
+        these exits changed since one of their promises was kept."""
         target = prepare_folder(folder, (MANIFEST, TENSORS))
-        tensors = safetensors.torch.save(_state(self.heads, self.lens), metadata={"format": "pt"})
+        basis = self._basis() if self.promises else {}
+        for promise in self.promises:
+            if promise.digest != seal(promise.to_json(), basis):
+                raise PromiseError(
+                    f"{promise.label} was not made for these exits as they are now. Calibrate again and keep the "
+                    "promise with Exits.keep, or save without it: dataclasses.replace(exits, promises=())."
+                )
+        tensors = _tensors(self.config, self.heads, self.readout_weights)
+        blob = safetensors.torch.save(tensors, metadata={"format": "pt"})
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -169,12 +201,12 @@ class Exits:
             "vocab_size": self.vocab_size,
             "fingerprint": self.fingerprint,
             "provenance": self.provenance,
-            "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
+            "tensors_sha256": hashlib.sha256(blob).hexdigest(),
             "promises": [promise.to_json() for promise in self.promises],
             "drift_penalty": {policy: list(values) for policy, values in self.drift_penalty.items()},
         }
         # The manifest comes last: a save that dies in between leaves a hash that does not match, not a mixture.
-        write_atomically(target / TENSORS, tensors)
+        write_atomically(target / TENSORS, blob)
         write_atomically(target / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False).encode())
 
     @classmethod
@@ -182,42 +214,43 @@ class Exits:
         """Read a folder or hub repository that ``save`` wrote, or what ships with a reference backbone, by its name.
 
         Raises ArtifactError if there is none, ArtifactVersionError if it is newer than this DYNAMAX,
-        ArtifactCorruptError, naming the field or tensor, if it is damaged.
+        ArtifactCorruptError, naming the field, tensor or promise, if it is damaged or edited.
         """
         name = str(shipped_exits(folder_or_hub_id) or folder_or_hub_id)
-        manifest_path, tensors_path = fetch(name, (MANIFEST, TENSORS))
-        manifest = _read_manifest(manifest_path)
-        config = _read_config(manifest_path, manifest)
-        heads, lens = _empty_modules(manifest_path, config, manifest["width"])
+        path, tensors_path = fetch(name, (MANIFEST, TENSORS))
+        version, manifest = _read_manifest(path)
+        config = _read_config(path, manifest.config)
+        heads, weights = _empty_modules(path, config, manifest.width)
         blob = tensors_path.read_bytes()
         tensors = _read_tensors(tensors_path, blob)
-        _check_tensors(tensors_path, tensors, _state(heads, lens))
-        if hashlib.sha256(blob).hexdigest() != manifest["tensors_sha256"]:
+        _check_tensors(tensors_path, tensors, _tensors(config, heads, weights))
+        if hashlib.sha256(blob).hexdigest() != manifest.tensors_sha256:
             raise _corrupt(tensors_path, f"its hash is not the one {MANIFEST} names; the two belong to different saves")
-        heads, lens = _filled(heads, "heads.", tensors), _filled(lens, "lens.", tensors)
-        identity, provenance = manifest["fingerprint"], manifest["provenance"]
-        promises = _read_promises(manifest_path, manifest, len(config.layers))
-        drift_penalty = _read_drift_penalty(manifest_path, manifest, len(config.layers))
-        return cls(
+        exits = cls(
             config,
-            heads,
-            lens,
-            identity,
-            manifest["width"],
-            manifest["vocab_size"],
-            provenance,
-            promises,
-            drift_penalty,
+            _filled(heads, "heads.", tensors),
+            _filled(weights, f"{config.readout}.", tensors),
+            manifest.fingerprint,
+            manifest.width,
+            manifest.vocab_size,
+            manifest.provenance,
+            _read_promises(path, version, manifest, tensors, config),
+            {policy: tuple(values) for policy, values in manifest.drift_penalty.items()},
         )
+        for policy, values in exits.drift_penalty.items():
+            if len(values) != len(config.layers):
+                raise _corrupt(path, f"its drift penalty under {policy!r} is not {len(config.layers)} numbers")
+        return exits
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> tuple[int, _Manifest]:
+    """The format version and the checked fields."""
     try:
         manifest = json.loads(path.read_bytes())
     except ValueError as error:
-        raise _corrupt(path, f"it is no valid JSON ({error})") from error
+        raise _corrupt(path, f"it is not valid JSON ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise _corrupt(path, f'it does not say "format": "{FORMAT}", so it is no set of exits')
+        raise _corrupt(path, f'it does not say "format": "{FORMAT}", so it does not describe exits')
     version = manifest.get("version")
     if not isinstance(version, int) or version < 1:
         raise _corrupt(path, f"its version is {version!r}, not a positive whole number")
@@ -226,15 +259,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path} has format version {version}, written by DYNAMAX {manifest.get('dynamax', '?')}; this one reads "
             f"up to {VERSION}. Upgrade: pip install --upgrade dynamax-llm."
         )
-    for name, kind in FIELDS.items():
-        if not isinstance(manifest.get(name), kind):
-            raise _corrupt(path, f"its field {name!r} is missing or no {kind.__name__}")
-    return manifest
-
-
-def _read_config(path: Path, manifest: Mapping[str, Any]) -> ExitConfig:
     try:
-        config = ExitConfig.from_json(manifest["config"])
+        return version, _Manifest.model_validate(manifest, strict=True)
+    except ValidationError as error:
+        raise _corrupt(path, explain(error)) from error
+
+
+def _read_config(path: Path, data: Mapping[str, Any]) -> ExitConfig:
+    try:
+        config = ExitConfig.from_json(data)
         placed = place_exits(config.layers, config.n_layers)
     except (TypeError, KeyError, ValueError) as error:  # UsageError is a ValueError
         raise _corrupt(path, f"its config cannot be used ({error})") from error
@@ -243,44 +276,52 @@ def _read_config(path: Path, manifest: Mapping[str, Any]) -> ExitConfig:
     return config
 
 
-def _read_drift_penalty(path: Path, manifest: Mapping[str, Any], n_exits: int) -> dict[str, tuple[float, ...]]:
-    """The optional field "drift penalty"."""
-    found = manifest.get("drift_penalty", manifest.get("disturbance", {}))
-    try:
-        by_policy = {str(policy): tuple(map(float, values)) for policy, values in found.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise _corrupt(path, "its field 'drift_penalty' does not hold numbers by policy") from None
-    for policy, values in by_policy.items():
-        if len(values) != n_exits or not all(0.0 <= value < math.inf for value in values):
-            raise _corrupt(path, f"its disturbance under {policy!r} is not {n_exits} numbers of 0 or more")
-    return by_policy
-
-
-def _read_promises(path: Path, manifest: Mapping[str, Any], n_exits: int) -> tuple[Promise, ...]:
-    """The records of the optional field "promises"."""
-    records = manifest.get("promises", [])
-    if not isinstance(records, list):
-        raise _corrupt(path, "its field 'promises' is no list")
+def _read_promises(
+    path: Path, version: int, manifest: _Manifest, tensors: Mapping[str, Tensor], config: ExitConfig
+) -> tuple[Promise, ...]:
+    """The promises, each with a digest of this version, once it is known that they were not edited."""
     promises = []
-    for number, record in enumerate(records, start=1):
+    written = _basis(manifest.config, manifest.fingerprint, tensors) if manifest.promises else {}
+    basis = _basis(config.to_json(), manifest.fingerprint, tensors) if manifest.promises else {}
+    for number, record in enumerate(manifest.promises, start=1):
         try:
-            promises.append(Promise.from_json(record))
-        except (ValueError, TypeError) as error:
+            promise = Promise.from_json(record)
+        except ValueError as error:
             raise _corrupt(path, f"its promise {number} cannot be used: {error}") from error
-        if len(promises[-1].thresholds) != n_exits:
+        if len(promise.thresholds) != len(config.layers):
             raise _corrupt(path, f"its promise {number} cannot be used: its field 'thresholds' is not one per exit")
+        intact = promise.agrees_with_evidence() if version == 1 else promise.digest == seal(record, written)
+        if not intact:
+            raise ArtifactCorruptError(
+                f"{path} was edited: {promise.label}, or the exits that it was calibrated for, are not what "
+                "calibration wrote, so it guarantees nothing. Copy the exits again, or calibrate again: dynamax "
+                "calibrate MODEL --exits DIR, after deleting the promise there."
+            )
+        promises.append(_sealed(promise, basis))
     return tuple(promises)
 
 
-def _empty_modules(path: Path, config: ExitConfig, width: int) -> tuple[ExitHeads | None, Lens | None]:
-    """The modules the config describes, without memory: a damaged size must not ask for gigabytes."""
+def _basis(config: Mapping[str, Any], identity: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What promises rest on, as JSON: configuration, backbone, and the bytes of every learned tensor."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().float().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} ".encode() + value.numpy().tobytes())
+    return {"config": dict(config), "fingerprint": dict(identity), "tensors": digest.hexdigest()}
+
+
+def _sealed(promise: Promise, basis: Mapping[str, Any]) -> Promise:
+    return promise.model_copy(update={"digest": seal(promise.to_json(), basis)})
+
+
+def _empty_modules(path: Path, config: ExitConfig, width: int) -> tuple[ExitHeads | None, nn.Module | None]:
+    """The modules the config describes, without memory: a damaged size must not take gigabytes."""
     try:
         with torch.device("meta"):
             heads = None if config.head is None else ExitHeads(config, width)
-            lens = Lens(len(config.layers), width, config.lens_rank) if config.readout == "lens" else None
+            return heads, READOUTS[config.readout].new_weights(config, width)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise _corrupt(path, f"its config describes no head that can be built ({error})") from error
-    return heads, lens
+        raise _corrupt(path, f"its config describes weights that cannot be built ({error})") from error
 
 
 def _read_tensors(path: Path, blob: bytes) -> dict[str, Tensor]:
@@ -299,7 +340,7 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[st
             raise _corrupt(path, f"it holds a tensor {name!r} that {MANIFEST} has no use for")
         have, want = tuple(tensors[name].shape), tuple(wanted[name].shape)
         if have != want:
-            raise _corrupt(path, f"the tensor {name!r} has shape {have}, and {MANIFEST} asks for {want}")
+            raise _corrupt(path, f"the tensor {name!r} has shape {have}, and {MANIFEST} describes {want}")
         if not bool(torch.isfinite(tensors[name]).all()):
             raise _corrupt(path, f"the tensor {name!r} holds NaN or infinite values")
 
@@ -313,10 +354,10 @@ def _filled(module: Any, prefix: str, tensors: Mapping[str, Tensor]) -> Any:
     return module.requires_grad_(False).eval()
 
 
-def _state(heads: nn.Module | None, lens: nn.Module | None) -> dict[str, Tensor]:
+def _tensors(config: ExitConfig, heads: nn.Module | None, weights: nn.Module | None) -> dict[str, Tensor]:
     """Every tensor of the artifact under its name in the file, float32."""
     named: dict[str, Tensor] = {}
-    for prefix, module in (("heads.", heads), ("lens.", lens)):
+    for prefix, module in (("heads.", heads), (f"{config.readout}.", weights)):
         if module is not None:
             named |= {prefix + name: value.detach().float() for name, value in module.state_dict().items()}
     # Views of one tensor would be refused by safetensors; the file holds each by itself.

@@ -1,29 +1,22 @@
-"""What an exit can know before it decides: statistics of its readout, and the measures made from them.
-
-``exit_features`` turns an exit's logits and hidden state into ``ExitFeatures``; a ``ConfidenceEstimator`` turns those
-(and, if it is a learned head, the hidden state) into a confidence in [0, 1]. The fixed measures live here, the learned
-heads in ``heads.py``; decoding and training know only the ConfidenceEstimator.
+"""What a confidence estimator reads at an exit: statistics of its logits and hidden state, as pure functions.
 
 Shapes: B batch, T tokens, d width, V vocabulary, E exits, F statistics (``len(STATISTICS)``).
 """
 
 from __future__ import annotations
 
-import abc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynamax_llm.exits.config import LEAST_CANDIDATES
-from dynamax_llm.registry import Registry
 from dynamax_llm.shapes import Choices, Flags, Hidden, Ids, Logits, Statistics
 
 #: How many of the readout's log-probabilities are kept.
-TOP = LEAST_CANDIDATES
+TOP = 5
 #: Log-probabilities are clamped here and divided by LOG_SCALE, so that every column is of order one.
 LOG_FLOOR = -20.0
 LOG_SCALE = 4.0
@@ -36,10 +29,6 @@ STATISTICS = (
     "previous_probability",  # probability here of the previous exit's argmax
     "similarity",  # cos(h, h before the last layer run)
 )
-_MARGIN, _ENTROPY, _SIMILARITY = (STATISTICS.index(name) for name in ("margin", "entropy", "similarity"))
-
-#: What a recurrent estimator remembers of the tokens so far at one exit: tensors with the batch as first axis.
-State = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -131,88 +120,6 @@ def exit_features(
     return ExitFeatures(values, token, candidates, rival)
 
 
-class ConfidenceEstimator(abc.ABC):
-    """Decides how sure an exit is. States are never changed in place: an old list of them is a snapshot."""
-
-    #: True if ``features`` must come from a readout at every exit that is checked.
-    needs_logits: bool = True
-    #: True if ``confidence`` reads its features; without, an engine need not make any.
-    needs_features: bool = True
-    #: True if ``confidence`` remembers earlier tokens, so that every token must reach every exit's state once.
-    recurrent: bool = False
-    #: True if ``confidence`` is a function of tensors alone, so that a recorded program can ask without Python.
-    on_device: bool = True
-
-    @abc.abstractmethod
-    def confidence(
-        self, exit: int, h: Tensor, features: ExitFeatures, state: State | None, padding: Tensor | None = None
-    ) -> tuple[Tensor, State | None]:
-        """Confidence (B, T) in [0, 1] that stopping at exit ``exit`` (from 0) gives the full model's token.
-
-        ``h`` is (B, T, d); for tokens that left earlier, h and features are those with which they left. ``state`` is
-        this exit's, advanced over the T tokens in the one returned. ``padding`` (B, T) is 0 at left pads.
-        """
-
-    def advance(
-        self, first: int, h: Tensor, features: ExitFeatures, states: list[State] | None, padding: Tensor | None = None
-    ) -> list[State] | None:
-        """States after exits ``first`` and later have seen T tokens that left before them; no confidence is made."""
-        return states
-
-    def initial_state(self, batch: int, device: torch.device | str = "cpu") -> list[State] | None:
-        """One state per exit for ``batch`` new sequences; None if this estimator remembers nothing."""
-        return None
-
-    def reorder(self, states: list[State] | None, index: Tensor) -> list[State] | None:
-        """States of rows ``index`` (B',) of the batch, in that order."""
-        return None if states is None else [tuple(part.index_select(0, index) for part in state) for state in states]
-
-    @abc.abstractmethod
-    def macs(self, exit: int) -> int:
-        """Multiply-accumulates of one check of one token, without the readout."""
-
-    def update_macs(self, exit: int) -> int:
-        """Multiply-accumulates of advancing this exit's state by one token that left before it."""
-        return 0
-
-
-class Measure(ConfidenceEstimator):
-    """A fixed confidence measure: a function of the features."""
-
-    def __init__(self, name: str, formula: Callable[[Tensor], Tensor], *, needs_logits: bool = True) -> None:
-        self.name, self.needs_logits, self._formula = name, needs_logits, formula
-
-    def confidence(
-        self, exit: int, h: Tensor, features: ExitFeatures, state: State | None, padding: Tensor | None = None
-    ) -> tuple[Tensor, State | None]:
-        return self._formula(features.values).clamp(0.0, 1.0), state
-
-    def macs(self, exit: int) -> int:
-        return 0  # sums over statistics that the readout has already paid for
-
-    def __repr__(self) -> str:
-        return f"Measure({self.name!r})"
-
-
-#: The fixed measures: how sure the readout is, or how little the last layer moved h.
-MEASURES: Registry[Measure] = Registry(
-    "confidence measure",
-    {
-        "softmax_max": Measure("softmax_max", lambda values: (values[..., 0] * LOG_SCALE).exp()),
-        "softmax_margin": Measure("softmax_margin", lambda values: values[..., _MARGIN]),
-        "entropy": Measure("entropy", lambda values: 1.0 - values[..., _ENTROPY]),
-        "state_similarity": Measure(
-            "state_similarity", lambda values: (1.0 + values[..., _SIMILARITY]) / 2.0, needs_logits=False
-        ),
-    },
-)
-
-
-def measure(name: str) -> Measure:
-    """The fixed measure called ``name``. Raises UsageError naming the value, the nearest name and all of them."""
-    return MEASURES.lookup(name)
-
-
 def concatenate(parts: Sequence[ExitFeatures]) -> ExitFeatures:
     """ExitFeatures of consecutive runs of tokens, joined along T."""
 
@@ -222,3 +129,9 @@ def concatenate(parts: Sequence[ExitFeatures]) -> ExitFeatures:
 
     values = torch.cat([part.values for part in parts], dim=1)
     return ExitFeatures(values, *(joined(name) for name in ("token", "candidates", "rival", "rows")))
+
+
+def slice_features(features: ExitFeatures, run: slice) -> ExitFeatures:
+    """The tokens ``run`` of ``features``."""
+    token, candidates = (None if part is None else part[:, run] for part in (features.token, features.candidates))
+    return ExitFeatures(features.values[:, run], token, candidates)

@@ -12,8 +12,10 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dynamax_llm.errors import PolicyMismatchError, PromiseError, UsageError
 
@@ -29,7 +31,7 @@ _FORM = re.compile(r"\s*(agreement|consistency|risk)\s*(?:\[\s*([\w-]+)\s*\])?\s
 
 @dataclass(frozen=True)
 class Target:
-    """What is promised. ``measure`` is "agreement", "consistency" or "risk:METRIC"; ``bound`` as written."""
+    """What is guaranteed. ``measure`` is "agreement", "consistency" or "risk:METRIC"; ``bound`` as written."""
 
     measure: str
     bound: float
@@ -69,72 +71,89 @@ class Target:
         return self.measure != "agreement"
 
 
-@dataclass(frozen=True)
-class Promise:
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Inside = Annotated[float, Field(gt=0.0, lt=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Promise(BaseModel):
     """What calibration guarantees, for whom, and the evidence.
 
     ``confidence`` is None under "crc". ``n`` sequences prove it, ``n_path`` others taught the path. ``parameter`` is
     λ on that path, ``thresholds`` are per exit, None where none may leave. ``estimate`` is the mean (agreement,
-    consistency, or drop of the score at most) seen on the n, ``mean_depth`` the mean share of the layers. ``estimator``
-    is the head's kind or the measure's name. ``evidence`` lists the tested points from safe to risky.
+    consistency, or drop of the score at most) on the n, ``mean_depth`` the mean share of the layers. ``estimator`` is
+    the head's kind or the measure's name, ``dtype`` the backbone's. ``evidence`` lists the tested points from safe to
+    risky. ``digest`` covers all of this and the exits that it is about (``seal``); ``Exits.keep`` sets it.
     """
 
-    text: str
-    measure: str
-    bound: float
-    confidence: float | None
-    method: str
-    n: int
-    n_path: int
-    unit: str
-    parameter: float
-    thresholds: tuple[float | None, ...]
-    estimate: float
-    p_value: float | None
-    mean_depth: float
-    policy: str
-    window: int
-    readout: str
-    estimator: str
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: Text
+    measure: Text
+    bound: Inside
+    confidence: Inside | None
+    method: Annotated[str, Field(pattern=f"^({'|'.join(METHODS)})$")]
+    n: Count
+    n_path: Count
+    unit: Text
+    parameter: Share
+    thresholds: tuple[Share | None, ...]
+    estimate: Share
+    p_value: Share | None
+    mean_depth: Share
+    policy: Text
+    window: Count
+    readout: Text
+    estimator: Text
     data: dict[str, Any]
-    fingerprint: str
-    dynamax: str
-    date: str
-    evidence: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    fingerprint: Text
+    dynamax: Text
+    date: Text
+    evidence: Annotated[tuple[dict[str, Any], ...], Field(repr=False)]
+    dtype: str | None = None
+    digest: Annotated[str, Field(repr=False)] = ""
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Promise:
+        try:
+            target = Target.parse(self.text)
+        except UsageError:
+            raise ValueError(f"its field 'text' cannot be {self.text!r}") from None
+        if (target.text, target.measure, target.bound) != (self.text, self.measure, self.bound):
+            raise ValueError("its fields 'text', 'measure' and 'bound' contradict each other")
+        return self
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Exits keep one promise of each key: text, state policy, judge."""
+        """Exits keep one promise of each key: text, state policy, confidence estimator."""
         return self.text, self.policy, self.estimator
+
+    @property
+    def label(self) -> str:
+        """The promise in messages."""
+        return f"promise {self.text!r} (policy {self.policy!r}, estimator {self.estimator!r})"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types, the inverse of ``from_json``."""
-        return json.loads(json.dumps(asdict(self)))
+        return self.model_dump(mode="json")
 
     @classmethod
     def from_json(cls, data: Any) -> Promise:
         """Raises ValueError naming the field that is missing, unknown or impossible."""
         if not isinstance(data, Mapping):
-            raise ValueError("it is no JSON object")
-        if "judge" in data:  # the field's name until 0.1.0
-            data = {"estimator" if name == "judge" else name: value for name, value in data.items()}
-        known = cls.__dataclass_fields__
-        for name in (*known, *data):
-            if name not in known:
-                raise ValueError(f"its field {name!r} is unknown")
-            if name not in data:
-                raise ValueError(f"its field {name!r} is missing")
-        for name, fine in _CHECKS.items():
-            if not fine(data[name]):
-                raise ValueError(f"its field {name!r} cannot be {data[name]!r}")
+            raise ValueError("it is not a JSON object")
+        # Until 0.1.0 the estimator's field was called "judge".
+        values = {"estimator" if name == "judge" else name: value for name, value in data.items()}
         try:
-            target = Target.parse(data["text"])
-        except UsageError as error:
-            raise ValueError(f"its field 'text' cannot be {data['text']!r}") from error
-        if (target.text, target.measure, target.bound) != (data["text"], data["measure"], data["bound"]):
-            raise ValueError("its fields 'text', 'measure' and 'bound' say different things")
-        values = {**data, "thresholds": tuple(data["thresholds"]), "evidence": tuple(data["evidence"])}
-        return cls(**values)
+            return cls.model_validate_json(json.dumps(values), strict=True)
+        except ValidationError as error:
+            raise ValueError(explain(error)) from error
+
+    def agrees_with_evidence(self) -> bool:
+        """Whether this is the riskiest point that the evidence kept: all there is to check without a digest."""
+        kept, record = [test for test in self.evidence if test.get("kept")], self.to_json()
+        return bool(kept) and all(record[name] == value for name, value in kept[-1].items() if name in record)
 
     def sentence(self) -> str:
         """What is guaranteed, in plain words."""
@@ -149,47 +168,23 @@ class Promise:
         return f"{says}, with {sure} over draws of {self.n} prompts like these"
 
 
-def _share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= 1.0
+def explain(error: ValidationError) -> str:
+    """The first problem of a record, naming its field."""
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    if first["type"] == "missing":
+        return f"its field {name!r} is missing"
+    if first["type"] == "extra_forbidden":
+        return f"its field {name!r} is unknown"
+    if not name:
+        return first["msg"].removeprefix("Value error, ")
+    return f"its field {name!r} cannot be {first['input']!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
-def _inside(value: Any) -> bool:
-    return _share(value) and 0.0 < value < 1.0
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-#: What every field of a record must be.
-_CHECKS = {
-    "text": _text,
-    "measure": _text,
-    "bound": _inside,
-    "confidence": lambda value: value is None or _inside(value),
-    "method": lambda value: value in METHODS,
-    "n": _count,
-    "n_path": _count,
-    "unit": _text,
-    "parameter": _share,
-    "thresholds": lambda value: isinstance(value, list) and all(bar is None or _share(bar) for bar in value),
-    "estimate": _share,
-    "p_value": lambda value: value is None or _share(value),
-    "mean_depth": _share,
-    "policy": _text,
-    "window": _count,
-    "readout": _text,
-    "estimator": _text,
-    "data": lambda value: isinstance(value, dict),
-    "fingerprint": _text,
-    "dynamax": _text,
-    "date": _text,
-    "evidence": lambda value: isinstance(value, list) and all(isinstance(item, dict) for item in value),
-}
+def seal(record: Mapping[str, Any], basis: Mapping[str, Any]) -> str:
+    """sha256 of a promise's JSON record (but its digest) and of what it rests on, as JSON: exits, backbone, tensors."""
+    covered = {"record": {name: value for name, value in record.items() if name != "digest"}, "basis": basis}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
 def digest(fingerprint: Mapping[str, Any]) -> str:
@@ -199,7 +194,7 @@ def digest(fingerprint: Mapping[str, Any]) -> str:
 
 
 def find_promise(promises: Sequence[Promise], text: str, policy: str | None, estimator: str | None) -> Promise:
-    """The recorded promise ``text`` under this policy and judge, if they are named.
+    """The recorded promise ``text`` under this policy and estimator, if they are named.
 
     Raises UsageError if the text cannot be read, PromiseError, naming those there are, if there is none.
     """
@@ -217,10 +212,10 @@ def find_promise(promises: Sequence[Promise], text: str, policy: str | None, est
     how = "; ".join(f"policy {item.policy!r}, estimator {item.estimator!r}" for item in (fit or named))
     if fit:
         raise PromiseError(f"promise {wanted!r} is recorded several times ({how}): name the policy or the measure.")
-    asked = " and ".join(
+    wrong = " and ".join(
         f"{name} {value!r}" for name, value in (("policy", policy), ("estimator", estimator)) if value is not None
     )
     raise PolicyMismatchError(
-        f"promise {wanted!r} was calibrated under {how}; it says nothing under {asked}. Leave that out, or calibrate "
-        "under it: dynamax calibrate."
+        f"promise {wanted!r} was calibrated under {how}; it guarantees nothing under {wrong}. Leave that out, or "
+        "calibrate under it: dynamax calibrate."
     )

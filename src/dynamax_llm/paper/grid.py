@@ -23,7 +23,7 @@ from dynamax_llm.evaluation.harness.evaluate import OnProgress, Plan, evaluate, 
 from dynamax_llm.evaluation.harness.results import Evaluation
 from dynamax_llm.evaluation.harness.settings import Subject, grid
 from dynamax_llm.evaluation.harness.tasks import EvalTask, load_tasks
-from dynamax_llm.exits.heads import BANKS
+from dynamax_llm.exits.registries import HEADS as KINDS
 from dynamax_llm.paper.heads import exits_of
 from dynamax_llm.training.settings import TrainSettings
 
@@ -66,7 +66,7 @@ class PaperPlan:
             if twice:
                 raise UsageError(f"{name} {', '.join(twice)} given twice: name each once.")
         for head in self.heads:
-            BANKS.lookup(head)
+            KINDS.lookup(head)
         for value in self.thresholds:
             Thresholds.parse(value, 1)
         POLICIES.lookup(self.policy)

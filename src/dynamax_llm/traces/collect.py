@@ -9,7 +9,6 @@ Shapes: B rows, T tokens, E exits, d width, F features, L layers, n real (unpadd
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.exits.features import ExitFeatures
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.labels import ACTION, Label, LabelMaker
 
@@ -108,16 +107,6 @@ def _through_tail(backbone: Backbone, layers: int, ids: Tensor, h: Tensor) -> Te
     return h
 
 
-def hidden_states(backbone: Backbone, ids: Tensor) -> Iterator[Tensor]:
-    """h (B, T, d) of ids (B, T): the embedding, then after each of the L layers. Right pads need no mask."""
-    h = backbone.embed(ids.to(backbone.device, non_blocking=True))
-    ctx = backbone.context(h)
-    yield h
-    for index in range(backbone.n_layers):
-        h = backbone.layer(index, h, None, ctx)
-        yield h
-
-
 @dataclass(frozen=True)
 class Forward:
     """h at every exit, and h before the layer that made it, E of (B, T, d) each; ``final`` after the last layer."""
@@ -130,15 +119,14 @@ class Forward:
 @torch.no_grad()
 def forward(backbone: Backbone, layers: tuple[int, ...], ids: Tensor) -> Forward:
     """Run ids (B, T) through every layer, keeping h at the exits after ``layers``. Right pads need no mask."""
-    states = hidden_states(backbone, ids)
-    last = next(states)
     hidden, before = [], []
-    for depth, h in enumerate(states, start=1):
+    last = h = ids  # replaced by the embeddings
+    for depth, h in backbone.hidden_states(ids):
         if depth in layers:
             hidden.append(h)
             before.append(last)
         last = h
-    return Forward(tuple(hidden), tuple(before), last)
+    return Forward(tuple(hidden), tuple(before), h)
 
 
 @torch.no_grad()

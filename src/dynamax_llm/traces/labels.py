@@ -20,14 +20,12 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.exits.readout import Readout, tokens_at_once
-
-LABELS = ("action", "topk", "probability", "overlap")
+from dynamax_llm.exits.readouts.base import Readout, tokens_at_once
 
 
 @dataclass(frozen=True)
 class Label:
-    """One of LABELS; ``k`` is read by "topk" alone."""
+    """One of ``exits.config.LABELS``; ``k`` is read by "topk" alone."""
 
     kind: str = "action"
     k: int = 15
@@ -81,7 +79,8 @@ class LabelMaker:
 
     def _overlap(self, exit: int, h: Tensor) -> Tensor:
         def read(run: slice) -> Tensor:
-            full, early = self.backbone.readout(self.final[None, run])[0], self.readout.logits(exit, h[None, run])[0]
+            full = self.backbone.readout(self.final[None, run])[0]
+            early = self.readout.logits(exit, self.readout.transform(exit, h[None, run])[0])[0]
             return torch.minimum(full.softmax(-1), early.softmax(-1)).sum(-1)
 
         return sliced(self.backbone, len(h), read, distributions=2)

@@ -13,8 +13,8 @@ import torch
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import ExitPlan
 from dynamax_llm.decoding.state import POLICIES
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import Collector, ExitBatch, forward
 from dynamax_llm.traces.labels import ACTION, Label

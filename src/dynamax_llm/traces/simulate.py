@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.features import ConfidenceEstimator, select
-from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.exits.features import select
 from dynamax_llm.traces.collect import ExitBatch
 
 #: Thresholds of the rows that let tokens leave are drawn between these, as P(agree).
@@ -98,5 +99,4 @@ def simulate_no_exit(estimator: ConfidenceEstimator, exit_batch: ExitBatch) -> E
 
 def depths(config: ExitConfig) -> tuple[int, ...]:
     """Layers a token runs that leaves at each exit: the exit's depth, and the tail if there is one."""
-    tail = config.tail_layers if config.readout == "tail" else 0
-    return tuple(layer + tail for layer in config.layers)
+    return tuple(layer + config.tail_layers for layer in config.layers)

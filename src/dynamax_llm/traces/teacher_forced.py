@@ -158,7 +158,8 @@ class _Pass:
                 continue
             h = self.visible[rows].unsqueeze(0)  # (1, n, d)
             full = index == len(self.plan.layers)
-            read = self.backbone.readout(h) if full else self.plan.readout.logits(index, h)
+            moved = h if full else self.plan.readout.transform(index, h)[0]
+            read = self.backbone.readout(h) if full else self.plan.readout.logits(index, moved)
             tokens[rows] = read[0].argmax(-1)
             if logits is not None:
                 logits[rows] = read[0]

@@ -17,9 +17,9 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.loop import EarlyExit
 from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import ExitBatch, collect_exits
 from dynamax_llm.traces.curves import auroc, oracle_depth, sweep

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.traces.collect import ExitBatch
 from dynamax_llm.traces.simulate import ThresholdSample, simulate_exits
 from dynamax_llm.training import optimiser

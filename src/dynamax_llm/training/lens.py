@@ -14,7 +14,7 @@ from torch.optim import AdamW
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.readout import Lens
+from dynamax_llm.exits.readouts.lens import LensReadout
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import forward
 from dynamax_llm.traces.labels import slices
@@ -31,14 +31,14 @@ class LensLearner:
         self.backbone, self.layers, self.settings, self.group = backbone, config.layers, settings, group
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.module = Lens(len(config.layers), backbone.width, config.lens_rank).to(backbone.device)
-        self.optimiser = AdamW(self.module.parameters(), lr=settings.lens_lr, weight_decay=0.0)
+            self.weights = LensReadout.new_weights(config, backbone.width).to(backbone.device)
+        self.optimiser = AdamW(self.weights.parameters(), lr=settings.lens_lr, weight_decay=0.0)
         self.latest: list[float] = []  # the loss of the last batch, per exit
 
     def step(self, batch: Batch, progress: float) -> None:
         """One optimiser step, at ``progress`` in [0, 1] of the readout's budget."""
         self.latest = self._accumulate(batch, learn=True)
-        self.group.sum_gradients(list(self.module.parameters()))
+        self.group.sum_gradients(list(self.weights.parameters()))
         optimiser.set_rate(self.optimiser, progress, self.settings.lens_lr, self.settings.warmup)
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -68,21 +68,21 @@ class LensLearner:
     def _one(self, exit: int, h: Tensor, target: Tensor, count: int, learn: bool) -> float:
         """This slice's share of one exit's mean loss; h (1, n, d), target (n, V)."""
         with torch.set_grad_enabled(learn):
-            log_p = torch.log_softmax(self.backbone.readout(self.module(exit, h))[0], dim=-1)
+            log_p = torch.log_softmax(self.backbone.readout(self.weights(exit, h))[0], dim=-1)
             value = F.kl_div(log_p, target, reduction="sum", log_target=True) / count
             if learn:
                 # Not backward(): that would also leave gradients on the backbone's own parameters.
-                parameters = (self.module.down[exit], self.module.up[exit])
+                parameters = (self.weights.down[exit], self.weights.up[exit])
                 for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return float(value.detach())
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything of it, for a checkpoint."""
-        named = {f"module.{name}": value for name, value in self.module.state_dict().items()}
+        named = {f"weights.{name}": value for name, value in self.weights.state_dict().items()}
         return named | optimiser.tensors(self.optimiser)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Inverse of ``tensors``."""
-        self.module.load_state_dict(part(tensors, "module."))
+        self.weights.load_state_dict(part(tensors, "weights."))
         optimiser.restore(self.optimiser, tensors)

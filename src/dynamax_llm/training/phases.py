@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from dynamax_llm.backbones import Backbone
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import Readout
+from dynamax_llm.registry import Registry
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import ExitBatch, collect_exits
+from dynamax_llm.traces.labels import Label
 from dynamax_llm.traces.on_policy import collect_on_policy
 from dynamax_llm.traces.simulate import ThresholdSample
 from dynamax_llm.training.held_out import HeldOut, evaluate
@@ -34,9 +36,9 @@ from dynamax_llm.training.side_stream import SideStream
 
 
 class ReadoutLearner(Protocol):
-    """Learns the tensors of a readout; ``module`` holds them, ``latest`` the loss of the last step per exit."""
+    """Learns the ``weights`` of a readout; ``latest`` is the loss of the last step per exit."""
 
-    module: nn.Module
+    weights: nn.Module
     latest: list[float]
 
     def step(self, batch: Batch, progress: float) -> None:
@@ -52,12 +54,12 @@ class ReadoutLearner(Protocol):
         """Inverse of ``tensors``."""
 
 
-#: By kind of readout, what learns it; a kind without an entry has nothing to learn.
-READOUT_LEARNERS: dict[str, Callable[[Backbone, ExitConfig, TrainSettings, Group], ReadoutLearner]] = {
-    "lens": LensLearner
-}
-#: By kind of head, what learns it where that is not HeadLearner.
-HEAD_LEARNERS: dict[str, type[HeadLearner]] = {}
+#: What learns a readout's weights, by ``Readout.learner``; open to learners of your own.
+READOUT_LEARNERS: Registry[Callable[[Backbone, ExitConfig, TrainSettings, Group], ReadoutLearner]] = Registry(
+    "readout learner", {"lens": LensLearner}
+)
+#: What learns a head, by its kind, where that is not HeadLearner.
+HEAD_LEARNERS: Registry[type[HeadLearner]] = Registry("head learner")
 
 
 class Phase(abc.ABC):
@@ -123,6 +125,7 @@ class Heads:
         group: Group,
     ) -> None:
         self.backbone, self.readout, self.settings, self.group = backbone, readout, settings, group
+        self.label = Label(settings.label, settings.label_k)
         self.side = SideStream(backbone.device)
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.held = HeldOut(held, self.collect, group)
@@ -140,11 +143,11 @@ class Heads:
 
     def collect(self, batch: Batch) -> ExitBatch:
         """What the exits show of a batch with every state intact."""
-        return collect_exits(self.backbone, self.readout, batch, self.settings.learned_label)
+        return collect_exits(self.backbone, self.readout, batch, self.label)
 
     def collect_on_policy(self, heads: ConfidenceEstimator, batch: Batch, sample: ThresholdSample) -> ExitBatch:
         """What the exits show of a batch that ``heads`` decode."""
-        return collect_on_policy(self.backbone, self.readout, heads, batch, sample, self.settings.learned_label)
+        return collect_on_policy(self.backbone, self.readout, heads, batch, sample, self.label)
 
     def evaluate(self, tokens: int, on_policy: bool) -> None:
         """Record an evaluation of every active learner after ``tokens`` training tokens."""

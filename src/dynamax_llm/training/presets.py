@@ -34,7 +34,7 @@ class Preset:
 
     def exit_config(self, n_layers: int, **changes: Any) -> ExitConfig:
         """For a backbone of ``n_layers``; ``changes`` come first. Raises UsageError, ExitPlacementError."""
-        return ExitConfig(place_exits(self.exits, n_layers), n_layers, **{**self.config, **changes})
+        return ExitConfig.from_options(place_exits(self.exits, n_layers), n_layers, **{**self.config, **changes})
 
     def train_settings(self, **changes: Any) -> TrainSettings:
         """``changes`` come first. Raises UsageError."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from dynamax_llm.errors import UsageError
-from dynamax_llm.traces.labels import LABELS, Label
+from dynamax_llm.exits.config import LABELS
 
 SCHEDULE_FREE = "schedule-free"
 OPTIMISERS = ("adamw", SCHEDULE_FREE)
@@ -87,8 +87,3 @@ class TrainSettings(RunSettings):
         for name in ("no_exit_share", "on_policy"):
             self.check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self.check("lens_share", 0 < self.lens_share < 1, "between 0 and 1, both excluded")
-
-    @property
-    def learned_label(self) -> Label:
-        """What heads learn."""
-        return Label(self.label, self.label_k)

@@ -19,7 +19,8 @@ from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import MANIFEST, TENSORS, Exits
 from dynamax_llm.exits.config import INPUTS, ExitConfig
 from dynamax_llm.exits.files import prepare_folder
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import build_readout
+from dynamax_llm.exits.registries import READOUTS
 from dynamax_llm.progress import TokenBar
 from dynamax_llm.text.batches import Batch, first_batches
 from dynamax_llm.text.sources import Source
@@ -32,7 +33,7 @@ from dynamax_llm.training.run import Checkpoint, Counters, identity, run, splits
 from dynamax_llm.training.settings import TrainSettings
 
 #: What heads must have in common to learn from one exit batch.
-SHARED = ("layers", "n_layers", "readout", "tail_layers", "candidates", "lens_rank", "shortlist")
+SHARED = ("layers", "n_layers", "readout", "readout_options", "candidates", "shortlist")
 #: Held-out tokens that the drift penalty is measured on.
 DRIFT_TOKENS = 4_000
 
@@ -74,7 +75,7 @@ class _Training:
     ) -> None:
         self.backbone, self.source, self.configs, self.settings = backbone, source, configs, settings
         self.config = _common(configs)
-        if settings.documents and self.config.readout in READOUT_LEARNERS:
+        if settings.documents and READOUTS.lookup(self.config.readout).learner:
             raise UsageError(
                 f"the readout {self.config.readout!r} learns from its share of a budget in tokens: leave documents "
                 "out, or take another readout."
@@ -116,10 +117,10 @@ class _Training:
         """What is learned one after another."""
         backbone, settings = self.backbone, self.settings
         learned = None
-        if self.config.readout in READOUT_LEARNERS:
-            learner = READOUT_LEARNERS[self.config.readout](backbone, self.config, settings, self.group)
+        if name := READOUTS.lookup(self.config.readout).learner:
+            learner = READOUT_LEARNERS.lookup(name)(backbone, self.config, settings, self.group)
             learned = LearnReadout(learner, held, settings.lens_share)
-        readout = Readout(backbone, self.config, learned.learner.module if learned else None)
+        readout = build_readout(backbone, self.config, learned.learner.weights if learned else None)
         return Phases(learned, Heads(backbone, readout, self.configs, settings, held, self.group), settings)
 
     def _exits(self, name: str, phases: Phases, counters: Counters, bar: TokenBar, decode: bool) -> Exits:
@@ -133,9 +134,9 @@ class _Training:
             bar.stage("measuring depth")
             depth = on_policy(trained, heads.held, self.config, settings.agreement)
             held_out |= {"depth": depth["depth"], "threshold": depth["threshold"]}
-        module = phases.readout.learner.module.requires_grad_(False).eval() if phases.readout else None
-        exits = Exits.of(backbone, learner.config, trained, module)
-        if settings.learned_label.is_agreement:  # otherwise a penalty cannot be taken off the confidence
+        weights = phases.readout.learner.weights.requires_grad_(False).eval() if phases.readout else None
+        exits = Exits.of(backbone, learner.config, trained, weights)
+        if heads.label.is_agreement:  # otherwise a penalty cannot be taken off the confidence
             bar.stage("measuring the drift penalty")
             plan = ExitPlan(learner.config.layers, trained, exits.readout(backbone), POLICIES.lookup("propagate"))
             penalty = drift_penalty(backbone, plan, [(batch, 0) for batch in heads.held.batches], DRIFT_TOKENS)

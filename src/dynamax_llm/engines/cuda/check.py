@@ -12,8 +12,10 @@ from dynamax_llm.engines.cuda.fused import Rows, head_check
 from dynamax_llm.engines.cuda.kernels.rows import decide_kernel
 from dynamax_llm.engines.cuda.launch import overlaps, settings
 from dynamax_llm.engines.cuda.tiles import power_of_two
-from dynamax_llm.exits.features import STATISTICS, ConfidenceEstimator, ExitFeatures, State, exit_features, select
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.features import STATISTICS, ExitFeatures, exit_features, select
+from dynamax_llm.exits.readouts.base import Readout
+from dynamax_llm.exits.state import State
 
 #: Bits of a word below the number of the token it belongs to.
 NUMBER = 40

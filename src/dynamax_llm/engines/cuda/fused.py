@@ -15,9 +15,13 @@ from dynamax_llm.engines.cuda.kernels.estimator import check_kernel
 from dynamax_llm.engines.cuda.launch import overlaps, settings
 from dynamax_llm.engines.cuda.readout import final_norm, read_out
 from dynamax_llm.engines.cuda.tiles import blocks, power_of_two
-from dynamax_llm.exits.features import LOG_FLOOR, LOG_SCALE, STATISTICS, TOP, ConfidenceEstimator
-from dynamax_llm.exits.heads import ExitHeads, LinearBank, MlpBank, unit_rms
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.bank import unit_rms
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.confidence.heads import ExitHeads
+from dynamax_llm.exits.confidence.linear import LinearBank
+from dynamax_llm.exits.confidence.mlp import MlpBank
+from dynamax_llm.exits.features import LOG_FLOOR, LOG_SCALE, STATISTICS, TOP
+from dynamax_llm.exits.readouts.base import Readout
 
 #: Inputs of h that one program embeds, and how many programs do, at most.
 SHARE, EMBEDDERS = 64, 64

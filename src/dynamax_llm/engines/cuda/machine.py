@@ -26,8 +26,8 @@ from dynamax_llm.engines.cuda.mamba import Mamba2Layers
 from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.readout import read_out
 from dynamax_llm.engines.cuda.tiles import blocks, power_of_two
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.readouts.base import Readout
 
 #: A length at which nothing is written: programs are tried out with it.
 NOWHERE = -(1 << 20)

@@ -10,8 +10,8 @@ from torch import nn
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.engines.cuda.tiles import LEAST_VECTORS
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.readouts.base import Readout
 
 FAMILIES = ("llama", "mistral", "qwen2", "mamba2")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

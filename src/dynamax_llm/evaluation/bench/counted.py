@@ -11,8 +11,8 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.cache import KVStack, SSMStack
 from dynamax_llm.decoding import EarlyExitOutput
 from dynamax_llm.engines import EagerEngine
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.readouts.base import Readout
 
 
 @dataclass(frozen=True)

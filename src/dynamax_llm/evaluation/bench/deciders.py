@@ -13,8 +13,9 @@ from dynamax_llm.decoding.thresholds import NEVER
 from dynamax_llm.evaluation.bench.estimators import DrawnConfidence, draw
 from dynamax_llm.evaluation.bench.plan import BenchSettings, Setting
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.config import HEADS, ExitConfig
-from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.exits.confidence.heads import ExitHeads
+from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.registries import HEADS
 
 #: Estimators without asking for logits, and is never below 0: with a threshold of 0 every token leaves.
 FREE = "state_similarity"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynamax_llm.exits.features import ConfidenceEstimator, ExitFeatures, State
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.features import ExitFeatures
+from dynamax_llm.exits.state import State
 
 #: Tokens after which the draw begins again.
 PERIOD = 512

@@ -9,8 +9,8 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.engines import check_engine
 from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.errors import PolicyMismatchError, UsageError
-from dynamax_llm.exits.config import HEADS, INPUTS, ExitConfig, place_exits
-from dynamax_llm.exits.features import MEASURES
+from dynamax_llm.exits.config import INPUTS, ExitConfig, place_exits
+from dynamax_llm.exits.registries import HEADS, MEASURES
 
 #: Settings that take turns with full depth: the GPU engine keeps the programs of four, and building is no part of time.
 GROUP = 3

@@ -21,7 +21,8 @@ from dynamax_llm.decoding.loop import EarlyExit
 from dynamax_llm.decoding.spent import Spent
 from dynamax_llm.decoding.trace import Trace
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.features import ConfidenceEstimator, exit_features
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.features import exit_features
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import collect_exits
 from dynamax_llm.traces.curves import Curve, auroc, oracle_depth, sweep

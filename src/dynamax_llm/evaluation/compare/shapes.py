@@ -18,8 +18,9 @@ from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.decoding.trace import TokenCosts
 from dynamax_llm.evaluation.compare.heads import Candidate, Outcome
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.heads import ExitHeads
+from dynamax_llm.exits.config import ReadoutOptions
+from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.registry import Registry
 
 #: Shapes of the paper's two backbones, from their published configurations.
@@ -61,12 +62,13 @@ def token_costs(name: str, candidate: Candidate) -> TokenCosts:
     """Cost of a token by exit if this candidate's exits, at the same shares of the depth, sat on the named shape."""
     backbone, config = shape(name), candidate.exits.config
     layers = tuple(round(layer * backbone.n_layers / config.n_layers) for layer in config.layers)
-    scaled = dataclasses.replace(config, layers=layers, n_layers=backbone.n_layers, readout="head")
+    plain = dataclasses.replace(config, readout="head", readout_options=ReadoutOptions())
+    scaled = dataclasses.replace(plain, layers=layers, n_layers=backbone.n_layers)
     estimator = candidate.estimator
     if candidate.measure is None:
         with torch.device("meta"):
             estimator = ExitHeads(scaled, backbone.width)
-    readout = Readout(backbone, scaled)
+    readout = build_readout(backbone, scaled)
     return TokenCosts.of(backbone.costs(), layers, len(layers), estimator, POLICIES["propagate"], readout)
 
 

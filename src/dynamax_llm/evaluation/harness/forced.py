@@ -15,8 +15,10 @@ from torch import Tensor
 from dynamax_llm.decoding.deferred import new_decoder
 from dynamax_llm.evaluation.harness.prompts import PromptSharing
 from dynamax_llm.evaluation.harness.settings import Variant
-from dynamax_llm.exits.features import ConfidenceEstimator, ExitFeatures, State
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.features import ExitFeatures
+from dynamax_llm.exits.readouts.base import Readout
+from dynamax_llm.exits.state import State
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class _Watch(ConfidenceEstimator):
         self, exit: int, h: Tensor, features: ExitFeatures, state: State | None, padding: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
         found, after = self.estimator.confidence(exit, h, features, state, padding)
-        self.seen.append((found[:, -1], self.readout.logits(exit, h[:, -1:])[:, 0].argmax(-1)))
+        moved, _ = self.readout.transform(exit, h[:, -1:])
+        self.seen.append((found[:, -1], self.readout.logits(exit, moved)[:, 0].argmax(-1)))
         return found, after
 
     def advance(

@@ -17,7 +17,7 @@ from torch import Tensor
 from dynamax_llm.backbones.cache import SSMLayer, StackedCache
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.decoder import Decoder
-from dynamax_llm.exits.features import State
+from dynamax_llm.exits.state import State
 
 #: Prompts kept at a time: the plain one, and those of the settings whose heads read the prompt too.
 KEPT = 3

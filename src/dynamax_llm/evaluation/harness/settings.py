@@ -251,7 +251,7 @@ def _digest(exits: Exits) -> str | None:
     """sha256 of the learned tensors' bytes; None if nothing was learned."""
     import hashlib
 
-    learned = [module for module in (exits.heads, exits.lens) if module is not None]
+    learned = [module for module in (exits.heads, exits.readout_weights) if module is not None]
     if not learned:
         return None
     digest = hashlib.sha256()

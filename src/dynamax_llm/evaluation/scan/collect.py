@@ -20,7 +20,7 @@ from dynamax_llm.errors import BackboneError, UsageError
 from dynamax_llm.evaluation.common.bootstrap import weighted
 from dynamax_llm.evaluation.harness.results import Interval
 from dynamax_llm.exits.features import ExitFeatures
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.progress import TokenBar
 from dynamax_llm.text.batches import SHORTEST, Batch, Split, pad
 from dynamax_llm.text.sources import Source

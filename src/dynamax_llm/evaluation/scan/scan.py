@@ -42,10 +42,12 @@ from dynamax_llm.evaluation.scan.document import (
 )
 from dynamax_llm.evaluation.scan.estimator import FOLDS, cross_fitted
 from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.confidence.base import ConfidenceEstimator
+from dynamax_llm.exits.confidence.heads import ExitHeads
+from dynamax_llm.exits.confidence.measures import measure
 from dynamax_llm.exits.config import DEFAULT_EXITS, ExitConfig, place_exits
-from dynamax_llm.exits.features import ConfidenceEstimator, ExitFeatures, measure
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.features import ExitFeatures
+from dynamax_llm.exits.readouts.base import Readout, build_readout
 from dynamax_llm.text.batches import pad
 from dynamax_llm.text.sources import Source
 from dynamax_llm.traces.curves import sweep
@@ -74,7 +76,7 @@ def scan(
     """
     settings, started = settings or ScanSettings(), time.monotonic()
     config = ExitConfig(place_exits(exits, backbone.n_layers), backbone.n_layers, candidates=settings.candidates)
-    readout = Readout(backbone, config)
+    readout = build_readout(backbone, config)
     chunks = gather(source, tokenizer, settings, min(settings.sequence, backbone.max_positions() or settings.sequence))
     documents = len({chunk.document for chunk in chunks})
     if documents < FOLDS:  # too few to stand apart: chunks stand in for them

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.errors import BackboneError
 from dynamax_llm.text.batches import Batch
-from dynamax_llm.traces.collect import hidden_states
 from dynamax_llm.traces.curves import oracle_depth, sweep
 from dynamax_llm.traces.labels import slices
 from dynamax_llm.training.multi_exit import depth_weights
@@ -79,10 +78,10 @@ def measure(backbone: Backbone, batches: Sequence[Batch], layers: tuple[int, ...
 
 def _read(backbone: Backbone, batch: Batch) -> tuple[Tensor, ...]:
     """Per layer and token of a batch (L, n), on the CPU: cross-entropy in float64, the likeliest token, its margin."""
-    states = hidden_states(backbone, batch.ids)
-    next(states)  # the embedding
     layers = []
-    for h in states:
+    for depth, h in backbone.hidden_states(batch.ids):
+        if depth == 0:
+            continue
         counted = batch.mask[:, 1:].to(h.device)
         layers.append(_read_layer(backbone, h[:, :-1][counted], batch.ids[:, 1:].to(h.device)[counted]))
     return tuple(torch.stack(group) for group in zip(*layers, strict=True))

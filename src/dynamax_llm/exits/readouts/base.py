@@ -1,0 +1,159 @@
+"""The interface of readouts: how an exit turns its hidden state into logits, and into features for the decision.
+
+A kind is a class of its own, registered in ``READOUTS``. What is common to all is here: h is transformed (by a lens, a
+trained block, or not at all), then read by the backbone's final norm and LM head, all of the vocabulary or candidates.
+
+Shapes: B batch, T tokens, d width, V vocabulary, E exits.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from dynamax_llm.backbones.base import Backbone
+from dynamax_llm.exits.config import ExitConfig, ReadoutOptions
+from dynamax_llm.exits.features import ExitFeatures, concatenate, exit_features, slice_features
+from dynamax_llm.exits.registries import READOUTS
+from dynamax_llm.exits.state import State, Stateful
+from dynamax_llm.shapes import Hidden, Ids, Logits
+
+#: Logits made at once when a whole sequence is read out; bounds memory at 64 MiB a float32 copy.
+LOGITS_AT_ONCE = 1 << 24
+#: A GPU makes this many times more, because every slice costs launches there (measured: recipes/scale).
+GPU_FACTOR = 4
+
+
+class Readout(Stateful):
+    """Logits and features at the exits of one backbone; the base of every kind."""
+
+    #: The kind's own options, a dataclass; its fields are named as in ``ExitConfig.from_options``.
+    Options: type[ReadoutOptions] = ReadoutOptions
+    #: Name of what trains the weights (``training.phases.READOUT_LEARNERS``); None if there is nothing to train.
+    learner: str | None = None
+    #: True if the logits that the decision was taken from are those of the token: no second readout is needed.
+    decision_is_output: bool = True
+
+    def __init__(self, backbone: Backbone, config: ExitConfig, weights: nn.Module | None = None) -> None:
+        """``weights`` are what ``new_weights`` made, trained; required by kinds that have any."""
+        with torch.device("meta"):
+            expected = self.new_weights(config, backbone.width)
+        assert (weights is None) == (expected is None), f"{config.readout} readout: weights {weights}"
+        self.backbone, self.config, self.kind = backbone, config, config.readout
+        #: Layers that the engine runs between leaving an exit and ``logits``.
+        self.tail_layers = config.tail_layers
+        self.weights = None if weights is None else weights.to(backbone.device)
+
+    @classmethod
+    def new_weights(cls, config: ExitConfig, width: int) -> nn.Module | None:
+        """Untrained weights for a backbone of this width, saved with the exits; None if this kind has none."""
+        return None
+
+    @abc.abstractmethod
+    def transform(
+        self, exit: int, h: Tensor, state: State | None = None, padding: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """h (B, T, d) as the LM head should read it at exit ``exit``, and this exit's state after the T tokens.
+
+        ``state`` None begins a sequence; ``padding`` (B, T) is 0 at left pads.
+        """
+
+    def transform_macs(self, exit: int) -> int:
+        """Multiply-accumulates of ``transform`` of one token."""
+        return 0
+
+    def logits(self, exit: int, moved: Hidden) -> Logits:
+        """Float32 logits (B, T, V) of exit ``exit`` from transformed h; with a tail, from h after the tail."""
+        return self.backbone.readout(moved)
+
+    def read(
+        self,
+        exit: int,
+        h: Hidden,
+        h_before: Hidden,
+        previous: ExitFeatures | None,
+        moved: Hidden | None = None,
+    ) -> tuple[ExitFeatures, Logits | None]:
+        """Features of h (B, 1, d) at exit ``exit``, and its logits (B, 1, V) if it read all and they may be output.
+
+        ``moved`` is the transformed h; readouts without a state make it themselves. With ``config.candidates`` the
+        first exit reads the whole vocabulary and the later ones only its candidates, so that a check there costs next
+        to nothing (the idea of SpecEE, arXiv 2504.08850).
+        """
+        if moved is None:
+            assert not self.recurrent, "a readout with a state needs h transformed from that state"
+            moved = self.transform(exit, h)[0]
+        if previous is not None and previous.candidates is not None:
+            few = self.backbone.readout_of(moved, previous.candidates)
+            return self._with_rows(exit_features(h, h_before, few, previous)), None
+        logits = self.logits(exit, moved)
+        features = self._features(h, h_before, logits, previous)
+        return self._with_rows(features), logits if self.decision_is_output else None
+
+    def features(
+        self,
+        exit: int,
+        h: Hidden,
+        h_before: Hidden,
+        previous: ExitFeatures | None,
+        moved: Hidden | None = None,
+    ) -> tuple[ExitFeatures, Ids]:
+        """What ``read`` gives, over a whole sequence h (B, T, d), and the argmax (B, T) of all the logits.
+
+        ``moved`` is the transformed h; None: transformed here, from the beginning of a sequence. In slices of T, so
+        that memory stays bounded; every slice reads the whole vocabulary, for the argmax.
+        """
+        if moved is None and self.recurrent:
+            moved = self.transform(exit, h)[0]
+        step = max(1, tokens_at_once(self.backbone) // h.shape[0])
+        parts, tokens = [], []
+        for start in range(0, h.shape[1], step):
+            run = slice(start, start + step)
+            before = None if previous is None else slice_features(previous, run)
+            logits = self.logits(exit, self.transform(exit, h[:, run])[0] if moved is None else moved[:, run])
+            tokens.append(logits.argmax(-1))
+            if before is not None and before.candidates is not None:
+                logits = logits.gather(-1, before.candidates)
+            parts.append(self._with_rows(self._features(h[:, run], h_before[:, run], logits, before)))
+        return parts[0] if len(parts) == 1 else concatenate(parts), torch.cat(tokens, dim=1)
+
+    def _features(self, h: Hidden, h_before: Hidden, logits: Logits, previous: ExitFeatures | None) -> ExitFeatures:
+        """ExitFeatures of logits over the whole vocabulary, or over the candidates of the exits before."""
+        return exit_features(h, h_before, logits, previous, self.config.candidates, self.config.shortlist == "pairs")
+
+    def _with_rows(self, features: ExitFeatures) -> ExitFeatures:
+        """With the LM head's rows of the leading token and its runner-up, if the heads read them."""
+        if "tokens" not in self.config.inputs or features.token is None or features.rival is None:
+            return features
+        rows = self.backbone.output_rows(torch.stack((features.token, features.rival), dim=-1))  # (B, T, 2, d)
+        return dataclasses.replace(features, rows=rows.flatten(-2))
+
+    def macs(self, exit: int) -> int:
+        """Multiply-accumulates of one readout of one token: LM head and ``transform``."""
+        return self.backbone.costs().readout + self.transform_macs(exit)
+
+    def reads_all(self, exit: int) -> bool:
+        """Whether a check at exit ``exit`` reads the whole vocabulary."""
+        return exit == 0 or not self.config.candidates
+
+    def read_macs(self, exit: int) -> int:
+        """Multiply-accumulates of one check's readout of one token."""
+        if self.reads_all(exit):
+            return self.macs(exit)
+        few = min(self.config.candidates, self.backbone.vocab_size) * self.backbone.width
+        return few + self.transform_macs(exit)
+
+
+def build_readout(backbone: Backbone, config: ExitConfig, weights: nn.Module | None = None) -> Readout:
+    """The readout that ``config`` names, on ``backbone``."""
+    kind = READOUTS.lookup(config.readout)
+    return kind(backbone, config, weights)
+
+
+def tokens_at_once(backbone: Backbone) -> int:
+    """How many tokens' logits may exist at once."""
+    logits = LOGITS_AT_ONCE * (GPU_FACTOR if backbone.device.type == "cuda" else 1)
+    return max(1, logits // backbone.vocab_size)
