@@ -20,7 +20,6 @@ DEFAULT_EXITS = ("1/4", "3/8", "1/2", "5/8", "3/4", "7/8")
 #: Stands for the head kind's own width (``Bank.default_width``).
 OWN_WIDTH = 0
 INPUTS = ("hidden", "statistics", "tokens")
-LABELS = ("action", "topk", "probability", "overlap")
 #: ExitFeatures hold this many top probabilities, so that fewer candidates make no sense.
 LEAST_CANDIDATES = TOP
 #: How candidates are found: "pairs", the two likeliest of each group of tokens (one pass, no sorting); "top", exactly.

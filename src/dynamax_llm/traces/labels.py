@@ -25,7 +25,7 @@ from dynamax_llm.exits.readouts.base import Readout, tokens_at_once
 
 @dataclass(frozen=True)
 class Label:
-    """One of ``exits.config.LABELS``; ``k`` is read by "topk" alone."""
+    """A kind of those above; ``k`` is read by "topk" alone."""
 
     kind: str = "action"
     k: int = 15

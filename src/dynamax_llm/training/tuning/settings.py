@@ -1,11 +1,12 @@
-"""How a backbone is tuned: every number a user may turn, with its default and its bounds."""
+"""How a backbone is tuned: every number a user may turn, with its default, its meaning and its bounds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dynamax_llm.training.settings import RunSettings
+from dynamax_llm.settings import SEED, setting
+from dynamax_llm.training.settings import INNER_SHARE, SHARE, RunSettings
 
 METHODS = ("lora", "full")
 SCHEDULES = ("weighted", "rotating")
@@ -24,33 +25,46 @@ class TuneSettings(RunSettings):
     alone (k_L = 0), as the reference backbones were trained.
     """
 
-    method: str = "lora"
-    rank: int = 16  # of LoRA
-    alpha: float = 32.0  # LoRA's products are scaled by alpha / rank
-    schedule: str = "weighted"  # every exit at every step, or "rotating": some of them
-    rotating: int = 1  # exits of a step when rotating
-    distil: float = 1.0  # share of a loss that is KL to the teacher; the rest is cross-entropy on the text
-    teacher: str = "original"
-    exit_weight: float = 1.0  # of all exits together, beside the last layer's 1
-    lr: float | None = None  # peak learning rate of AdamW; None: RATES[method]
-    weight_decay: float = 0.0
-    checkpointing: bool = False  # run layers again in the backward pass instead of keeping what they made
-    autocast: bool = True  # on a GPU: products in bfloat16
-    checkpoint_seconds: float = 60.0  # at most about this much work is lost by a kill
+    method: str = setting(
+        "lora", "lora: adapters, merged into the saved weights; full: all weights.", choices=METHODS, metavar="NAME"
+    )
+    rank: int = setting(16, "Rank of LoRA's adapters.", least=1)
+    alpha: float = setting(32.0, "LoRA's products are scaled by alpha / rank.", flag="", above=0)
+    schedule: str = setting(
+        "weighted",
+        "weighted: every exit at every step; rotating: a few, drawn anew each step.",
+        flag="--exit-schedule",
+        choices=SCHEDULES,
+        metavar="NAME",
+    )
+    rotating: int = setting(1, "Exits of a step when rotating.", least=1)
+    distil: float = setting(
+        1.0,
+        "Share of the loss that is distillation (KL to the teacher); the rest is cross-entropy on the text.",
+        flag="--distill",
+        **SHARE,
+    )
+    teacher: str = setting(
+        "original",
+        "original: exits and last layer learn from the untouched model, so that it stays what it is; current: exits "
+        "from the last layer as it is, the last layer from the text.",
+        choices=TEACHERS,
+        metavar="NAME",
+    )
+    exit_weight: float = setting(1.0, "Weight of all exits together, beside the last layer's 1.", flag="", above=0)
+    lr: float | None = setting(
+        None, "Peak learning rate of AdamW. Default: 1e-3 for lora, 1e-4 for full.", above=0, most=1
+    )
+    weight_decay: float = setting(0.0, "Weight decay.", flag="", least=0)
+    held_out: float = setting(0.05, "Share of the documents kept for the figures.", flag="--heldout", **INNER_SHARE)
+    eval_tokens: int = setting(20_000, "Held-out tokens measured, before and after.", count=True, least=1)
+    checkpointing: bool = setting(False, "Less memory: layers run again in the backward pass.")
+    autocast: bool = setting(True, "On a GPU: products in bfloat16.", flag="")
+    seed: int = setting(0, "Seed of adapters, data order and draws.", **SEED)
+    checkpoint_seconds: float = setting(60.0, "Seconds of work lost by a kill, about, at most.", flag="", least=0)
 
-    KIND: ClassVar[str] = "tuning"
+    KIND: ClassVar[str] = "tuning setting"
     INCIDENTAL: ClassVar[tuple[str, ...]] = (*RunSettings.INCIDENTAL, "checkpointing")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, allowed in (("method", METHODS), ("schedule", SCHEDULES), ("teacher", TEACHERS)):
-            self.check(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
-        self.check_counts("rank", "rotating")
-        self.check("lr", self.lr is None or 0 < self.lr <= 1, "above 0 and at most 1")
-        for name in ("alpha", "exit_weight"):
-            self.check(name, getattr(self, name) > 0, "above 0")
-        self.check("weight_decay", self.weight_decay >= 0, "0 or more")
-        self.check("distil", 0 <= self.distil <= 1, "between 0 and 1")
 
     @property
     def peak(self) -> float:
