@@ -243,7 +243,7 @@ def test_sigkill_and_the_same_command(backbone, corpus: Path, tokenizer, tmp_pat
         from dynamax_llm.testing import tiny_model
         from dynamax_llm.training.phases import Phases
         from dynamax_llm.training.trainer import train
-        from dynamax_llm.text.batches import find_source
+        from dynamax_llm.text.batches import Split, find_source, first_batches
 
         torch.set_num_threads(1)
         original = Phases.step
@@ -274,7 +274,7 @@ def test_sigkill_and_the_same_command(backbone, corpus: Path, tokenizer, tmp_pat
 def test_another_run_in_the_same_folder_is_refused(backbone, corpus: Path, tokenizer, tmp_path: Path) -> None:
     adapter, source, out = backbone("mistral"), find_source(corpus), tmp_path / "out"
     train(adapter, tokenizer, source, CONFIG, SETTINGS, out)
-    with pytest.raises(UsageError, match=r"holds another training run: lr is 0\.5 here, and was .*--out.*delete"):
+    with pytest.raises(UsageError, match=r"holds another training run: lr is 0\.5 here, and was .*`out`.*delete"):
         train(adapter, tokenizer, source, CONFIG, dataclasses.replace(SETTINGS, lr=0.5), out)
     with pytest.raises(UsageError, match=r"head is 'mlp' here, and was 'mamba'"):
         train(adapter, tokenizer, source, dataclasses.replace(CONFIG, head="mlp"), SETTINGS, out)
