@@ -26,7 +26,7 @@ from dynamax_llm.traces.collect import ExitBatch
 from dynamax_llm.traces.simulate import NEVER, ThresholdSample, simulate_exits
 from dynamax_llm.training import phases
 from dynamax_llm.training.held_out import HeldOut, apply_threshold, on_policy
-from dynamax_llm.training.objective import Balance, exit_weights, loss, tally
+from dynamax_llm.training.learner import Balance, exit_weights, loss, tally
 from dynamax_llm.training.optimiser import learning_rate
 from dynamax_llm.training.phases import Phases
 from dynamax_llm.training.settings import TrainSettings

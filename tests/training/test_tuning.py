@@ -16,8 +16,8 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.errors import ArtifactError, BackboneError, UsageError
 from dynamax_llm.testing import tiny_model
 from dynamax_llm.text.batches import Batch, Split, find_source, first_batches, pad
+from dynamax_llm.training.learner import exit_weights
 from dynamax_llm.training.multi_exit import Mixture, depth_weights
-from dynamax_llm.training.objective import exit_weights
 from dynamax_llm.training.run import Counters
 from dynamax_llm.training.tuning import TuneSettings, tune
 from dynamax_llm.training.tuning.learner import TuneLearner

@@ -5,6 +5,5 @@ trainer             from text to exits: the phases of a run, and the record it l
 phases              what is learned one after another: a readout, heads, heads again on policy
 run                 any resumable run: its loop, counters, checkpoint and identity
 learner, lens       the optimisation of heads, and of the lens readout
-objective           the heads' loss; ``multi_exit`` is that of a backbone that is itself trained (``tuning``)
 held_out            how good the exits are on text they were not trained on
 """

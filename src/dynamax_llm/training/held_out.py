@@ -26,7 +26,7 @@ from dynamax_llm.traces.curves import auroc, oracle_depth, sweep
 from dynamax_llm.traces.simulate import NEVER, ThresholdSample, depths, simulate_exits, simulate_no_exit
 from dynamax_llm.traces.teacher_forced import teacher_forced
 from dynamax_llm.traces.thresholds import shallowest, threshold_for_agreement
-from dynamax_llm.training.objective import loss
+from dynamax_llm.training.learner import loss
 from dynamax_llm.training.parallel import ALONE, Group
 
 #: Exit batches of a held-out split that fit into this are kept; others are collected again at every evaluation.
