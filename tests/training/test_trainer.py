@@ -26,7 +26,8 @@ from dynamax_llm.traces.collect import ExitBatch
 from dynamax_llm.traces.simulate import NEVER, ThresholdSample, simulate_exits
 from dynamax_llm.training import phases
 from dynamax_llm.training.held_out import HeldOut, apply_threshold, on_policy
-from dynamax_llm.training.learner import Balance, exit_weights, loss, tally
+from dynamax_llm.training.learner import Balance, loss, tally
+from dynamax_llm.training.multi_exit import depth_weights
 from dynamax_llm.training.optimiser import learning_rate
 from dynamax_llm.training.phases import Phases
 from dynamax_llm.training.settings import TrainSettings
@@ -105,9 +106,9 @@ def test_loss_counts_only_tokens_that_reach_an_exit() -> None:
         p = torch.sigmoid(step.logits[exit][reached]).double()
         label = exit_batch.labels[exit][reached]
         losses = torch.where(label, -p.log() * weights[1, exit], -(1 - p).log() * weights[0, exit])
-        expected += exit_weights(3)[exit] * float(losses.mean())
+        expected += depth_weights(range(1, 4))[exit] * float(losses.mean())
     assert float(loss(step, exit_batch.targets, weights)) == pytest.approx(expected, abs=1e-5)
-    assert exit_weights(3) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert depth_weights(range(1, 4)) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
 
 
 def test_classes_weigh_the_same_and_the_prior_is_their_log_odds() -> None:

@@ -16,7 +16,6 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.errors import ArtifactError, BackboneError, UsageError
 from dynamax_llm.testing import tiny_model
 from dynamax_llm.text.batches import Batch, Split, find_source, first_batches, pad
-from dynamax_llm.training.learner import exit_weights
 from dynamax_llm.training.multi_exit import Mixture, depth_weights
 from dynamax_llm.training.run import Counters
 from dynamax_llm.training.tuning import TuneSettings, tune
@@ -124,7 +123,7 @@ def test_at_step_0_the_original_teaches_the_last_layer_nothing() -> None:
 
 
 def test_weights_are_calms_and_the_shares_add_up() -> None:
-    assert depth_weights(range(1, 5)) == exit_weights(4) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert depth_weights(range(1, 5)) == pytest.approx([0.1, 0.2, 0.3, 0.4])
     mixture = Mixture.of((2, 6), distil=0.25, exit_weight=0.8, last_distil=0.5)
     assert mixture.hard == pytest.approx((0.15, 0.45, 0.5))
     assert mixture.soft == pytest.approx((0.05, 0.15, 0.5))

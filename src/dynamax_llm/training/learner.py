@@ -11,7 +11,6 @@ Shapes: B rows, T tokens, E exits.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.traces.collect import ExitBatch
 from dynamax_llm.traces.simulate import ExitSimulation, ThresholdSample, simulate_exits
 from dynamax_llm.training import optimiser
+from dynamax_llm.training.multi_exit import depth_weights
 from dynamax_llm.training.parallel import ALONE, Group
 from dynamax_llm.training.run import GRADIENT_NORM, part
 from dynamax_llm.training.settings import TrainSettings
@@ -60,13 +60,9 @@ def tally(targets: Tensor, reached: Tensor) -> Tensor:
     return torch.stack((reached.sum((1, 2)) - agree, agree))
 
 
-def exit_weights(n_exits: int) -> list[float]:
-    """Share of each exit in the loss, i / Σj, as CALM (arXiv 2207.07061) weighs layers."""
-    return [(exit + 1) / math.fsum(range(1, n_exits + 1)) for exit in range(n_exits)]
-
-
 def loss(simulation: ExitSimulation, targets: Tensor, weights: Tensor, reached: Tensor | None = None) -> Tensor:
-    """Class-balanced binary cross-entropy over the tokens that reach each exit, averaged over exits by i / Σj.
+    """Class-balanced binary cross-entropy over the tokens that reach each exit, averaged over exits by i / Σj, as
+    CALM (arXiv 2207.07061) weighs layers.
 
     ``targets`` (E, B, T) in [0, 1], ``weights`` (2, E) from ``Balance``; ``reached`` (E,) is the number of tokens that
     reach each exit where ``simulation`` holds only this process's share of them. An exit that no token reaches adds
@@ -77,7 +73,9 @@ def loss(simulation: ExitSimulation, targets: Tensor, weights: Tensor, reached: 
     each = torch.lerp(disagree, agree, targets) * simulation.reached
     losses = F.binary_cross_entropy_with_logits(simulation.logits, targets, each, reduction="none").sum((1, 2))
     means = losses / (simulation.reached.sum((1, 2)) if reached is None else reached).clamp(min=1)
-    return torch.stack([share * mean for share, mean in zip(exit_weights(len(targets)), means, strict=True)]).sum()
+    return torch.stack(
+        [share * mean for share, mean in zip(depth_weights(range(1, len(means) + 1)), means, strict=True)]
+    ).sum()
 
 
 class HeadLearner:

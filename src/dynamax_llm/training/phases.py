@@ -36,22 +36,16 @@ from dynamax_llm.training.side_stream import SideStream
 
 
 class ReadoutLearner(Protocol):
-    """Learns the ``weights`` of a readout; ``latest`` is the loss of the last step per exit."""
+    """Learns the ``weights`` of a readout. ``step`` is one optimiser step at ``progress`` in [0, 1] of its budget;
+    ``latest`` its loss per exit; ``measure`` the mean loss per exit over held-out batches."""
 
     weights: nn.Module
     latest: list[float]
 
-    def step(self, batch: Batch, progress: float) -> None:
-        """One optimiser step, at ``progress`` in [0, 1] of the readout's budget."""
-
-    def measure(self, batches: Sequence[Batch]) -> list[float]:
-        """Mean loss per exit over held-out batches."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything of it, for a checkpoint."""
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of ``tensors``."""
+    def step(self, batch: Batch, progress: float) -> None: ...
+    def measure(self, batches: Sequence[Batch]) -> list[float]: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def restore(self, tensors: dict[str, Tensor]) -> None: ...
 
 
 #: What learns a readout's weights, by ``Readout.learner``; open to learners of your own.

@@ -47,25 +47,15 @@ class Counters:
 
 
 class Learning(Protocol):
-    """What a run advances, batch by batch."""
+    """What a run advances. ``step`` learns from a batch, given the counters before it; ``note`` is the phase and the
+    latest figures for the progress bar; ``tensors`` and ``state`` (JSON types) are what ``restore`` needs."""
 
-    def step(self, batch: Batch, counters: Counters) -> None:
-        """Learn from one batch; ``counters`` are those before it."""
-
-    def finished(self, counters: Counters) -> bool:
-        """Whether no further batch is wanted."""
-
-    def note(self) -> tuple[str, str]:
-        """For the progress bar: the phase, and the latest figures. May wait for the device."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything of it that is a tensor, for a checkpoint."""
-
-    def state(self) -> dict[str, Any]:
-        """Everything else, as JSON types."""
-
-    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Inverse of ``tensors`` and ``state``."""
+    def step(self, batch: Batch, counters: Counters) -> None: ...
+    def finished(self, counters: Counters) -> bool: ...
+    def note(self) -> tuple[str, str]: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None: ...
 
 
 class Checkpoint:
