@@ -73,9 +73,8 @@ def loss(simulation: ExitSimulation, targets: Tensor, weights: Tensor, reached: 
     each = torch.lerp(disagree, agree, targets) * simulation.reached
     losses = F.binary_cross_entropy_with_logits(simulation.logits, targets, each, reduction="none").sum((1, 2))
     means = losses / (simulation.reached.sum((1, 2)) if reached is None else reached).clamp(min=1)
-    return torch.stack(
-        [share * mean for share, mean in zip(depth_weights(range(1, len(means) + 1)), means, strict=True)]
-    ).sum()
+    shares = depth_weights(range(1, len(targets) + 1))
+    return torch.stack([share * mean for share, mean in zip(shares, means, strict=True)]).sum()
 
 
 class HeadLearner:
