@@ -191,8 +191,9 @@ def test_train_then_generate(model_type, head, readout, dynamax, tmp_path):
 def test_inputs_and_label_reach_the_artifact(dynamax, tmp_path):
     options = ("--data", corpus(), "--head", "linear", "--inputs", "signals", "--label", "topk", "--label-k", 3)
     dynamax("train", model_folder(), *options, "--out", tmp_path, *TRAIN)
-    config = Exits.from_pretrained(tmp_path).config
-    assert (config.inputs, config.labels.kind, config.labels.k) == (("statistics",), "topk", 3)
+    exits = Exits.from_pretrained(tmp_path)
+    settings = exits.provenance["settings"]
+    assert (exits.config.inputs, settings["label"], settings["label_k"]) == (("statistics",), "topk", 3)
 
 
 @pytest.mark.parametrize(
@@ -263,12 +264,12 @@ def test_a_preset_is_a_beginning_and_options_win(monkeypatch, tmp_path, capsys):
     paper = [*arguments, "--preset", "dynamax-paper"]
     assert cli.run([*paper, "--lr", "1e-3", "--exits", "2,3", "--head", "linear"]) == 130
     config, settings = asked["config"], asked["settings"]
-    assert (config.layers, config.head, config.labels.kind, config.readout) == ((2, 3), "linear", "topk", "tail")
+    assert (config.layers, config.head, settings.label, config.readout) == ((2, 3), "linear", "topk", "tail")
     assert (settings.lr, settings.documents, settings.optimiser) == (1e-3, 1000, "schedule-free")
     assert settings.deciding()["preset"] == "dynamax-paper"
     assert cli.run([*arguments, "--tokens", "5k"]) == 130
     config, settings = asked["config"], asked["settings"]
-    assert (config.head, config.labels.kind, config.inputs) == ("mlp", "action", ("hidden", "statistics", "tokens"))
+    assert (config.head, settings.label, config.inputs) == ("mlp", "action", ("hidden", "statistics", "tokens"))
     assert (settings.lr, settings.documents, settings.optimiser, settings.max_tokens) == (3e-3, None, "adamw", 5000)
     assert cli.run([*arguments, "--preset", "paper"]) == 2
     assert "unknown preset 'paper'" in capsys.readouterr().err

@@ -7,11 +7,12 @@ import time
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from dynamax_llm.backbones.fingerprint import RUN_LENGTH, RUNS, _places, _sample, explain_mismatch, fingerprint
+from dynamax_llm.backbones.fingerprint import IGNORED, RUN_LENGTH, RUNS, _places, _sample, explain_mismatch, fingerprint
 from dynamax_llm.backbones.loading import load
 from dynamax_llm.errors import BackboneError
-from dynamax_llm.testing import tiny_model
+from dynamax_llm.testing import TINY, random_ids, tiny_model
 from tests.folders import model_folder
 
 FAMILIES = ("llama", "mistral", "mamba2")
@@ -137,3 +138,91 @@ def test_what_hybrids_compute_beside_their_weights_counts(family, field):
     assert fingerprint(model) == fingerprint(other)
     setattr(other.config, field, getattr(other.config, field) + 1)
     assert explain_mismatch(fingerprint(model), fingerprint(other)) is not None
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_every_setting_that_changes_the_numbers_counts(family):
+    """With the same weights: whatever field makes the model compute differently makes it another backbone."""
+    model, ids = tiny_model(family), random_ids(1, 12)
+    model.config._experts_implementation = "eager"
+    before, numbers = fingerprint(model), model(ids).logits
+    for name, value in model.config.to_dict().items():
+        if name in IGNORED or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        changed = copy.deepcopy(model.config)
+        try:
+            setattr(changed, name, value + 1)
+            other = type(model)(changed).eval()
+            other.load_state_dict(model.state_dict())
+            moved = not torch.allclose(other(ids).logits, numbers, atol=1e-5)
+        except Exception:
+            continue  # such weights do not exist
+        assert not moved or explain_mismatch(before, fingerprint(other)) is not None, name
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_saved_configurations_keep_their_fingerprint(family, tmp_path):
+    model = tiny_model(family)
+    before = fingerprint(model)
+    model.config.save_pretrained(tmp_path)
+    model.config = AutoConfig.from_pretrained(tmp_path)
+    assert fingerprint(model)["settings"] == before["settings"]
+
+
+def test_settings_that_version_0_1_did_not_cover():
+    """Rotary limits of kinds that compute with them, and residuals in float32, did not count."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    one, two = (tiny_model("llama", max_position_embeddings=limit, rope_parameters=rope) for limit in (32, 64))
+    assert "the configuration differs" in explain_mismatch(fingerprint(one), fingerprint(two))
+    one, two = (tiny_model("llama", max_position_embeddings=limit) for limit in (32, 64))
+    assert explain_mismatch(fingerprint(one), fingerprint(two)) is None
+    one, two = (fingerprint(tiny_model("mamba2", residual_in_fp32=value)) for value in (True, False))
+    assert one["config"] == two["config"]
+    assert "the configuration differs" in explain_mismatch(one, two)
+    del one["settings"]  # a fingerprint of version 0.1 is compared on what it has
+    assert explain_mismatch(one, two) is None
+
+
+class Packed(torch.Tensor):
+    """A quantised weight that cannot be indexed, as torchao's are."""
+
+    readable = True
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__:
+            raise IndexError("no index")
+        if function is torch.Tensor.dequantize:
+            if not cls.readable:
+                raise NotImplementedError("no dequantize")
+            return args[0].as_subclass(torch.Tensor) * 1.0
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def packed(seed: int = 0):
+    model = tiny_model("llama", seed=seed)
+    linear = model.model.layers[1].self_attn.k_proj
+    linear.weight = torch.nn.Parameter(linear.weight.detach().as_subclass(Packed), requires_grad=False)
+    return model
+
+
+def test_quantised_weights_are_read_or_named(monkeypatch):
+    assert fingerprint(packed())["weights"] == fingerprint(packed())["weights"] != fingerprint(packed(1))["weights"]
+    monkeypatch.setattr(Packed, "readable", False)
+    with pytest.raises(BackboneError, match=r"the weight of a Linear is a Packed, whose values cannot be read"):
+        fingerprint(packed())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_weights_in_packed_form_count():
+    """``quantize_dynamic`` leaves modules without parameters."""
+    prints = [
+        fingerprint(torch.ao.quantization.quantize_dynamic(tiny_model("llama", seed=seed), {torch.nn.Linear}))
+        for seed in (0, 0, 1)
+    ]
+    assert prints[0]["weights"] == prints[1]["weights"] != prints[2]["weights"]
+    with torch.no_grad():
+        changed = tiny_model("llama")
+        changed.model.layers[2].mlp.up_proj.weight.add_(0.5)
+    other = fingerprint(torch.ao.quantization.quantize_dynamic(changed, {torch.nn.Linear}))
+    assert other["weights"] != prints[0]["weights"]

@@ -15,7 +15,7 @@ from simulation import pool_of, simulate
 from texts import load_texts
 
 from dynamax_llm.backbones.loading import REFERENCE_BACKBONES, load
-from dynamax_llm.calibration.proof import Proof
+from dynamax_llm.calibration.risk_test import RiskTest
 from dynamax_llm.exits.promise import METHODS
 from dynamax_llm.metrics import rouge_l
 
@@ -30,9 +30,9 @@ BOUND, CALIBRATED = 0.98, 400
 SHOWN = (METHODS[0], "crc")
 
 
-def proof_by(method: str, limit: float) -> Proof:
+def proof_by(method: str, limit: float) -> RiskTest:
     """A proof at CONFIDENCE, where the method has one."""
-    return Proof(method, limit, None if method == "crc" else CONFIDENCE)
+    return RiskTest(method, limit, None if method == "crc" else CONFIDENCE)
 
 
 def harvested(out: Path, model: str) -> list[dict[str, Any]]:
@@ -168,7 +168,7 @@ def shift(args: argparse.Namespace) -> None:
     for model, document in read_pools(args.results).items():
         losses, _ = pool_of(document, "agreement")
         for method in METHODS:
-            kept = int(proof_by(method, limit).kept(losses[:CALIBRATED]))
+            kept = int(proof_by(method, limit).accepted(losses[:CALIBRATED]))
             if not kept:
                 sys.exit(f"{model}, {method}: no point keeps the promise")
             items = [_shifted(model, document, method, kind, kept - 1) for kind in ("wikipedia", "dialogues", "novels")]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamax_llm.calibration.proof import Proof
+from dynamax_llm.calibration.risk_test import RiskTest
 
 #: Calibrations whose losses are held at once.
 AT_ONCE = 100
@@ -26,13 +26,13 @@ class Outcomes:
         return float((self.loss > limit).mean())
 
 
-def simulate(losses: np.ndarray, depth: np.ndarray, n: int, proof: Proof, draws: int, seed: int = 0) -> Outcomes:
+def simulate(losses: np.ndarray, depth: np.ndarray, n: int, proof: RiskTest, draws: int, seed: int = 0) -> Outcomes:
     """``draws`` calibrations on ``n`` sequences drawn with replacement from ``losses`` (pool, points), safe to risky.
 
     ``depth`` (points,) is the mean depth at each point.
     """
     rows = np.random.default_rng(seed).integers(0, len(losses), (draws, n))
-    kept = np.concatenate([proof.kept(losses[some]) for some in np.array_split(rows, -(-draws // AT_ONCE))])
+    kept = np.concatenate([proof.accepted(losses[some]) for some in np.array_split(rows, -(-draws // AT_ONCE))])
     truth = np.concatenate(([0.0], losses.mean(0)))
     return Outcomes(kept, truth[kept], np.concatenate(([1.0], depth))[kept])
 

@@ -35,9 +35,9 @@ from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import collect_exits, forward
 from dynamax_llm.traces.labels import argmax
 from dynamax_llm.traces.simulate import ThresholdSample
-from dynamax_llm.training.aside import Aside
-from dynamax_llm.training.learner import Learner
+from dynamax_llm.training.learner import HeadLearner
 from dynamax_llm.training.settings import TrainSettings
+from dynamax_llm.training.side_stream import SideStream
 
 NAMES = {"mistral": "mistral-7b", "codestral": "codestral-mamba-7b"}
 TINY = MistralConfig(
@@ -64,9 +64,9 @@ def steps(backbone: Backbone, head: str, tokens: int) -> dict[str, Step]:
     layers = place_exits("1/2,5/8,3/4,7/8", backbone.n_layers)
     config = ExitConfig(layers, backbone.n_layers, head=head)
     settings = TrainSettings(sequence=tokens, batch_tokens=tokens)
-    learner = Learner(config, backbone.width, settings, backbone.device)
+    learner = HeadLearner(config, backbone.width, settings, backbone.device)
     readout, generator = build_readout(backbone, config), torch.Generator().manual_seed(0)
-    aside = Aside(backbone.device)
+    aside = SideStream(backbone.device)
 
     def document() -> Batch:
         ids = torch.randint(1, backbone.vocab_size, (1, tokens), generator=generator)
@@ -81,7 +81,7 @@ def steps(backbone: Backbone, head: str, tokens: int) -> dict[str, Step]:
 
     def learn() -> None:
         made = collect_exits(backbone, readout, document())
-        draw = ThresholdSample.sample(made.mask, settings.never, generator)
+        draw = ThresholdSample.sample(made.mask, settings.no_exit_share, generator)
         aside.run(lambda: learner.step(made, draw, 0.5), made)
 
     return {"forward": read, "harvest": gather, "train": learn}

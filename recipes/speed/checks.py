@@ -24,16 +24,16 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from dynamax_llm.decoding.engines import pick_decoder
+from dynamax_llm.engines.cuda.machine import Machine, residual_dtype
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.decoding.engines import pick_decoder
 from dynamax_llm.engines.cuda import check as checking
 from dynamax_llm.engines.cuda.check import Check
 from dynamax_llm.engines.cuda.fused import HeadCheck
-from dynamax_llm.engines.cuda.machine import Machine, residual_dtype
 from dynamax_llm.engines.cuda.readout import read_out
 from dynamax_llm.evaluation.common.random_models import RANDOM_SHAPES, random_model
 from dynamax_llm.exits.artifact import Exits

@@ -1,4 +1,4 @@
-"""The progress bar of a training run: tokens, tokens per second, time left, and how it is going."""
+"""Progress of long work on stderr: a bar on a terminal, a line now and then in a pipe."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-#: Seconds between two looks at the figures, which wait for the device.
-PAUSE = 0.5
+#: Seconds between two updates of the bar, whose figures wait for the device; and between two lines in a pipe.
+PAUSE, LINE_PAUSE = 0.5, 30.0
 
 
 class _Rate(ProgressColumn):
@@ -20,10 +20,10 @@ class _Rate(ProgressColumn):
 
 
 class TokenBar:
-    """A bar on stderr, silent where stderr is no terminal or ``quiet`` is set."""
+    """Tokens, tokens per second, time left and the latest figures; nothing at all if ``quiet`` is set."""
 
-    def __init__(self, total: int, done: int, quiet: bool) -> None:
-        console = Console(stderr=True)
+    def __init__(self, total: int, done: int, quiet: bool, title: str = "training") -> None:
+        self._console, self._quiet, self._total = Console(stderr=True, highlight=False, markup=False), quiet, total
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -31,20 +31,31 @@ class TokenBar:
             _Rate(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=quiet or not console.is_terminal,
+            console=self._console,
+            disable=quiet or not self._console.is_terminal,
         )
-        self._shown = 0.0
-        self._task = self._progress.add_task("training", total=total, completed=done, note="")
+        self._updated = 0.0 if self._console.is_terminal else time.monotonic()
+        self._task = self._progress.add_task(title, total=total, completed=done, note="")
 
     def show(self, tokens: int, note: Callable[[], tuple[str, str]]) -> None:
-        """Move to ``tokens`` tokens done, at most once in PAUSE: ``note`` makes phase and figures, and costs time."""
+        """Move to ``tokens`` tokens done, at most once in a pause: ``note`` makes phase and figures, and costs time."""
         now = time.monotonic()
-        if self._progress.disable or now - self._shown < PAUSE:
+        if self._quiet or now - self._updated < (LINE_PAUSE if self._progress.disable else PAUSE):
             return
-        self._shown = now
+        self._updated = now
         phase, figures = note()
-        self._progress.update(self._task, completed=tokens, description=phase, note=figures)
+        self._progress.update(self._task, completed=tokens, total=self._total, description=phase, note=figures)
+        if self._progress.disable:
+            self._line(f"{phase}: {tokens:,} of {self._total:,} tokens; {figures}")
+
+    def stage(self, name: str) -> None:
+        """Begin work of unknown length before or after the tokens, such as a measurement."""
+        self._progress.update(self._task, description=name, total=None, note="")
+        if self._progress.disable and not self._quiet:
+            self._line(f"{name} …")
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
 
     def __enter__(self) -> TokenBar:
         self._progress.start()

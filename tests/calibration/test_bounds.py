@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 from dynamax_llm.calibration.betting import BOLDEST, betting_p_value
-from dynamax_llm.calibration.bounds import crc_limit, fixed_sequence, p_value, rejected, tokenwise_bound
-from dynamax_llm.calibration.proof import Proof
+from dynamax_llm.calibration.bounds import binomial_cdf, crc_limit, fixed_sequence, p_value
+from dynamax_llm.calibration.risk_test import RiskTest
 from dynamax_llm.exits.promise import METHODS
 
 
@@ -78,58 +78,62 @@ def test_little_variance_pays():
 def test_fixed_sequence_stops_at_the_first_that_is_not_rejected():
     assert fixed_sequence([0.01, 0.02, 0.2, 0.01], 0.05) == 2
     assert fixed_sequence([[0.2, 0.0], [0.0, 0.0]], 0.05).tolist() == [0, 2]
-    tests = list(rejected(iter([("a", 0.01), ("b", 0.2), ("c", 0.0)]), 0.05))
-    assert tests == [("a", 0.01, True), ("b", 0.2, False)]
+    assert fixed_sequence([0.01, 0.05, 0.2], 0.05) == 2
 
 
-def proof(method: str, limit: float, confidence: float = 0.95) -> Proof:
-    return Proof(method, limit, None if method == "crc" else confidence)
+def risk_test(method: str, limit: float, confidence: float = 0.95) -> RiskTest:
+    return RiskTest(method, limit, None if method == "crc" else confidence)
 
 
 def test_conformal_risk_control_counts_one_more_loss_and_never_lets_losses_fall():
     assert crc_limit(0.0, 49) == pytest.approx(0.02)
     falling = np.array([[0.0, 1.0, 0.0]] * 3)
-    assert proof("crc", 0.5).kept(falling) == 1
-    assert proof("crc", 0.5).value(falling).tolist() == pytest.approx([0.25, 1.0, 0.25])
+    assert risk_test("crc", 0.5).accepted(falling) == 1
+    assert risk_test("crc", 0.5).value(falling).tolist() == pytest.approx([0.25, 1.0, 0.25])
 
 
 def test_learn_then_test_keeps_up_to_the_first_that_is_not_rejected():
     losses = np.stack([np.zeros((200, 3)), np.zeros((200, 3))])
     losses[1, ::2, 1] = 1.0
     for method in ("ltt", "ltt-hb"):
-        assert proof(method, 0.02).kept(losses).tolist() == [3, 1]
-        assert proof(method, 0.02).value(losses).shape == (2, 3)
-        assert proof(method, 0.02).keeps(losses[0, :, 0]) and not proof(method, 0.02).keeps(losses[1, :, 1])
+        assert risk_test(method, 0.02).accepted(losses).tolist() == [3, 1]
+        assert risk_test(method, 0.02).value(losses).shape == (2, 3)
+        assert risk_test(method, 0.02).controls(losses[0, :, 0]) and not risk_test(method, 0.02).controls(
+            losses[1, :, 1]
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("confidence", [0.9, 0.95])
 @pytest.mark.parametrize(("limit", "loss"), [(0.02, 0.0), (0.1, 0.0), (0.1, 0.04), (0.02, 0.011)])
 def test_the_prompts_needed_are_enough_and_fewer_are_not(method, confidence, limit, loss):
-    asked = proof(method, limit, confidence)
-    n = asked.prompts_needed([loss])
-    assert asked.keeps(np.full(n, loss))
+    test = risk_test(method, limit, confidence)
+    n = test.prompts_needed([loss])
+    assert test.controls(np.full(n, loss))
     if method == "ltt" or loss == 0.0:
-        assert n == 1 or not asked.keeps(np.full(n - 1, loss))
+        assert n == 1 or not test.controls(np.full(n - 1, loss))
 
 
 def test_what_varies_needs_more_prompts_only_where_betting_sees_it():
     losses = {"steady": [0.01], "rare": [0.0] * 99 + [1.0]}  # of equal mean
-    needed = {(m, kind): proof(m, 0.02).prompts_needed(seen) for m in METHODS for kind, seen in losses.items()}
+    needed = {(m, kind): risk_test(m, 0.02).prompts_needed(seen) for m in METHODS for kind, seen in losses.items()}
     assert needed["ltt", "rare"] > 2 * needed["ltt", "steady"]
     assert needed["ltt", "steady"] < needed["ltt-hb", "steady"] == needed["ltt-hb", "rare"]
     assert needed["crc", "steady"] == needed["crc", "rare"]
 
 
 def test_nothing_is_enough_where_the_loss_is_the_limit(monkeypatch):
-    monkeypatch.setattr("dynamax_llm.calibration.proof.MOST_PROMPTS", 10_000)
+    monkeypatch.setattr("dynamax_llm.calibration.risk_test.MOST_PROMPTS", 10_000)
     for method in METHODS:
-        assert proof(method, 0.02).prompts_needed([0.02]) is None
-        assert proof(method, 0.02).prompts_needed([0.01999]) is None
-    assert [proof(method, 0.02).prompts_needed() for method in METHODS] == [150, 149, 49]
+        assert risk_test(method, 0.02).prompts_needed([0.02]) is None
+        assert risk_test(method, 0.02).prompts_needed([0.01999]) is None
+    assert [risk_test(method, 0.02).prompts_needed() for method in METHODS] == [150, 149, 49]
 
 
-def test_the_tokenwise_bound_is_clopper_and_pearsons():
-    bound = float(tokenwise_bound(3, 100, 0.95))
-    assert stats.binom.cdf(3, 100, bound) == pytest.approx(0.05)
-    assert tokenwise_bound(5, 5, 0.95) == 1.0
+def test_the_binomial_distribution_is_scipys():
+    k, n = np.meshgrid(np.arange(-1, 40, 3), np.array([1, 7, 39, 400, 20_000]))
+    for share in (1e-4, 0.02, 0.3, 0.97):
+        expected = stats.binom.cdf(k, n, share)
+        assert binomial_cdf(k, n, share) == pytest.approx(expected, rel=1e-9, abs=1e-300)
+    assert binomial_cdf(400, 20_000, 0.02) == pytest.approx(stats.binom.cdf(400, 20_000, 0.02), rel=1e-9)
+    assert binomial_cdf(3, 10, 0.5).shape == ()

@@ -151,17 +151,17 @@ def test_a_backbone_whose_tail_does_nothing_keeps_every_promise(promise, method)
     assert (found.p_value is None) == (found.confidence is None) == (method == "crc")
 
 
-def test_tests_come_near_by_halves_in_case_the_path_split_hopes_too_much(monkeypatch):
+def test_tests_come_near_by_halves_in_case_the_path_split_is_wrong(monkeypatch):
     points = [Point(place / 16, (place / 16,), 0.0, 1.0) for place in range(16)]
 
     def measured(exits, request, point, risk):
-        fails = risk == "proof" and point.parameter > 13 / 16
+        fails = risk == "tested" and point.parameter > 13 / 16
         return Measured(torch.full((200,), float(fails), dtype=torch.float64), torch.ones(200))
 
     monkeypatch.setattr("dynamax_llm.calibration.calibrate._measure", measured)
     for method, limit in itertools.product(METHODS, ("0.98", "0.5")):
         request = Request.of(f"agreement>={limit}", 0.95, method, "propagate", 16, None)
-        found = [test for test, _ in _tests(None, request, points, Split("path"), Split("proof"))]
+        found = [test for test, _ in _tests(None, request, points, Split("path"), Split("tested"))]
         assert [test["parameter"] * 16 for test in found] == [8, 12, 14]
         assert [test["kept"] for test in found] == [True, True, False]
 
@@ -172,7 +172,7 @@ class Split(str):
     items = [None] * 200
 
 
-def test_a_risk_names_the_full_models_score_and_is_refused_where_silence_would_keep_it(tmp_path):
+def test_a_risk_names_the_full_models_score_and_is_refused_where_an_empty_answer_would_keep_it(tmp_path):
     model, tokenizer = load(model_folder())
     backbone = adapt(zero_tail(model, 2))
     exits = Exits.untrained(backbone, (2, 3))

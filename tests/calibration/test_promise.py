@@ -150,7 +150,6 @@ CONFIG_EDITS: dict[str, dict[str, Any]] = {
     "readout_options": {"readout_options": {"tail_layers": 2}},
     "candidates": {"candidates": 32},
     "shortlist": {"shortlist": "top"},
-    "labels": {"labels": {"kind": "overlap", "k": 15}},
 }
 #: Changed sizes do not fit the tensors, which is noticed before.
 SIZES = {"head", "width"}

@@ -104,12 +104,12 @@ USED = {
     ),
     "another policy": (
         lambda t: generate(promised_folder(t), *PROMISED, "--policy", "defer"),
-        "under policy 'propagate', estimator 'mamba'; it says nothing under policy 'defer'",
+        "under policy 'propagate', estimator 'mamba'; it guarantees nothing under policy 'defer'",
         "dynamax calibrate",
     ),
-    "another judge": (
+    "another estimator": (
         lambda t: generate(promised_folder(t), *PROMISED, "--measure", "entropy"),
-        "it says nothing under estimator 'entropy'",
+        "it guarantees nothing under estimator 'entropy'",
         "dynamax calibrate",
     ),
     "another window": (
@@ -155,9 +155,9 @@ DAMAGE = {
     "missing": ({"n": None}, "drop", "'n' is missing"),
     "unknown": ({"colour": 1}, None, "'colour' is unknown"),
     "bound": ({"bound": 1.5}, None, "'bound' cannot be 1.5"),
-    "thresholds": ({"thresholds": [0.5, "high"]}, None, "'thresholds' cannot be"),
+    "thresholds": ({"thresholds": [0.5, "high"]}, None, "'thresholds.1' cannot be 'high'"),
     "one threshold": ({"thresholds": [0.5]}, None, "'thresholds' is not one per exit"),
-    "contradiction": ({"bound": 0.5}, None, "say different things"),
+    "contradiction": ({"bound": 0.5}, None, "contradict each other"),
     "no text": ({"text": "agreement"}, None, "'text' cannot be 'agreement'"),
 }
 

@@ -48,6 +48,19 @@ def test_layer_by_layer_is_the_stock_model(case: Case) -> None:
 
 
 @torch.no_grad()
+def test_hidden_states_are_the_stock_models(case: Case) -> None:
+    """The embeddings and h after every layer; the stock model gives the last one normed."""
+    ids, padding = random_ids(3, 9), left_padding(3, 9)
+    states = list(case.backbone.hidden_states(ids, padding))
+    assert [depth for depth, _ in states] == list(range(case.backbone.n_layers + 1))
+    stock = case.backbone.model(ids, attention_mask=padding, output_hidden_states=True).hidden_states
+    first = 1 if set(case.backbone.kinds) == {"mamba"} else 0  # stock Mambas do not give the embeddings
+    for (_, h), expected in zip(states[first:], stock[:-1], strict=first == 1):
+        assert same(h[padding.bool()], expected[padding.bool()])
+    assert same(states[-1][1], run(case.backbone, ids, None, padding=padding))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
 def test_several_tokens_can_continue(case: Case, padded: bool) -> None:
     """In one pass over all layers, whatever the mixers."""

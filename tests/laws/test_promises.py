@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes" / "promises"))
 from simulation import pool_of, simulate
 
-from dynamax_llm.calibration.bounds import fixed_sequence, tokenwise_bound
-from dynamax_llm.calibration.proof import Proof
+from dynamax_llm.calibration.bounds import fixed_sequence
+from dynamax_llm.calibration.risk_test import RiskTest
 
 DRAWS, N, TOKENS = 2000, 200, 64
 DELTA = 0.05  # 1 - confidence
@@ -56,30 +56,30 @@ def draws_of(correlation: float) -> tuple[np.ndarray, np.ndarray]:
     return losses, np.concatenate(([0.0], RATES if correlation == 0.0 else table.mean(0)))
 
 
-def proof(method: str, limit: float = LIMIT) -> Proof:
-    return Proof(method, limit, None if method == "crc" else 1.0 - DELTA)
+def risk_test(method: str, limit: float = LIMIT) -> RiskTest:
+    return RiskTest(method, limit, None if method == "crc" else 1.0 - DELTA)
 
 
 @cache
-def kept_by(method: str, correlation: float, n: int) -> np.ndarray:
-    """Candidates that each of the simulated calibrations keeps."""
-    return proof(method).kept(draws_of(correlation)[0][:, :n])
+def accepted_by(method: str, correlation: float, n: int) -> np.ndarray:
+    """How many candidates each of the simulated calibrations accepts."""
+    return risk_test(method).accepted(draws_of(correlation)[0][:, :n])
 
 
 @pytest.mark.parametrize("method", ["ltt", "ltt-hb"])
 @pytest.mark.parametrize(("correlation", "n"), [*((correlation, N) for correlation in CORRELATIONS), (0.99, 70)])
 def test_learn_then_test_breaks_at_most_its_share(method, correlation, n):
-    truth, kept = draws_of(correlation)[1], kept_by(method, correlation, n)
+    truth, accepted = draws_of(correlation)[1], accepted_by(method, correlation, n)
     assert (truth > LIMIT).sum() >= 3
-    assert (truth[kept] > LIMIT).mean() <= most(DELTA, DRAWS)
+    assert (truth[accepted] > LIMIT).mean() <= most(DELTA, DRAWS)
     if n == N:
-        assert (kept > 0).mean() > 0.5, "a promise that is never made cannot be broken"
+        assert (accepted > 0).mean() > 0.5, "a promise that is never made cannot be broken"
 
 
 @pytest.mark.parametrize("correlation", CORRELATIONS)
 def test_betting_keeps_more_than_hoeffding_and_bentkus(correlation):
     truth = draws_of(correlation)[1]
-    betting, bentkus = (truth[kept_by(method, correlation, N)].mean() for method in ("ltt", "ltt-hb"))
+    betting, bentkus = (truth[accepted_by(method, correlation, N)].mean() for method in ("ltt", "ltt-hb"))
     assert betting > (1.5 if correlation < 0.9 else 1.1) * bentkus
 
 
@@ -106,17 +106,29 @@ def test_a_loss_exactly_at_the_bound_is_taken_for_less_in_at_most_its_share(name
     assert losses.mean() == pytest.approx(limit, rel=0.05)
     for method in ("ltt", "ltt-hb"):
         for claimed in (limit, 0.98 * limit):  # the mean is at what is claimed, or just above it
-            p = proof(method, claimed).value(losses[..., None])
+            p = risk_test(method, claimed).value(losses[..., None])
             assert (p <= DELTA).mean() <= most(DELTA, DRAWS)
 
 
 @pytest.mark.parametrize("correlation", CORRELATIONS)
 def test_conformal_risk_control_keeps_the_mean_and_not_every_draw(correlation):
-    found = draws_of(correlation)[1][kept_by("crc", correlation, N)]
+    found = draws_of(correlation)[1][accepted_by("crc", correlation, N)]
     error = stats.norm.ppf(0.999) * found.std() / DRAWS**0.5
     assert found.mean() <= LIMIT + error
     if correlation > 0.9:
         assert (found > LIMIT).mean() > 3 * DELTA
+
+
+def tokenwise_bound(wrong: np.ndarray | int, tokens: int, confidence: float) -> np.ndarray:
+    """Clopper and Pearson's upper bound on the share of wrong tokens, *as if tokens were independent*."""
+    k = np.asarray(wrong, dtype=np.float64)
+    return np.where(k >= tokens, 1.0, stats.beta.ppf(confidence, k + 1.0, np.maximum(tokens - k, 1e-9)))
+
+
+def test_the_tokenwise_bound_is_clopper_and_pearsons():
+    bound = float(tokenwise_bound(3, 100, 0.95))
+    assert stats.binom.cdf(3, 100, bound) == pytest.approx(0.05)
+    assert tokenwise_bound(5, 5, 0.95) == 1.0
 
 
 def test_the_tokenwise_bound_breaks_where_tokens_are_alike():
@@ -145,10 +157,10 @@ def test_promises_on_the_reference_backbones_hold(model, measure, bound):
     depths = {}
     for method in ("ltt", "ltt-hb"):
         for n in (200, 400) if method == "ltt" else (400,):
-            found = simulate(losses, depth, n, proof(method, limit), draws, seed=n)
+            found = simulate(losses, depth, n, risk_test(method, limit), draws, seed=n)
             assert found.broken(limit) <= most(DELTA, draws)
         assert (found.kept > 0).mean() > 0.9
         depths[method] = found.depth.mean()
     assert depths["ltt"] < depths["ltt-hb"] < 1.0
-    expected = simulate(losses, depth, 200, proof("crc", limit), draws, seed=1).loss
+    expected = simulate(losses, depth, 200, risk_test("crc", limit), draws, seed=1).loss
     assert expected.mean() <= limit + stats.norm.ppf(0.999) * expected.std() / draws**0.5

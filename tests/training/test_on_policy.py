@@ -1,11 +1,11 @@
-"""Labels of every kind, the exit batch with exits on, and what leaving disturbs."""
+"""Labels of every kind, exit batches with exits on, and the drift penalty."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dynamax_llm.backbones import adapt
+from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
@@ -14,6 +14,7 @@ from dynamax_llm.testing import random_ids, tiny_model, zero_tail
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import collect_exits
 from dynamax_llm.traces.drift import drift_penalty
+from dynamax_llm.traces.labels import Label
 from dynamax_llm.traces.on_policy import collect_on_policy
 from dynamax_llm.traces.simulate import NEVER, ThresholdSample, simulate_exits
 from dynamax_llm.traces.teacher_forced import teacher_forced
@@ -43,7 +44,7 @@ def heads(settings: ExitConfig, width: int) -> ExitHeads:
 def test_soft_labels_are_what_the_distributions_say(backbone, family: str, label: str, monkeypatch) -> None:
     adapter, one = backbone(family), batch()
     monkeypatch.setattr("dynamax_llm.exits.readouts.base.LOGITS_AT_ONCE", 61 * 5)  # several slices
-    found = collect_exits(adapter, build_readout(adapter, config(label=label)), one)
+    found = collect_exits(adapter, build_readout(adapter, config()), one, Label(label))
     plain = collect_exits(adapter, build_readout(adapter, config()), one)
     assert torch.equal(found.labels, plain.labels)
     assert torch.equal(plain.targets, plain.labels.float())
@@ -58,26 +59,26 @@ def test_soft_labels_are_what_the_distributions_say(backbone, family: str, label
 
 @FAMILIES
 @pytest.mark.parametrize("inputs", [("hidden", "signals", "tokens"), ("hidden",)])
-def test_the_harvest_on_policy_is_what_decoding_meets(backbone, family: str, inputs: tuple[str, ...]) -> None:
-    """The walk over it lets the same tokens leave as the teacher-forced pass, and its labels describe their tokens."""
+def test_an_exit_batch_on_policy_is_what_decoding_gives(backbone, family: str, inputs: tuple[str, ...]) -> None:
+    """In its simulation the same tokens leave as in the teacher-forced pass, and its labels describe their tokens."""
     adapter, one = backbone(family), batch()
     settings = config(inputs=inputs)
     estimator, readout = heads(settings, adapter.width), build_readout(adapter, settings)
     intact = collect_exits(adapter, readout, one)
-    bars = torch.tensor([[0.5], [0.45], [NEVER]])
-    draw = ThresholdSample(bars, torch.tensor([[0], [3], [0]]))
-    met = collect_on_policy(adapter, readout, estimator, one, draw)
-    step = simulate_exits(estimator, met, draw)
+    thresholds = torch.tensor([[0.5], [0.45], [NEVER]])
+    sample = ThresholdSample(thresholds, torch.tensor([[0], [3], [0]]))
+    shown = collect_on_policy(adapter, readout, estimator, one, sample)
+    step = simulate_exits(estimator, shown, sample)
     plan = ExitPlan(LAYERS, estimator, readout, POLICIES.lookup("propagate"))
-    decoded = teacher_forced(adapter, plan, one.ids, [bars] * 3, prompt_length=draw.start)
+    decoded = teacher_forced(adapter, plan, one.ids, [thresholds] * 3, prompt_length=sample.start)
     assert torch.equal(step.exit_index[one.mask], decoded.exit_index[one.mask])
     left = (decoded.exit_index < 3) & one.mask
     assert 4 < int(left.sum()) < int(one.mask[:2].sum())
-    said = met.labels.gather(0, decoded.exit_index.clamp(max=2)[None])[0]
+    said = shown.labels.gather(0, decoded.exit_index.clamp(max=2)[None])[0]
     assert torch.equal(said[left], (decoded.tokens == intact.target)[left])
     for exit in range(3):  # a row in which no token leaves is the intact one
-        torch.testing.assert_close(met.hidden[exit][2], intact.hidden[exit][2])
-        assert torch.equal(met.labels[exit][2], intact.labels[exit][2])
+        torch.testing.assert_close(shown.hidden[exit][2], intact.hidden[exit][2])
+        assert torch.equal(shown.labels[exit][2], intact.labels[exit][2])
 
 
 @FAMILIES
@@ -92,11 +93,17 @@ def test_the_two_leading_tokens_are_read(backbone, family: str) -> None:
 
 
 @FAMILIES
-def test_what_changes_no_state_disturbs_nothing(family: str) -> None:
+def test_what_changes_no_state_has_no_drift_penalty(family: str) -> None:
     """With a zero tail above depth 2, skipped layers would have done nothing to h: leaving there costs nothing."""
     adapter, settings = adapt(zero_tail(tiny_model(family), 2)), config()
-    estimator, readout = heads(settings, adapter.width), build_readout(adapter, settings)
-    found = drift_penalty(adapter, readout, estimator, [batch()])
-    assert found[1:] == (0.0, 0.0)
+    estimator = heads(settings, adapter.width)
+
+    def measured(backbone: Backbone, policy: str = "propagate", prompt: int = 0) -> tuple[float, ...]:
+        plan = ExitPlan(LAYERS, estimator, build_readout(backbone, settings), POLICIES.lookup(policy))
+        return drift_penalty(backbone, plan, [(batch(), prompt)])
+
+    assert measured(adapter)[1:] == (0.0, 0.0)
     plain = adapt(tiny_model(family))
-    assert drift_penalty(plain, build_readout(plain, settings), estimator, [batch()])[0] > 0.1
+    assert measured(plain)[0] > 0.1
+    assert measured(plain, "defer") == (0.0, 0.0, 0.0), "every state is intact"
+    assert measured(plain, "copy" if family == "mistral" else "stale", prompt=4)[0] > 0.0

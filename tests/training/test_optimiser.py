@@ -17,7 +17,14 @@ from dynamax_llm.training.trainer import train
 from tests.training.test_trainer import CONFIG, SETTINGS, run_until
 
 FREE = dataclasses.replace(
-    SETTINGS, optimiser=SCHEDULE_FREE, documents=8, lr=3e-3, weight_decay=0.0, balanced=False, never=1.0, eval_every=150
+    SETTINGS,
+    optimiser=SCHEDULE_FREE,
+    documents=8,
+    lr=3e-3,
+    weight_decay=0.0,
+    balanced=False,
+    no_exit_share=1.0,
+    eval_every=150,
 )
 
 
@@ -30,7 +37,7 @@ def test_schedule_free_steps_are_those_of_its_paper() -> None:
     second = 0.0
     for step, gradient in enumerate((0.5, -2.0, 0.25), start=1):
         parameter.grad = torch.tensor([gradient])
-        set_rate(optimiser, settings, step / 3)
+        set_rate(optimiser, step / 3, settings.lr, settings.warmup)
         assert optimiser.param_groups[0]["lr"] == pytest.approx(0.1)  # no schedule
         optimiser.step()
         second = 0.999 * second + 0.001 * gradient**2
@@ -74,10 +81,10 @@ def test_the_papers_preset() -> None:
     preset = PRESETS.lookup("dynamax-paper")
     config, settings = preset.exit_config(32), preset.train_settings()
     assert config.layers == (16, 20, 24, 28)
-    assert (config.readout, config.tail_layers, config.labels.kind, config.labels.k) == ("tail", 1, "topk", 15)
+    assert (config.readout, config.tail_layers, settings.label, settings.label_k) == ("tail", 1, "topk", 15)
     assert config.inputs == ("hidden",)
     assert (settings.lr, settings.documents, settings.sequence) == (2.5e-4, 1000, 4096)
-    assert (settings.optimiser, settings.never, settings.preset) == (SCHEDULE_FREE, 1.0, "dynamax-paper")
+    assert (settings.optimiser, settings.no_exit_share, settings.preset) == (SCHEDULE_FREE, 1.0, "dynamax-paper")
     assert preset.exit_config(64, head="linear").head == "linear"
     assert preset.train_settings(lr=1e-3).lr == 1e-3
     with pytest.raises(UsageError, match=r"unknown preset 'paper'.*dynamax-paper"):

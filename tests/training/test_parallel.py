@@ -20,8 +20,8 @@ from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.testing import tiny_model
 from dynamax_llm.text.batches import Batch, find_source
-from dynamax_llm.training import trainer
 from dynamax_llm.training.parallel import Group
+from dynamax_llm.training.phases import Phases
 from dynamax_llm.training.trainer import train_many
 from tests.training.conftest import ByteTokenizer
 from tests.training.test_trainer import CONFIG, SETTINGS
@@ -43,18 +43,18 @@ both(Path(sys.argv[1]), Path(sys.argv[2]))
 def both(corpus: Path, out: Path) -> None:
     """One process's part: every run, the first of them interrupted in its fourth step and started again."""
     torch.set_num_threads(1)
-    original = trainer._Run._step
+    original = Phases.step
 
-    def step(self, batch) -> None:
-        if self.steps == 3:
+    def step(self, batch, counters) -> None:
+        if counters.steps == 3:
             raise KeyboardInterrupt
-        original(self, batch)
+        original(self, batch, counters)
 
     for name, configs in CONFIGS.items():
         arguments = (adapt(tiny_model("mistral")), ByteTokenizer(), find_source(corpus), configs, BASE, out / name)
         if name == "head":
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(trainer._Run, "_step", step)
+                patch.setattr(Phases, "step", step)
                 with pytest.raises(KeyboardInterrupt):
                     train_many(*arguments)
             distributed.barrier()

@@ -18,15 +18,18 @@ from dynamax_llm.errors import ArtifactCorruptError, UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.confidence.measures import measure
-from dynamax_llm.exits.config import ExitConfig, LabelOptions
+from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.features import STATISTICS, ExitFeatures
 from dynamax_llm.exits.registries import HEADS
 from dynamax_llm.text.batches import find_source
 from dynamax_llm.traces.collect import ExitBatch
 from dynamax_llm.traces.simulate import NEVER, ThresholdSample, simulate_exits
-from dynamax_llm.training import trainer
+from dynamax_llm.training import phases
 from dynamax_llm.training.held_out import HeldOut, apply_threshold, on_policy
-from dynamax_llm.training.objective import Balance, exit_weights, learning_rate, loss, tally
+from dynamax_llm.training.learner import Balance, loss, tally
+from dynamax_llm.training.multi_exit import depth_weights
+from dynamax_llm.training.optimiser import learning_rate
+from dynamax_llm.training.phases import Phases
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.trainer import train, train_many
 
@@ -65,7 +68,7 @@ def heads_for(kind: str, width: int = 12) -> ExitHeads:
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_training_sees_what_decoding_sees(kind: str) -> None:
-    """The parallel walk against decoding's protocol: one token at a time, confidence then advance."""
+    """The parallel simulation against decoding's protocol: one token at a time, confidence then advance."""
     heads, exit_batch = heads_for(kind), made_up()
     draw = ThresholdSample(torch.tensor([[0.5], [0.45], [NEVER]]), torch.tensor([[0], [2], [0]]))
     found = simulate_exits(heads, exit_batch, draw)
@@ -103,9 +106,9 @@ def test_loss_counts_only_tokens_that_reach_an_exit() -> None:
         p = torch.sigmoid(step.logits[exit][reached]).double()
         label = exit_batch.labels[exit][reached]
         losses = torch.where(label, -p.log() * weights[1, exit], -(1 - p).log() * weights[0, exit])
-        expected += exit_weights(3)[exit] * float(losses.mean())
+        expected += depth_weights(range(1, 4))[exit] * float(losses.mean())
     assert float(loss(step, exit_batch.targets, weights)) == pytest.approx(expected, abs=1e-5)
-    assert exit_weights(3) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert depth_weights(range(1, 4)) == pytest.approx([1 / 6, 2 / 6, 3 / 6])
 
 
 def test_classes_weigh_the_same_and_the_prior_is_their_log_odds() -> None:
@@ -195,18 +198,18 @@ def test_training_lowers_the_loss(backbone, corpus: Path, tokenizer, tmp_path: P
 
 def run_until(monkeypatch, steps: int, *arguments) -> None:
     """A run that dies in its step number ``steps``, after the last checkpoint, as a kill would have it."""
-    original = trainer._Run._step
+    original = Phases.step
 
     class Killed(BaseException):
         pass
 
-    def step(self, batch) -> None:
-        if self.steps == steps:
+    def step(self, batch, counters) -> None:
+        if counters.steps == steps:
             raise Killed
-        original(self, batch)
+        original(self, batch, counters)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Run, "_step", step)
+        patch.setattr(Phases, "step", step)
         with pytest.raises(Killed):
             train(*arguments)
 
@@ -226,9 +229,8 @@ def test_a_killed_run_ends_like_an_unbroken_one(
         assert resumed.provenance[key] == unbroken.provenance[key], key
     for name, value in unbroken.heads.state_dict().items():
         assert torch.equal(resumed.heads.state_dict()[name], value), name
-    again = train(*common, tmp_path / "b")  # finished: nothing is left to do
-    assert again.provenance["steps"] == unbroken.provenance["steps"]
-    assert again.provenance["held_out"] == unbroken.provenance["held_out"]
+    repeated = train(*common, tmp_path / "b")  # finished: nothing is left to do
+    assert repeated.provenance == resumed.provenance
 
 
 def test_sigkill_and_the_same_command(backbone, corpus: Path, tokenizer, tmp_path: Path) -> None:
@@ -240,18 +242,19 @@ def test_sigkill_and_the_same_command(backbone, corpus: Path, tokenizer, tmp_pat
         from tests.training.test_trainer import CONFIG, SETTINGS
         from dynamax_llm.backbones import adapt
         from dynamax_llm.testing import tiny_model
-        from dynamax_llm.training import trainer
-        from dynamax_llm.text.batches import find_source
+        from dynamax_llm.training.phases import Phases
+        from dynamax_llm.training.trainer import train
+        from dynamax_llm.text.batches import Split, find_source, first_batches
 
         torch.set_num_threads(1)
-        original = trainer._Run._step
-        def step(self, batch):
-            if self.steps == 5:
+        original = Phases.step
+        def step(self, batch, counters):
+            if counters.steps == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
-            original(self, batch)
-        trainer._Run._step = step
+            original(self, batch, counters)
+        Phases.step = step
         source = find_source(sys.argv[1])
-        trainer.train(adapt(tiny_model("mistral")), ByteTokenizer(), source, CONFIG, SETTINGS, sys.argv[2])
+        train(adapt(tiny_model("mistral")), ByteTokenizer(), source, CONFIG, SETTINGS, sys.argv[2])
         """
     )
     root = Path(__file__).parents[2]
@@ -272,7 +275,7 @@ def test_sigkill_and_the_same_command(backbone, corpus: Path, tokenizer, tmp_pat
 def test_another_run_in_the_same_folder_is_refused(backbone, corpus: Path, tokenizer, tmp_path: Path) -> None:
     adapter, source, out = backbone("mistral"), find_source(corpus), tmp_path / "out"
     train(adapter, tokenizer, source, CONFIG, SETTINGS, out)
-    with pytest.raises(UsageError, match=r"holds another training run: lr is 0\.5 here, and was .*--out.*delete"):
+    with pytest.raises(UsageError, match=r"holds another training run: lr is 0\.5 here, and was .*`out`.*delete"):
         train(adapter, tokenizer, source, CONFIG, dataclasses.replace(SETTINGS, lr=0.5), out)
     with pytest.raises(UsageError, match=r"head is 'mlp' here, and was 'mamba'"):
         train(adapter, tokenizer, source, dataclasses.replace(CONFIG, head="mlp"), SETTINGS, out)
@@ -301,7 +304,7 @@ def test_a_head_that_no_longer_improves_stops_with_its_best_weights(
         snapshots.append({name: value.clone() for name, value in estimators[""].state_dict().items()})
         return {"": {"loss": next(losses), "depth": 1.0, "threshold": 1.0}}
 
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    monkeypatch.setattr(phases, "evaluate", evaluate)
     settings = dataclasses.replace(SETTINGS, max_tokens=60_000, eval_every=1000, patience=2)
     exits = train(backbone("mistral"), tokenizer, find_source(corpus), CONFIG, settings, tmp_path / "out")
     assert len(snapshots) == 4
@@ -332,17 +335,19 @@ def test_configurations_that_cannot_share_are_refused(backbone, corpus: Path, to
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("max_tokens", 0), ("lr", 0.0), ("held_out", 1.0), ("never", 1.5), ("batch_tokens", 8), ("patience", 0)],
+    [("max_tokens", 0), ("lr", 0.0), ("held_out", 1.0), ("no_exit_share", 1.5), ("batch_tokens", 8), ("patience", 0)],
 )
 def test_settings_out_of_bounds_are_named(setting: str, value: float) -> None:
     with pytest.raises(UsageError, match=rf"training setting {setting} = {value!r}: give "):
         TrainSettings(**{setting: value})
 
 
-def test_disturbance_is_measured_where_confidence_is_about_agreement(backbone, corpus, tokenizer, tmp_path) -> None:
+def test_the_drift_penalty_is_measured_where_confidence_is_about_agreement(
+    backbone, corpus, tokenizer, tmp_path
+) -> None:
     for label, policies in (("action", ["propagate"]), ("topk", [])):
-        config = dataclasses.replace(CONFIG, head="linear", labels=LabelOptions(label))
-        settings = dataclasses.replace(SETTINGS, max_tokens=600)
+        config = dataclasses.replace(CONFIG, head="linear")
+        settings = dataclasses.replace(SETTINGS, max_tokens=600, label=label)
         made = train(backbone("mistral"), tokenizer, find_source(corpus), config, settings, tmp_path / label)
         assert list(made.drift_penalty) == policies
         assert all(len(values) == 3 for values in made.drift_penalty.values())

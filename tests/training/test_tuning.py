@@ -17,8 +17,8 @@ from dynamax_llm.errors import ArtifactError, BackboneError, UsageError
 from dynamax_llm.testing import tiny_model
 from dynamax_llm.text.batches import Batch, Split, find_source, first_batches, pad
 from dynamax_llm.training.multi_exit import Mixture, depth_weights
-from dynamax_llm.training.objective import exit_weights
-from dynamax_llm.training.tuning import TuneSettings, run, tune
+from dynamax_llm.training.run import Counters
+from dynamax_llm.training.tuning import TuneSettings, tune
 from dynamax_llm.training.tuning.learner import TuneLearner
 from dynamax_llm.training.tuning.measure import measure
 from dynamax_llm.training.tuning.student import Student, adaptable, student
@@ -36,7 +36,7 @@ def batch() -> Batch:
     return pad([torch.randint(61, (length,), generator=generator).tolist() for length in (9, 14, 14)])
 
 
-def disturb(pupil: Student) -> None:
+def perturb(pupil: Student) -> None:
     """Adapters begin as zero and a copy as the original: move them apart, so that teacher and student differ."""
     torch.manual_seed(4)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_loss_and_gradient_equal_an_explicit_computation(
     backbone = adapt(tiny_model("mistral"))
     original = backbone.model(batch().ids).logits
     with student(backbone, settings) as pupil:
-        disturb(pupil)
+        perturb(pupil)
         learner = TuneLearner(pupil, LAYERS, settings)
         for exits in (LAYERS, (2,), (4,)):  # every exit beside others or alone
             learner.optimiser.zero_grad()
@@ -97,7 +97,7 @@ def test_every_family_gets_a_gradient_and_its_teacher_is_the_untouched_model(fam
     settings = dataclasses.replace(SETTINGS, method=method)
     original = backbone.model(batch().ids).logits
     with student(backbone, settings) as pupil:
-        disturb(pupil)
+        perturb(pupil)
         TuneLearner(pupil, (1, 2), settings).backward(batch(), (1, 2))
         norms = {name: float(p.grad.norm()) for name, p in pupil.parameters.items() if p.grad is not None}
         assert len(norms) >= 0.9 * len(pupil.parameters)
@@ -123,7 +123,7 @@ def test_at_step_0_the_original_teaches_the_last_layer_nothing() -> None:
 
 
 def test_weights_are_calms_and_the_shares_add_up() -> None:
-    assert depth_weights(range(1, 5)) == exit_weights(4) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert depth_weights(range(1, 5)) == pytest.approx([0.1, 0.2, 0.3, 0.4])
     mixture = Mixture.of((2, 6), distil=0.25, exit_weight=0.8, last_distil=0.5)
     assert mixture.hard == pytest.approx((0.15, 0.45, 0.5))
     assert mixture.soft == pytest.approx((0.05, 0.15, 0.5))
@@ -204,15 +204,15 @@ def test_a_killed_tuning_ends_like_an_unbroken_one(tuned, tmp_path: Path, monkey
     backbone, _, unbroken = tuned
     settings = dataclasses.replace(SETTINGS, distil=0.5, checkpoint_seconds=0.0)
     arguments = (backbone, byte_tokenizer(), find_source(text()), LAYERS, settings, tmp_path / "model")
-    original = run._Run._step
+    original = TuneLearner.step
 
-    def killed(self, one) -> None:
-        if self.steps == 3:
+    def killed(self, one, counters) -> None:
+        if counters.steps == 3:
             raise SystemError("killed")
-        original(self, one)
+        original(self, one, counters)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run._Run, "_step", killed)
+        patch.setattr(TuneLearner, "step", killed)
         with pytest.raises(SystemError):
             tune(*arguments)
     assert sorted(item.name for item in tmp_path.iterdir()) == [".model.tuning"]  # nothing half-written
@@ -254,7 +254,7 @@ def test_what_is_no_number_stops_the_run(tmp_path: Path) -> None:
     with student(backbone, SETTINGS) as pupil:
         list(pupil.parameters.values())[-1].data.fill_(float("nan"))
         with pytest.raises(UsageError, match=r"became nan in step 8: training at lr 0\.005 .*smaller learning rate"):
-            TuneLearner(pupil, (1, 2), SETTINGS).step(batch(), 7, 0.5)
+            TuneLearner(pupil, (1, 2), SETTINGS).step(batch(), Counters(tokens=750, steps=7))
     backbone.model.model.norm.weight.data.fill_(float("inf"))
     with pytest.raises(BackboneError, match=r"gives no numbers .* load it in float32"):
         tune(backbone, byte_tokenizer(), find_source(text()), (1, 2), SETTINGS, tmp_path / "o")

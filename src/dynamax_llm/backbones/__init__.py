@@ -17,7 +17,7 @@ from dynamax_llm.backbones.hybrid import (
 )
 from dynamax_llm.backbones.mamba import Mamba2Backbone
 from dynamax_llm.backbones.mamba1 import Mamba1Backbone
-from dynamax_llm.errors import UnsupportedModelError
+from dynamax_llm.errors import UnsupportedModelError, UsageError
 from dynamax_llm.registry import Registry
 
 #: Hugging Face's model_type to the adapter that drives it.
@@ -43,9 +43,31 @@ FAMILIES: Registry[type[Backbone]] = Registry(
 
 
 def adapt(model: nn.Module) -> Backbone:
-    """The Backbone that drives ``model``. Raises UnsupportedModelError, naming the supported types."""
+    """The Backbone that drives ``model``, a causal LM or a peft or ``torch.compile`` wrapper of one.
+
+    Raises UnsupportedModelError, naming the supported types, and UsageError for a model that computes more than its
+    layers do (see ``Backbone.check_stock``).
+    """
+    model = _unwrapped(model)
     check_supported(getattr(model.config, "model_type", None))
-    return FAMILIES[model.config.model_type](model)
+    backbone = FAMILIES[model.config.model_type](model)
+    backbone.check_stock()
+    return backbone
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The causal LM inside a compiled module or a PeftModel. Raises UsageError for soft prompts and prefixes."""
+    model = getattr(model, "_orig_mod", model)
+    if not hasattr(model, "get_base_model"):
+        return model
+    config = model.active_peft_config
+    if config.is_prompt_learning:
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        raise UsageError(
+            f"the model is adapted by {kind}, which adds virtual tokens outside the layers that layer-by-layer "
+            "decoding runs. Use an adapter of the layers' own modules, such as LoRA, or the model without it."
+        )
+    return model.get_base_model()
 
 
 def check_supported(model_type: str | None) -> None:

@@ -9,6 +9,7 @@ The functions on top serve the attention layers of hybrids too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from dynamax_llm.backbones.base import Backbone, Context, Costs, Held, LayerCost, linear_macs, weight_macs
 from dynamax_llm.backbones.cache import StackedCache
+from dynamax_llm.backbones.rotary import rotary_positions
 from dynamax_llm.backbones.stacking import StackedWeights, normalise
 from dynamax_llm.errors import UnsupportedModelError
 
@@ -32,14 +34,17 @@ def rotate(x: Tensor, ctx: Context) -> Tensor:
     return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
 
 
-def keys_values(attention: nn.Module, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-    """The K/V entries (B, H, T, D) that a stock attention module makes of its normed input x (B, T, d)."""
+def keys_values(
+    attention: nn.Module, x: Tensor, ctx: Context, scale_keys: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The K/V entries (B, H, T, D) that a stock attention module makes of its normed input x (B, T, d).
+
+    ``scale_keys`` is what a family does to the keys (B, T, H, D) before positions rotate them.
+    """
     shape = (*x.shape[:-1], -1, attention.head_dim)
     key, value = attention.k_proj(x).view(shape), attention.v_proj(x).view(shape)
-    if hasattr(attention, "k_norm"):
-        key = attention.k_norm(key)
-    if hasattr(attention, "key_multiplier"):
-        key = key * attention.key_multiplier
+    if scale_keys is not None:
+        key = scale_keys(key)
     return rotate(key.transpose(1, 2), ctx), value.transpose(1, 2)
 
 
@@ -103,7 +108,7 @@ class AttentionBackbone(Backbone):
     ) -> Context:
         places = slot_positions(h, past, padding)
         positions = places[:, past:]
-        rotary = self.model.model.rotary_emb(h, position_ids=positions)
+        rotary = rotary_positions(self.model.model.rotary_emb, h, positions, past, padding)
         mask = window_mask = None
         if not all(self.windowed):
             mask = causal_mask(self.config, h, past, padding, places)
@@ -123,7 +128,12 @@ class AttentionBackbone(Backbone):
 
     def update_state(self, index: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
         layer = self.layers[index]
-        cache.update(*keys_values(layer.self_attn, layer.input_layernorm(h), ctx), index)
+        x = layer.input_layernorm(h)
+        cache.update(*keys_values(layer.self_attn, x, ctx, self._key_norm(layer)), index)
+
+    def _key_norm(self, layer: nn.Module) -> nn.Module | None:
+        """What the layer's keys pass before positions rotate them."""
+        return None
 
     @staticmethod
     def _rows(layer: nn.Module) -> tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]:
@@ -169,16 +179,19 @@ class Qwen3Backbone(AttentionBackbone):
         self._key_norms: dict[tuple[int, int], Tensor] = {}  # by run of layers, since the last refresh
 
     def _norm_keys(self, first: int, stop: int, key: Tensor) -> Tensor:
-        norms = [layer.self_attn.k_norm for layer in self.layers[first:stop]]
-        if (first, stop) not in self._key_norms:
+        norms, cached = [layer.self_attn.k_norm for layer in self.layers[first:stop]], self._key_norms
+        if (first, stop) not in cached:
             with torch.no_grad():
                 weight = torch.stack([norm.weight for norm in norms])
-            self._key_norms[first, stop] = weight.view(stop - first, 1, 1, 1, -1)
-        return self._key_norms[first, stop] * normalise(key, norms[0].variance_epsilon, key.dtype)
+            cached[first, stop] = weight.view(stop - first, 1, 1, 1, -1)
+        return cached[first, stop] * normalise(key, norms[0].variance_epsilon, key.dtype)
+
+    def _key_norm(self, layer: nn.Module) -> nn.Module | None:
+        return layer.self_attn.k_norm
 
     def refresh(self) -> None:
         super().refresh()
-        self._key_norms.clear()
+        self._key_norms = {}
 
 
 class GemmaBackbone(AttentionBackbone):

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import abc
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dynamax_llm.backbones.cache import StackedCache
+from dynamax_llm.backbones.stacking import dense_weight, is_plain_linear
+from dynamax_llm.errors import UsageError
 from dynamax_llm.shapes import Choices, Hidden, Ids, Logits
 
 
@@ -133,6 +136,18 @@ class Backbone(abc.ABC):
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         """Run layer ``index`` (from 0) on h (B, T, d), advancing its state in ``cache``; returns (B, T, d)."""
 
+    def hidden_states(self, ids: Ids, padding: Tensor | None = None) -> Iterator[tuple[int, Hidden]]:
+        """Run whole texts ids (B, T) without a cache: (depth, h) for the embeddings, depth 0, and after every layer.
+
+        ``padding`` (B, T) is 1 at tokens and 0 at pads; right pads need none.
+        """
+        h = self.embed(ids.to(self.device, non_blocking=True))
+        yield 0, h
+        ctx = self.context(h, padding=padding)
+        for index in range(self.n_layers):
+            h = self.layer(index, h, None, ctx)
+            yield index + 1, h
+
     @abc.abstractmethod
     def update_state(self, index: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
         """Leave in ``cache`` exactly what ``layer`` would leave, without computing its output."""
@@ -141,6 +156,35 @@ class Backbone(abc.ABC):
         """``update_state`` for layers ``first`` to ``stop - 1``, all reading the same h."""
         for index in range(first, stop):
             self.update_state(index, h, cache, ctx)
+
+    def check_stock(self) -> None:
+        """Raise UsageError if the model computes more than its layers do, which driving the layers would leave out.
+
+        That is a causal LM with a ``forward`` or a ``prepare_inputs_for_generation`` of its own, or a hook on the
+        causal LM or on the model inside it. Hooks on layers, norms, embedding and head are followed.
+        """
+        model, name = self.model, type(self.model).__name__
+        stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), type(model))
+        placed = hasattr(model, "_hf_hook") or hasattr(model, "_original_forward")  # accelerate's own forward
+        for method in ("forward", "prepare_inputs_for_generation"):
+            expected = getattr(stock, method, None)
+            if getattr(type(model), method, None) is not expected:
+                raise UsageError(
+                    f"{name} has a {method} of its own, which layer-by-layer decoding does not run. "
+                    f"Use {stock.__name__}, or register an adapter for it under a model type of its own."
+                )
+            bound = vars(model).get(method)
+            if bound is not None and getattr(bound, "__func__", None) is not expected and not placed:
+                raise UsageError(
+                    f"{method} of this {name} was replaced (prompt tuning and prefix tuning of peft do that), and "
+                    "layer-by-layer decoding does not run it. Use the model without it."
+                )
+        for module in (model, getattr(model, "base_model", model)):
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise UsageError(
+                    f"{type(module).__name__} has a forward hook, which layer-by-layer decoding does not run. "
+                    "Remove it, or put it on a layer, a norm, the embedding or the head."
+                )
 
     def refresh(self) -> None:
         """Notice weights that were replaced or changed since the last generation; called once before each."""
@@ -155,15 +199,16 @@ class Backbone(abc.ABC):
 
     def readout_of(self, h: Hidden, tokens: Choices) -> Logits:
         """Float32 logits (B, T, K) of ``tokens`` (B, T, K) alone, from h (B, T, d)."""
-        if tokens.numel() >= self.vocab_size:
+        head = self.model.get_output_embeddings()
+        if tokens.numel() >= self.vocab_size or not is_plain_linear(head):
             return self.readout(h).gather(-1, tokens)
-        head, rows = self.model.get_output_embeddings(), self.output_rows(tokens)  # (B, T, K, d)
+        rows = self.output_rows(tokens)  # (B, T, K, d)
         logits = torch.matmul(rows, self.final_norm(h).unsqueeze(-1)).squeeze(-1)
         return self._scale(logits if head.bias is None else logits + head.bias[tokens]).float()
 
     def output_rows(self, tokens: Choices) -> Tensor:
         """The LM head's rows (B, T, K, d) of ``tokens`` (B, T, K)."""
-        return self.model.get_output_embeddings().weight[tokens]
+        return dense_weight(self.model.get_output_embeddings())[tokens]
 
     def _scale(self, logits: Tensor) -> Tensor:
         """What the stock model does to the LM head's output, elementwise; nothing in most families."""
@@ -199,8 +244,8 @@ class Held:
 
 
 def linear_macs(*modules: nn.Module) -> int:
-    """Multiply-accumulates per token of linear modules: their weight counts."""
-    return sum(int(module.weight.numel()) for module in modules)
+    """Multiply-accumulates per token of linear modules: the products of their sizes."""
+    return sum(int(module.in_features) * int(module.out_features) for module in modules)
 
 
 def weight_macs(modules: Iterable[nn.Module], experts_per_token: int = 0) -> int:
@@ -211,7 +256,10 @@ def weight_macs(modules: Iterable[nn.Module], experts_per_token: int = 0) -> int
     """
     total = 0
     for module in modules:
-        if isinstance(module, nn.Linear | nn.Conv1d):
+        if isinstance(module, nn.Conv1d):
+            total += module.weight.numel()
+            continue
+        if hasattr(module, "in_features") and not any(hasattr(part, "in_features") for part in module.children()):
             total += linear_macs(module)
             continue
         for name, parameter in module.named_parameters(recurse=False):

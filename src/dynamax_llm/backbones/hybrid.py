@@ -31,9 +31,11 @@ from dynamax_llm.backbones.mixers import (
     continues,
     is_mamba1,
     mixer_cost,
+    path_to,
     project,
     small_weights,
 )
+from dynamax_llm.backbones.rotary import rotary_positions
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class HybridBackbone(Backbone):
     ) -> Context:
         places = slot_positions(h, past, padding)
         positions = places[:, past:]
-        rotary = None if self._rotary is None else self._rotary(h, position_ids=positions)
+        rotary = None if self._rotary is None else rotary_positions(self._rotary, h, positions, past, padding)
         return Context(
             positions=positions,
             mask=causal_mask(self.config, h, past, padding, places),
@@ -87,15 +89,15 @@ class HybridBackbone(Backbone):
         )
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
-        mixer = self._parts(self.layers[index]).mamba
+        layer = self.layers[index]
+        mixer = self._parts(layer).mamba
         if mixer is not None and not is_mamba1(mixer) and continues(index, h, cache):
-            with as_single_steps(mixer, h.shape[1]):
-                return self._run(index, h, cache, ctx)
-        return self._run(index, h, cache, ctx)
+            layer = as_single_steps(layer, path_to(layer, mixer), h.shape[1])
+        return self._run(layer, index, h, cache, ctx)
 
-    def _run(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
-        """Layer ``index`` as the stock model calls it."""
-        out = self.layers[index](h, **self._arguments(index, cache, ctx))
+    def _run(self, layer: nn.Module, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
+        """``layer``, which is layer ``index`` or its copy, as the stock model calls it."""
+        out = layer(h, **self._arguments(index, cache, ctx))
         return out if isinstance(out, Tensor) else out[0]
 
     def _arguments(self, index: int, cache: StackedCache | None, ctx: Context) -> dict[str, Any]:
@@ -116,11 +118,11 @@ class HybridBackbone(Backbone):
         if parts.mamba is not None:
             self._advance(index, parts.mamba, x, cache)
         if parts.attention is not None:
-            cache.update(*keys_values(parts.attention, self._attended(index, x), ctx), index)
+            cache.update(*self._keys_values(index, parts.attention, x, ctx), index)
 
-    def _attended(self, index: int, x: Tensor) -> Tensor:
-        """What the attention module is given of the layer's normed input."""
-        return x
+    def _keys_values(self, index: int, attention: nn.Module, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """The K/V entries of layer ``index`` from its normed input x (B, T, d)."""
+        return keys_values(attention, x, ctx)
 
     def _advance(self, index: int, mixer: nn.Module, x: Tensor, cache: StackedCache) -> None:
         """Normed input x (B, T, d) through the state of layer ``index``'s mixer."""
@@ -130,15 +132,16 @@ class HybridBackbone(Backbone):
             for row in rows.unbind(1):
                 advance_mamba1(mixer, row, conv_state[0], ssm_state[0])
             return
-        if index not in self._small:
-            self._small[index] = small_weights([mixer])
+        cached = self._small  # another thread's refresh replaces the dict
+        if index not in cached:
+            cached[index] = small_weights([mixer])
         if x.shape[1] > 1:
-            advance_mamba2_over(mixer, rows, self._small[index], conv_state[0], ssm_state[0])
+            advance_mamba2_over(mixer, rows, cached[index], conv_state[0], ssm_state[0])
         else:
-            advance_mamba2(mixer, rows.transpose(0, 1), self._small[index], conv_state, ssm_state)
+            advance_mamba2(mixer, rows.transpose(0, 1), cached[index], conv_state, ssm_state)
 
     def refresh(self) -> None:
-        self._small.clear()
+        self._small = {}
 
     def final_norm(self, h: Tensor) -> Tensor:
         return self.model.model.final_layernorm(h)
@@ -201,8 +204,9 @@ class FalconH1Backbone(HybridBackbone):
         masks = {"attention_mask": ctx.mask, "mamba_attention_mask": ctx.padding}
         return super()._arguments(index, cache, ctx) | masks
 
-    def _attended(self, index: int, x: Tensor) -> Tensor:
-        return x * self.layers[index].attention_in_multiplier
+    def _keys_values(self, index: int, attention: nn.Module, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        x = x * self.layers[index].attention_in_multiplier
+        return keys_values(attention, x, ctx, lambda key: key * attention.key_multiplier)
 
     def _scale(self, logits: Tensor) -> Tensor:
         return logits * self.model.model.lm_head_multiplier
@@ -222,8 +226,8 @@ class Zamba2Backbone(HybridBackbone):
         decoder = layer if shared is None else layer.mamba_decoder
         return Parts(decoder.input_layernorm, None if shared is None else shared.self_attn, decoder.mamba)
 
-    def _run(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
-        return self.layers[index](
+    def _run(self, layer: nn.Module, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
+        return layer(
             h,
             ctx.embedded,
             index,

@@ -64,10 +64,10 @@ class Mamba2Backbone(MambaBackbone):
         self._small: dict[tuple[int, int], Small] = {}  # by run of layers, since the last refresh
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
-        if not continues(index, h, cache):
-            return super().layer(index, h, cache, ctx)
-        with as_single_steps(self.layers[index].mixer, h.shape[1]):
-            return super().layer(index, h, cache, ctx)
+        layer = self.layers[index]
+        if continues(index, h, cache):
+            layer = as_single_steps(layer, ("mixer",), h.shape[1])
+        return layer(h, cache_params=cache, attention_mask=ctx.padding)
 
     @staticmethod
     def _rows(layer: nn.Module) -> tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]:
@@ -99,10 +99,11 @@ class Mamba2Backbone(MambaBackbone):
 
     def _small_weights(self, first: int, stop: int) -> Small:
         """Those of layers ``first`` to ``stop - 1``."""
-        if (first, stop) not in self._small:
-            self._small[first, stop] = small_weights([layer.mixer for layer in self.layers[first:stop]])
-        return self._small[first, stop]
+        small = self._small  # another thread's refresh replaces the dict
+        if (first, stop) not in small:
+            small[first, stop] = small_weights([layer.mixer for layer in self.layers[first:stop]])
+        return small[first, stop]
 
     def refresh(self) -> None:
         self._stacked.refresh()
-        self._small.clear()
+        self._small = {}

@@ -8,8 +8,9 @@ Shapes: n layers, B batch, C convolution channels, K kernel, H heads, P head dim
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
+from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from dynamax_llm.backbones.base import LayerCost, linear_macs, weight_macs
 from dynamax_llm.backbones.cache import StackedCache
+from dynamax_llm.backbones.stacking import is_plain_linear
 
 #: Scans are not cut shorter than this: kernels want a power of two, and tensor cores tiles of 16.
 LEAST_CHUNK = 16
@@ -66,25 +68,44 @@ def continues(index: int, h: Tensor, cache: StackedCache | None) -> bool:
     return h.shape[1] > 1 and cache is not None and cache.get_recurrent_state(index) is not None
 
 
-@contextmanager
-def as_single_steps(mixer: nn.Module, tokens: int) -> Iterator[None]:
-    """Let a Mamba-2 mixer's pass over few tokens that continue a state do what as many single steps do, and no more.
+def path_to(layer: nn.Module, mixer: nn.Module) -> list[str]:
+    """The attribute names that lead from a layer to its mixer."""
+    return next(name for name, module in layer.named_modules() if module is mixer).split(".")
+
+
+def as_single_steps(layer: nn.Module, path: Sequence[str], tokens: int) -> nn.Module:
+    """A copy of a layer for a pass over few tokens that continue a state: it does what as many single steps do.
 
     The stock pass clamps dt and single steps do not; and it fills its scan up to ``chunk_size`` (256, say), which for
-    a window of 16 is most of the work. Both settings are the mixer's again afterwards.
+    a window of 16 is most of the work. The copy has its own values of the two settings in the Mamba-2 mixer at
+    ``path`` and shares everything else (parameters, buffers, hooks, submodules). The stock layer is not written to,
+    so any number of threads may run it at the same time.
     """
-    saved = mixer.chunk_size, mixer.time_step_limit
-    mixer.chunk_size = min(mixer.chunk_size, max(LEAST_CHUNK, 1 << (tokens - 1).bit_length()))
-    mixer.time_step_limit = (0.0, float("inf"))
-    try:
-        yield
-    finally:
-        mixer.chunk_size, mixer.time_step_limit = saved
+    twin = _twin(layer)
+    if path:
+        twin._modules[path[0]] = as_single_steps(getattr(layer, path[0]), path[1:], tokens)
+    else:
+        twin.chunk_size = min(twin.chunk_size, max(LEAST_CHUNK, 1 << (tokens - 1).bit_length()))
+        twin.time_step_limit = (0.0, float("inf"))
+    return twin
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A shallow copy of a module, with a dict of submodules of its own; what is bound to the module is bound anew."""
+    twin = module.__new__(type(module))
+    vars(twin).update(vars(module), _modules=dict(module._modules), _compiled_call_impl=None)
+    for name in ("forward", "_old_forward"):  # where accelerate placed or offloaded the weights
+        bound = vars(module).get(name)
+        if isinstance(bound, MethodType) and bound.__self__ is module:
+            vars(twin)[name] = MethodType(bound.__func__, twin)
+        elif isinstance(bound, partial) and bound.args[:1] == (module,):
+            vars(twin)[name] = partial(bound.func, twin, *bound.args[1:], **bound.keywords)
+    return twin
 
 
 def some_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
     """The outputs ``rows`` of a linear module on x (..., d)."""
-    if type(linear) is not nn.Linear:
+    if not is_plain_linear(linear):
         return linear(x)[..., rows]  # quantised or adapted: only the module knows its product
     return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from dynamax_llm.errors import BackboneError
 
 #: Stacked rows are a copy. Above this share of the layers' own bytes (and above 64 MiB) layers are updated one by one.
 MEMORY_SHARE = 0.05
@@ -14,6 +16,65 @@ MEMORY_FLOOR = 64 * 2**20
 
 #: ``rows(layer)`` names a layer's input norm and the (linear, rows) whose product makes its state.
 Rows = Callable[[nn.Module], tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]]
+
+
+#: What one layer gives to a stack, as ``Rows`` names it.
+Source = tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether nothing but the module's class decides what it computes: no hooks, no replaced forward."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module's product is that of its ``weight`` and ``bias``; not so where it is quantised or adapted."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and is_plain(module)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear module or embedding, dequantised where it is stored in another form.
+
+    Raises BackboneError, naming the module's and the weight's class, where that cannot be had.
+    """
+    weight = module.weight() if callable(module.weight) else module.weight
+    if type(weight) is nn.Parameter:
+        return weight
+    try:
+        return weight.dequantize().to(torch.float32)
+    except Exception as error:  # each quantisation library raises its own
+        raise BackboneError(
+            f"the weight of a {type(module).__name__} is a {type(weight).__name__}, whose values cannot be read "
+            f"({str(error).strip()[:100]}). Load the model in bfloat16, float16 or float32."
+        ) from error
+
+
+def weights_signature(modules: Iterable[nn.Module]) -> tuple[tuple, ...]:
+    """Address, dtype, shape and a checksum of the content of every parameter that these modules hold themselves.
+
+    Signatures that were taken before and after a change differ however the change was made: by replacing a parameter,
+    by an in-place operation, or through ``.data``, which autograd's version counter does not record. The checksum is a
+    sum of the values' bits, so it reads the weights once, and it does not see values that only change places.
+    """
+    tensors = [parameter.detach() for module in modules for parameter in module.parameters(recurse=False)]
+    sums: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        sums.setdefault(tensor.device, []).append(_bit_sum(tensor))
+    # One transfer per device.
+    found = {device: iter(torch.stack(parts).tolist()) for device, parts in sums.items() if device.type != "meta"}
+    return tuple(
+        (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), next(found[tensor.device], None))
+        if tensor.device in found
+        else (id(tensor), tensor.dtype, tuple(tensor.shape), None)
+        for tensor in tensors
+    )
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    """The sum of a tensor's bits as int64 words, wrapping around."""
+    if tensor.is_contiguous() and tensor.dim() and (tensor.shape[-1] * tensor.element_size()) % 8 == 0:
+        return tensor.view(torch.int64).sum()
+    return tensor.double().sum().view(torch.int64)
 
 
 def normalise(h: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -66,39 +127,42 @@ class StackedWeights:
 
     def refresh(self) -> None:
         """Check the stack against the weights; called once per generation, not per token."""
-        sources = [(norm, parts) for norm, parts in map(self._rows, self.layers)]
-        linears = [linear for _, parts in sources for linear, _ in parts]
-        tensors = [norm.weight for norm, _ in sources] + [linear.weight for linear in linears]
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        signature = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in tensors + biases)
+        sources = [self._rows(layer) for layer in self.layers]
+        stackable = self._can_stack(sources)
+        signature = weights_signature(_modules(sources)) if stackable else ()
         if signature == self._signature:
             return
-        self._signature, self._slices = signature, {}
-        self._built = self._build(sources) if self._worthwhile(tensors) else None
+        # A new dict rather than a cleared one: another thread may be reading the old one.
+        self._built, self._slices = self._build(sources) if stackable else None, {}
+        self._signature = signature
 
     def get(self, first: int, stop: int) -> Stack | None:
         """The stack of layers ``first`` to ``stop - 1``, or None where layers must go one by one."""
         if self._signature is None:
             self.refresh()
-        if self._built is None:
+        slices, built = self._slices, self._built
+        if built is None:
             return None
-        if (first, stop) not in self._slices:
-            self._slices[first, stop] = self._built.narrow(first, stop)
-        return self._slices[first, stop]
+        return slices.get((first, stop)) or slices.setdefault((first, stop), built.narrow(first, stop))
 
-    def _worthwhile(self, tensors: list[Tensor]) -> bool:
-        kind = type(self.layers[0])
-        plain = all(type(layer) is kind and not getattr(layer, "_hf_hook", None) for layer in self.layers)
+    def _can_stack(self, sources: list[Source]) -> bool:
+        """Whether a stacked product is what the layers compute, and is worth its memory."""
+        kinds = {(type(layer), type(norm)) for layer, (norm, _) in zip(self.layers, sources, strict=True)}
+        norms, linears = [norm for norm, _ in sources], [linear for _, parts in sources for linear, _ in parts]
+        hooked = any(getattr(layer, "_hf_hook", None) for layer in self.layers)
+        if len(kinds) > 1 or hooked or not all(map(is_plain, norms)) or not all(map(is_plain_linear, linears)):
+            return False  # offloaded, quantised, adapted or hooked modules compute their own products
+        tensors = [module.weight for module in _modules(sources)]
         one_place = len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1
-        if not (plain and one_place and tensors[0].is_floating_point() and tensors[0].device.type != "meta"):
-            return False  # offloaded, sharded, quantised or mixed layers keep their own products
-        copied = sum(linear.weight[rows].nbytes for layer in self.layers for linear, rows in self._rows(layer)[1])
+        if not (one_place and tensors[0].is_floating_point() and tensors[0].device.type != "meta"):
+            return False
+        copied = sum(linear.weight[rows].nbytes for _, parts in sources for linear, rows in parts)
         whole = sum(parameter.nbytes for parameter in self.layers.parameters())
         return copied <= max(MEMORY_FLOOR, MEMORY_SHARE * whole)
 
     @staticmethod
     @torch.no_grad()
-    def _build(sources: list) -> Stack:
+    def _build(sources: list[Source]) -> Stack:
         norm = torch.stack([source.weight for source, _ in sources])  # (n, d)
         weight = torch.stack([torch.cat([linear.weight[rows] for linear, rows in parts]) for _, parts in sources])
         if weight.dtype == torch.float32:
@@ -106,7 +170,12 @@ class StackedWeights:
         return Stack(weight, norm, _stacked_bias(sources, weight), float(sources[0][0].variance_epsilon))
 
 
-def _stacked_bias(sources: list, weight: Tensor) -> Tensor | None:
+def _modules(sources: list[Source]) -> list[nn.Module]:
+    """The norms and linears of all layers."""
+    return [module for norm, parts in sources for module in (norm, *(linear for linear, _ in parts))]
+
+
+def _stacked_bias(sources: list[Source], weight: Tensor) -> Tensor | None:
     """Biases (n, R) of the stacked rows, zeros where a linear has none; None if no linear has any."""
     if all(linear.bias is None for _, parts in sources for linear, _ in parts):
         return None

@@ -1,7 +1,7 @@
 """Sequences out of documents: one per document, because tokens and passages of one document are not independent.
 
 Which documents are taken, and in what order, is a function of the source and the seed. Texts that occur twice count
-once, so that no sequence serves both the path and the proof.
+once, so that no sequence serves both the path and the test.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from dynamax_llm.errors import DataError
 from dynamax_llm.text.sources import Source, json_records
 
-#: Documents that are read before some are drawn; of a larger source, the first so many of its shuffled stream.
+#: Documents that are read before some are drawn; of a larger source, the first this many of its shuffled stream.
 READ = 20_000
 #: Characters kept of a document per token asked for: far more than any token has on average.
 CHARACTERS = 16
@@ -65,7 +65,7 @@ def draw(source: Source, tokenizer: Any, count: int, prompt: int, new: int, seed
     if not drawn.items:
         raise DataError(
             f"data {source.spec!r} has no document of at least {least} tokens. Give longer texts, or a shorter prompt: "
-            "--prompt-tokens."
+            "`prompt_tokens`."
         )
     return drawn
 
@@ -87,7 +87,7 @@ def draw_questions(source: Source, tokenizer: Any, count: int, prompt: int, seed
 
     drawn = _collect(questions(), cut, count, seed)
     if not drawn.items:
-        raise DataError(f"data {source.spec!r} has no question of at most {prompt} tokens. Raise --prompt-tokens.")
+        raise DataError(f"data {source.spec!r} has no question of at most {prompt} tokens. Raise `prompt_tokens`.")
     return drawn
 
 
@@ -120,21 +120,21 @@ def _questions(source: Source) -> Iterator[tuple[str, tuple[str, ...]]]:
         raise DataError(f"data {source.spec!r} holds no questions with answers. {wanted}")
     for path in source.files:
         for place, record in json_records(path):
-            found = record if isinstance(record, Mapping) else {}
-            whole, question = found.get("prompt"), found.get("question")
-            references = _references(found) if isinstance(whole, str) or isinstance(question, str) else ()
-            if not references:
+            fields = record if isinstance(record, Mapping) else {}
+            prompt, question, references = fields.get("prompt"), fields.get("question"), _references(fields)
+            if not references or not (isinstance(prompt, str) or isinstance(question, str)):
                 raise DataError(f"{place}: no question with answers. {wanted}")
-            yield whole if isinstance(whole, str) else f"Question: {question}\nAnswer:", references
+            yield prompt if isinstance(prompt, str) else f"Question: {question}\nAnswer:", references
 
 
 def _references(record: Mapping[str, Any]) -> tuple[str, ...]:
     """Every reference answer of a record: strings, lists, or the mappings of SQuAD and TriviaQA."""
-    found = next((record[name] for name in ("answers", "answer", "best_answer") if record.get(name)), ())
-    if isinstance(found, Mapping):
-        found = [item for name in ("value", "aliases", "text", "input_text") for item in _listed(found.get(name))]
-    return tuple(dict.fromkeys(item for item in _listed(found) if isinstance(item, str) and item.strip()))
+    answers = next((record[name] for name in ("answers", "answer", "best_answer") if record.get(name)), ())
+    if isinstance(answers, Mapping):
+        fields = ("value", "aliases", "text", "input_text")
+        answers = [item for field in fields for item in _listed(answers.get(field))]
+    return tuple(dict.fromkeys(item for item in _listed(answers) if isinstance(item, str) and item.strip()))
 
 
-def _listed(found: Any) -> list[Any]:
-    return [found] if isinstance(found, str) else list(found or ())
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else value if isinstance(value, list) else []

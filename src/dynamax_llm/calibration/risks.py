@@ -4,8 +4,8 @@
                   text is the data's own, decoded with forced tokens
     consistency   1 - ROUGE-L between the greedy text with exits and the full model's
     risk[metric]  how far the score of the text with exits, against reference answers, falls below the full model's:
-                  max(0, full - early) per prompt. A gain on one prompt does not pay for a loss on another, so the mean
-                  loss is at least the drop of the mean score, and a bound on the one bounds the other
+                  max(0, full - early) per prompt. A gain on one prompt does not make up for a loss on another, so the
+                  mean loss is at least the drop of the mean score, and a bound on the one bounds the other
 
 Scores of answers are SQuAD's (Rajpurkar et al. 2016, arXiv 1606.05250): the best over the references, after lower
 case, without punctuation, articles and surplus blanks. Answers end at the first line end.
@@ -28,10 +28,10 @@ from dynamax_llm.errors import PolicyMismatchError
 from dynamax_llm.metrics import exact_match, f1, rouge_l
 from dynamax_llm.registry import Registry
 from dynamax_llm.text.batches import pad
-from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
+from dynamax_llm.traces.teacher_forced import force_text, teacher_forced
 
-#: Policies whose decisions over a given text one parallel pass gives.
-PARALLEL = ("propagate", "defer")
+#: A loss in [0, 1] of the text with exits, given the full model's text and the item.
+TextLoss = Callable[[str, str, Item], float]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Measured:
 
 
 class Risk(abc.ABC):
-    """Losses of ``items`` on one backbone; what the full model does is found once."""
+    """Losses of ``items`` on one backbone; the full model's output is computed once."""
 
     def __init__(
         self, backbone: Backbone, tokenizer: Any, items: Sequence[Item], batch: int = 16, new: int = 64
@@ -54,49 +54,44 @@ class Risk(abc.ABC):
 
     @abc.abstractmethod
     def measure(self, early: EarlyExit) -> Measured:
-        """Losses with exits. Raises PolicyMismatchError under ``verify``, where there is nothing to lose."""
+        """Losses with exits. Raises PolicyMismatchError under ``verify``, where every loss is 0."""
 
-    def batches(self) -> Iterator[tuple[int, list[Item]]]:
-        """Consecutive items with the index of the first."""
+    def batches(self) -> Iterator[list[Item]]:
+        """Consecutive items."""
         for start in range(0, len(self.items), self.batch):
-            yield start, self.items[start : start + self.batch]
+            yield self.items[start : start + self.batch]
 
 
 class AgreementRisk(Risk):
     """Tokens that differ, teacher-forced; prompts of one batch share the longest one's length."""
 
+    _full_tokens: list[Tensor] | None = None  # of every batch (B, T): the full model's token after every position
+
     def measure(self, early: EarlyExit) -> Measured:
         check_policy(early.policy.name)
-        parts = [self._batch(early, start, items) for start, items in self.batches()]
-        return Measured(*(torch.cat(values) for values in zip(*parts, strict=True)))
-
-    def _batch(self, early: EarlyExit, start: int, items: list[Item]) -> tuple[Tensor, Tensor]:
-        batch = pad([list(item.ids) for item in items])
-        prompt = max(item.prompt for item in items)
+        batches = [(pad([list(item.ids) for item in items]), max(i.prompt for i in items)) for items in self.batches()]
         device = self.backbone.device
-        ids, mask = batch.ids.to(device), batch.mask.to(device)[:, prompt:]
-        truth = self._full(early, start, ids)
+        if self._full_tokens is None:
+            full = EarlyExit(early.exits, threshold="never", measure=early.measure)
+            backbone, plan, _ = full.attach(self.backbone.model)
+            self._full_tokens = [teacher_forced(backbone, plan, b.ids.to(device), ()).tokens for b, _ in batches]
         backbone, plan, costs = early.attach(self.backbone.model)
-        simulate_exits = teacher_forced if early.policy.name in PARALLEL else step_by_step
-        found = simulate_exits(backbone, plan, ids, early.thresholds.values[: len(plan.layers)], prompt_length=prompt)
-        taken = found.exit_index[:, prompt:]
-        layers = costs.layers(torch.where(taken == len(plan.layers), len(costs.depths) - 1, taken))
-        count = mask.sum(1).clamp(min=1).double()
-        wrong = ((found.tokens[:, prompt:] != truth[:, prompt:]) & mask).sum(1)
-        return (wrong / count).cpu(), ((layers * mask).sum(1) / count / backbone.n_layers).cpu()
-
-    def _full(self, early: EarlyExit, start: int, ids: Tensor) -> Tensor:
-        """The full model's token (B, T) after every position."""
-        known: dict[int, Tensor] = self.__dict__.setdefault("_truth", {})
-        if start not in known:
-            never = EarlyExit(early.exits, threshold="never", measure=early.measure)
-            backbone, plan, _ = never.attach(self.backbone.model)
-            known[start] = teacher_forced(backbone, plan, ids, ()).tokens
-        return known[start]
+        thresholds = early.thresholds.values[: len(plan.layers)]
+        losses, depth = [], []
+        for (batch, prompt), full_tokens in zip(batches, self._full_tokens, strict=True):
+            mask = batch.mask.to(device)[:, prompt:]
+            forced = force_text(backbone, plan, batch.ids.to(device), thresholds, prompt_length=prompt)
+            exit_index = forced.exit_index[:, prompt:]
+            layers = costs.layers(torch.where(exit_index == len(plan.layers), len(costs.depths) - 1, exit_index))
+            count = mask.sum(1).clamp(min=1).double()
+            wrong = ((forced.tokens != full_tokens)[:, prompt:] & mask).sum(1)
+            losses.append((wrong / count).cpu())
+            depth.append(((layers * mask).sum(1) / count / backbone.n_layers).cpu())
+        return Measured(torch.cat(losses), torch.cat(depth))
 
 
 class TextRisk(Risk):
-    """A loss of greedy texts: ``score`` of the text with exits, the full model's, and the item."""
+    """A ``loss`` of greedy texts."""
 
     def __init__(
         self,
@@ -106,11 +101,11 @@ class TextRisk(Risk):
         batch: int = 16,
         new: int = 64,
         *,
-        loss: Callable[[str, str, Item], float],
+        loss: TextLoss,
     ) -> None:
         super().__init__(backbone, tokenizer, items, batch, new)
         self.loss = loss
-        self._texts: list[str] | None = None
+        self._full_texts: list[str] | None = None
 
     def measure(self, early: EarlyExit) -> Measured:
         check_policy(early.policy.name)
@@ -120,13 +115,13 @@ class TextRisk(Risk):
 
     def full(self, early: EarlyExit) -> list[str]:
         """The full model's texts."""
-        if self._texts is None:
-            never = EarlyExit(early.exits, threshold="never", measure=early.measure)
-            self._texts = self.texts(self.generate(never)[0])
-        return self._texts
+        if self._full_texts is None:
+            full = EarlyExit(early.exits, threshold="never", measure=early.measure)
+            self._full_texts = self.texts(self.generate(full)[0])
+        return self._full_texts
 
-    def of_silence(self, early: EarlyExit) -> float:
-        """The mean loss of saying nothing at all; of a risk, the full model's own mean score."""
+    def empty_answer_loss(self, early: EarlyExit) -> float:
+        """The mean loss of empty texts; of a risk, the full model's own mean score."""
         full = self.full(early)
         return float(self._losses([""] * len(full), full).mean())
 
@@ -141,7 +136,7 @@ class TextRisk(Risk):
     def generate(self, early: EarlyExit) -> tuple[list[list[int]], Tensor]:
         """Every item's new tokens, greedy, and the mean share of the layers run for them (n,)."""
         rows, depth = [], []
-        for _, items in self.batches():
+        for items in self.batches():
             ids, mask = left_padded([item.ids[: item.prompt] for item in items], self.backbone.device)
             out = self.backbone.model.generate(
                 ids, attention_mask=mask, custom_generate=early, max_new_tokens=self.new, do_sample=False
@@ -159,19 +154,14 @@ def check_policy(name: str) -> None:
     if name == "verify":
         raise PolicyMismatchError(
             "state policy 'verify': its text is the full model's own at every threshold, so there is nothing to "
-            "calibrate and no promise to make. Generate with --policy verify, or calibrate another policy."
+            "calibrate and no promise to make. Generate with `policy` verify, or calibrate another policy."
         )
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids and mask (B, T) of prompts, padded on the left with 0."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = torch.tensor(row)
-        mask[index, longest - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+    batch = pad([list(reversed(row)) for row in rows])
+    return batch.ids.flip(1).to(device), batch.mask.flip(1).long().to(device)
 
 
 def inconsistency(text: str, full: str, item: Item) -> float:
@@ -179,8 +169,8 @@ def inconsistency(text: str, full: str, item: Item) -> float:
     return 1.0 - rouge_l(text, full)
 
 
-def shortfall(metric: str) -> Callable[[str, str, Item], float]:
-    """By how much a text's score falls below the full model's, 0 if it does not. Raises UsageError."""
+def shortfall(metric: str) -> TextLoss:
+    """How far a text's score falls below the full model's, 0 if it does not. Raises UsageError."""
     score = METRICS.lookup(metric)
 
     def loss(text: str, full: str, item: Item) -> float:

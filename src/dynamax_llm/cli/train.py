@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from dynamax_llm.training.presets import Preset
 
 #: Options that are fields of the exits' configuration, and of the training's settings (by another name, some).
-_CONFIG = {"head", "inputs", "readout", "tail_layers", "candidates", "label", "label_k"}
+_CONFIG = {"head", "inputs", "readout", "tail_layers", "candidates"}
 _SETTINGS = {
     "tokens": "max_tokens",
     "seq_length": "sequence",
     "batch": "batch_tokens",
     "documents": "documents",
+    "label": "label",
+    "label_k": "label_k",
     "optimiser": "optimiser",
     "lr": "lr",
     "seed": "seed",
@@ -97,7 +99,6 @@ def train(
 ) -> None:
     """Train exits on a frozen backbone and save them as an artifact."""
     from dynamax_llm.backbones import adapt
-    from dynamax_llm.cli.trained import on_policy as measured_on_policy
     from dynamax_llm.cli.trained import report
     from dynamax_llm.exits.artifact import MANIFEST, TENSORS
     from dynamax_llm.exits.files import prepare_folder
@@ -123,7 +124,7 @@ def train(
         raise typer.Exit(130) from None
     if not group.main:
         return
-    report(trained, model, out, measured_on_policy(adapt(lm), tokenizer, source, settings, trained))
+    report(trained, model, out)
 
 
 def chosen(context: typer.Context, preset: str | None) -> tuple[Preset, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What ``dynamax train`` says of the exits it made."""
+"""The report of ``dynamax train``, from the exits' own record."""
 
 from __future__ import annotations
 
@@ -7,33 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from dynamax_llm.backbones import Backbone
-    from dynamax_llm.evaluation import Comparison
     from dynamax_llm.exits.artifact import Exits
-    from dynamax_llm.text.sources import Source
-    from dynamax_llm.training.settings import TrainSettings
-
-#: Held-out tokens decoded with exits on for the report; a full evaluation is not training's business.
-ON_POLICY_TOKENS = 5_000
 
 
-def on_policy(
-    backbone: Backbone, tokenizer: PreTrainedTokenizerBase, source: Source, settings: TrainSettings, exits: Exits
-) -> Comparison:
-    """The trained exits on held-out text decoded with exits on, under ``propagate``, at the settings' agreement."""
-    from dynamax_llm.evaluation import Candidate, compare
-    from dynamax_llm.text.batches import Split, first_batches
-
-    sequence = min(settings.sequence, backbone.max_positions() or settings.sequence)
-    split = Split(source, tokenizer, True, settings.held_out, sequence, settings.batch_tokens, settings.seed)
-    batches = first_batches(split, min(settings.eval_tokens, ON_POLICY_TOKENS))
-    return compare(backbone, [Candidate(str(exits.config.head), exits)], batches, settings.agreement)[0][0]
-
-
-def report(exits: Exits, model: str, out: Path, measured: Comparison) -> None:
-    """Print what the held-out text says of the trained exits, and the command that uses them."""
+def report(exits: Exits, model: str, out: Path) -> None:
+    """Print what training measured on held-out text, and the command that uses the exits."""
     from rich.console import Console
     from rich.table import Table
 
@@ -48,24 +26,28 @@ def report(exits: Exits, model: str, out: Path, measured: Comparison) -> None:
             str(index), f"{depth} of {config.n_layers}", f"{rate:.3f}", "–" if quality is None else f"{quality:.3f}"
         )
     console.print(table)
-    target = measured.target
+    decoded = exits.provenance["decoded"]
+    target, best = decoded["target"], decoded["best"]
     console.print(
         f"If skipped layers kept their true state: mean depth {held['depth']:.3f} at {target:.0%} agreement "
         f"(oracle {held['oracle_depth']:.3f})."
     )
-    reached = [point for point in measured.points if point.agreement >= target and point.threshold < 1.0]
-    if reached:
-        best = min(reached, key=lambda point: point.depth)
-        threshold = math.ceil(1000 * best.threshold) / 1000  # rounded towards caution
-        console.print(
-            f"Decoding with exits on, policy propagate, threshold {best.threshold:.5f}: agreement "
-            f"{best.agreement:.1%}, mean depth {best.depth:.3f} of the layers, counted reduction "
-            f"{best.counted_reduction:.1%}."
-        )
-    else:
-        threshold = 0.9
+    threshold = 0.9
+    if best is None:
         console.print(
             f"No threshold tried kept {target:.0%} agreement with exits on; below, a common one to start with."
         )
+    else:
+        threshold = math.ceil(1000 * best["threshold"]) / 1000  # rounded towards caution
+        console.print(
+            f"Decoding with exits on, policy propagate, threshold {best['threshold']:.5f}: agreement "
+            f"{best['agreement']:.1%}, mean depth {best['depth']:.3f} of the layers, counted reduction "
+            f"{best['counted_reduction']:.1%}."
+        )
+        if best["counted_reduction"] <= 0.0:
+            console.print(
+                "At this agreement these exits save nothing. Train longer or on more text, accept less agreement, or "
+                f"tune the model for exits first: dynamax tune {model} --data … --out DIR."
+            )
     console.print(f"Saved in {out}. Next:", soft_wrap=True)
     console.print(f'  dynamax generate {model} --exits {out} --prompt "…" --threshold {threshold}', soft_wrap=True)

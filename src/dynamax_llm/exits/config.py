@@ -20,7 +20,6 @@ DEFAULT_EXITS = ("1/4", "3/8", "1/2", "5/8", "3/4", "7/8")
 #: Stands for the head kind's own width (``Bank.default_width``).
 OWN_WIDTH = 0
 INPUTS = ("hidden", "statistics", "tokens")
-LABELS = ("action", "topk", "probability", "overlap")
 #: ExitFeatures hold this many top probabilities, so that fewer candidates make no sense.
 LEAST_CANDIDATES = TOP
 #: How candidates are found: "pairs", the two likeliest of each group of tokens (one pass, no sorting); "top", exactly.
@@ -38,19 +37,6 @@ class ReadoutOptions:
 
 
 @dataclass(frozen=True)
-class LabelOptions:
-    """What heads learn: ``kind`` "action" is 1 iff this readout gives the full model's token; the others, and the ``k``
-    of "topk", are described in ``traces/labels.py``. Raises UsageError for an unknown kind."""
-
-    kind: str = "action"
-    k: int = 15
-
-    def __post_init__(self) -> None:
-        if self.kind not in LABELS:
-            raise UsageError(f"unknown label {self.kind!r}. Available: {', '.join(LABELS)}.")
-
-
-@dataclass(frozen=True)
 class ExitConfig:
     """The exits of one backbone; everything but the learned weights.
 
@@ -60,7 +46,7 @@ class ExitConfig:
     ``readout_options`` an object of its ``Options``. ``candidates``: the first exit reads the whole vocabulary, later
     ones only this many likely tokens of it (0: every exit reads everything), found as ``shortlist`` says
     (``features.shortlist``). ``inputs`` are what a head reads: h, statistics of the logits, and the LM head's rows of
-    the two leading tokens. ``labels`` matter in training alone. Raises UsageError for values that are not allowed.
+    the two leading tokens. Raises UsageError for values that are not allowed.
     """
 
     layers: tuple[int, ...]
@@ -72,7 +58,6 @@ class ExitConfig:
     readout_options: ReadoutOptions = ReadoutOptions()
     candidates: int = 256
     shortlist: str = "pairs"
-    labels: LabelOptions = LabelOptions()
 
     def __post_init__(self) -> None:
         bank = None if self.head is None else HEADS.lookup(self.head)
@@ -108,18 +93,16 @@ class ExitConfig:
     @classmethod
     def from_options(cls, layers: Sequence[int], n_layers: int, **options: Any) -> ExitConfig:
         """From flat options, as presets and the command line have them: fields of this class, of any readout kind's
-        ``Options`` (only those of the kind that is used count), ``label`` and ``label_k``. Raises TypeError for
-        unknown options, UsageError for values that are not allowed."""
+        ``Options`` (only those of the kind that is used count). Raises TypeError for unknown options, UsageError for
+        values that are not allowed."""
         kind = READOUTS.lookup(options.get("readout", cls.readout))
         names = {field.name for each in READOUTS.values() for field in fields(each.Options)}
         given = {name: options.pop(name) for name in names & options.keys()}
         own = {field.name for field in fields(kind.Options)}
-        labels = {new: options.pop(old) for old, new in (("label", "kind"), ("label_k", "k")) if old in options}
         return cls(
             tuple(layers),
             n_layers,
             readout_options=kind.Options(**{name: value for name, value in given.items() if name in own}),
-            labels=LabelOptions(**labels),
             **options,
         )
 
@@ -131,14 +114,15 @@ class ExitConfig:
     def from_json(cls, data: Mapping[str, Any]) -> ExitConfig:
         """Raises TypeError, KeyError or UsageError; the artifact loader turns that into its own error.
 
-        Format version 1 had flat options. Exits saved before there was a choice of shortlist took the likeliest tokens
-        exactly.
+        Format version 1 had flat options, the labels of training among them. Exits saved before there was a choice of
+        shortlist took the likeliest tokens exactly.
         """
         values = {"shortlist": "top", **data, "layers": tuple(data["layers"]), "inputs": tuple(data["inputs"])}
         if "readout_options" not in values:
+            values = {name: value for name, value in values.items() if name not in ("label", "label_k")}
             return cls.from_options(**values)
         values["readout_options"] = READOUTS.lookup(values["readout"]).Options(**values["readout_options"])
-        return cls(**{**values, "labels": LabelOptions(**values["labels"])})
+        return cls(**values)
 
 
 def place_exits(spec: str | tuple[str | int | float, ...], n_layers: int) -> tuple[int, ...]:

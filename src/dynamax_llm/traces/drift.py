@@ -1,9 +1,8 @@
-"""What a token that leaves does to later ones: disagreements caused through the approximate state it leaves behind.
+"""The drift penalty: disagreements among later tokens caused by the approximate state of a token that left.
 
-An exit's confidence is the probability that its own token agrees. Under ``propagate`` that is not all: later tokens
-read what a skipped layer made of h_e, and the earlier the exit, the worse. So it is measured, exit by exit, and one
-threshold then bounds what a token costs altogether: it leaves if its confidence, less what leaving there disturbs, is
-high enough.
+An exit's confidence estimates the probability that its own token agrees. Under ``propagate``, ``copy`` and ``stale``
+later tokens also read the states that a skipped layer got from h_e, and the earlier the exit, the worse. Measured per
+exit, this cost is taken off a token's confidence before it is compared with a threshold.
 
 Shapes: E exits.
 """
@@ -15,45 +14,44 @@ from collections.abc import Iterable
 import torch
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.engines.plan import POLICIES, ExitPlan
-from dynamax_llm.exits.confidence.base import ConfidenceEstimator
-from dynamax_llm.exits.readouts.base import Readout
+from dynamax_llm.engines.plan import ExitPlan
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import collect_exits
 from dynamax_llm.traces.simulate import simulate_no_exit
-from dynamax_llm.traces.teacher_forced import teacher_forced
+from dynamax_llm.traces.teacher_forced import force_text
 
-#: Share of the tokens, its surest, that leave at one exit alone while its drift penalty is measured.
+#: Share of the tokens, those of highest confidence, that leave at one exit alone while its drift penalty is measured.
 LEAVING = 0.2
-#: Held-out tokens that it is measured on.
-TOKENS = 4_000
 
 
 @torch.no_grad()
 def drift_penalty(
-    backbone: Backbone, readout: Readout, estimator: ConfidenceEstimator, batches: Iterable[Batch]
+    backbone: Backbone, plan: ExitPlan, batches: Iterable[tuple[Batch, int]], most_tokens: float = float("inf")
 ) -> tuple[float, ...]:
-    """Per exit (E,), later disagreements that one token causes by leaving there under ``propagate``.
+    """Per exit of ``plan`` (E,), later disagreements that one token causes by leaving there under the plan's policy.
 
-    Every exit is opened alone, for about ``LEAVING`` of the tokens. What those get wrong by themselves, with every
-    state intact, is not counted.
+    ``batches`` come with the number of tokens that each row's prompt has; measuring stops after ``most_tokens``. Each
+    exit is opened alone, for about ``LEAVING`` of the tokens. What those get wrong with every state intact is not
+    counted.
     """
-    count = len(readout.config.layers)
-    plan = ExitPlan(readout.config.layers, estimator, readout, POLICIES.lookup("propagate"))
+    count, tokens = len(plan.layers), 0
     left, caused = [0] * count, [0] * count
-    tokens = 0
-    for batch in batches:
-        seen = collect_exits(backbone, readout, batch)
-        confidence = simulate_no_exit(estimator, seen).confidence
+    for batch, prompt in batches:
+        shown = collect_exits(backbone, plan.readout, batch)
+        counted = shown.mask.clone()
+        counted[:, :prompt] = False
+        if not bool(counted.any()):
+            continue
+        confidence = simulate_no_exit(plan.estimator, shown).confidence
         for exit in range(count):
-            bar = float(confidence[exit][seen.mask].quantile(1.0 - LEAVING))
-            only = [bar if place == exit else None for place in range(count)]
-            found = teacher_forced(backbone, plan, batch.ids.to(backbone.device), only, prompt_length=0)
-            leaving = (found.exit_index == exit) & seen.mask
-            own = leaving & ~(seen.labels[exit])
+            threshold = float(confidence[exit][counted].quantile(1.0 - LEAVING))
+            alone = [threshold if index == exit else None for index in range(count)]
+            forced = force_text(backbone, plan, batch.ids.to(backbone.device), alone, prompt_length=prompt)
+            leaving = (forced.exit_index == exit) & counted
             left[exit] += int(leaving.sum())
-            caused[exit] += int(((found.tokens != seen.target) & seen.mask).sum()) - int(own.sum())
+            caused[exit] += int(((forced.tokens != shown.target) & counted).sum())
+            caused[exit] -= int((leaving & ~shown.labels[exit]).sum())
         tokens += batch.tokens
-        if tokens >= TOKENS:
+        if tokens >= most_tokens:
             break
-    return tuple(max(0.0, extra / max(gone, 1)) for extra, gone in zip(caused, left, strict=True))
+    return tuple(max(0.0, extra / max(number, 1)) for extra, number in zip(caused, left, strict=True))

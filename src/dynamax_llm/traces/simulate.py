@@ -1,7 +1,7 @@
 """Exits simulated on collected batches: which tokens leave at which exit, with no layer run again.
 
-While decoding, a token that left is seen by every later estimator as it was when it left: frozen h, frozen features.
-The simulation does the same to whole rows in parallel, so training, curves and calibration read one function.
+While decoding, later estimators read a token that left as it was when it left: frozen h, frozen features. The
+simulation does the same to whole rows in parallel, so training, curves and calibration share one function.
 
 Shapes: B rows, T tokens, E exits.
 """
@@ -32,16 +32,16 @@ class ThresholdSample:
     start: Tensor
 
     @classmethod
-    def sample(cls, mask: Tensor, never: float, generator: torch.Generator) -> ThresholdSample:
+    def sample(cls, mask: Tensor, no_exit_share: float, generator: torch.Generator) -> ThresholdSample:
         """For rows of mask (B, T): thresholds uniform in THRESHOLDS; half begin like a prompt, of random length."""
         rows, length = mask.shape
         uniform = torch.rand(4, rows, 1, generator=generator)
         low, high = THRESHOLDS
-        threshold = torch.where(uniform[0] < never, NEVER, low + (high - low) * uniform[1])
+        threshold = torch.where(uniform[0] < no_exit_share, NEVER, low + (high - low) * uniform[1])
         return cls(threshold, torch.where(uniform[2] < 0.5, 0.0, uniform[3] * length).long())
 
     def rows(self, rows: slice) -> ThresholdSample:
-        """The draw of these rows; where there are none, of one row in which nothing counts."""
+        """The sample of these rows; where there are none, of one row in which no token leaves."""
         if rows.start == rows.stop:
             return ThresholdSample.fixed(1, NEVER)
         return ThresholdSample(self.threshold[rows], self.start[rows])
@@ -54,7 +54,7 @@ class ThresholdSample:
 
 @dataclass(frozen=True)
 class ExitSimulation:
-    """What an estimator said of every token at every exit, and what came of it."""
+    """What an estimator gave for every token at every exit, and which exit each token left by."""
 
     confidence: Tensor  # (E, B, T)
     logits: Tensor | None  # (E, B, T) of learned heads, class-balanced, with gradient
@@ -62,10 +62,10 @@ class ExitSimulation:
     exit_index: Tensor  # (B, T) where each token left, E if it did not
 
 
-def simulate_exits(estimator: ConfidenceEstimator, exit_batch: ExitBatch, draw: ThresholdSample) -> ExitSimulation:
-    """Lead a batch from exit to exit; a token that leaves is seen by later exits as it was when it left."""
+def simulate_exits(estimator: ConfidenceEstimator, exit_batch: ExitBatch, sample: ThresholdSample) -> ExitSimulation:
+    """Run a batch from exit to exit; later exits read a token that left as it was when it left."""
     mask = exit_batch.mask
-    threshold, start = (part.to(mask.device, non_blocking=True) for part in (draw.threshold, draw.start))
+    threshold, start = (part.to(mask.device, non_blocking=True) for part in (sample.threshold, sample.start))
     may_leave = mask & (torch.arange(mask.shape[1], device=mask.device) >= start)
     left = torch.zeros_like(mask)
     exit_index = torch.full_like(mask, len(exit_batch.hidden), dtype=torch.int64)
@@ -88,16 +88,15 @@ def simulate_exits(estimator: ConfidenceEstimator, exit_batch: ExitBatch, draw: 
         leaving = may_leave & ~left & (confidence >= threshold)
         exit_index = torch.where(leaving, exit, exit_index)
         left = left | leaving
-    return ExitSimulation(
-        torch.stack(confidences), torch.stack(logits) if logits else None, torch.stack(reached), exit_index
-    )
-
-
-def depths(config: ExitConfig) -> tuple[int, ...]:
-    """Layers a token runs that leaves at each exit: the exit's depth, and the tail if there is one."""
-    return tuple(layer + config.tail_layers for layer in config.layers)
+    learned = torch.stack(logits) if logits else None
+    return ExitSimulation(torch.stack(confidences), learned, torch.stack(reached), exit_index)
 
 
 def simulate_no_exit(estimator: ConfidenceEstimator, exit_batch: ExitBatch) -> ExitSimulation:
     """The simulation in which no token leaves."""
     return simulate_exits(estimator, exit_batch, ThresholdSample.fixed(len(exit_batch.mask), NEVER))
+
+
+def depths(config: ExitConfig) -> tuple[int, ...]:
+    """Layers a token runs that leaves at each exit: the exit's depth, and the tail if there is one."""
+    return tuple(layer + config.tail_layers for layer in config.layers)

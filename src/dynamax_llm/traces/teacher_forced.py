@@ -1,11 +1,11 @@
 """What decoding a given text would do, in one parallel pass.
 
-Under ``propagate`` "left" is h standing still: at every layer h = where(left, h, layer(h)), and each layer's state
-update sees the frozen h. Under ``defer`` h moves on and only what the token says stands still: its readout and what
-later exits' heads see of it. Either way one forward over a text is exactly what step-by-step decoding of that text
-does, to floating-point noise; calibration, log-likelihood evaluation and on-policy labels rest on it. ``copy`` and
-``stale`` leave states that no parallel pass produces: ``step_by_step`` decodes the text with forced tokens, and is the
-slow twin. Under ``verify`` every token is the full model's, and there is nothing to measure.
+Under ``propagate`` the h of a token that left is frozen: at every layer h = where(left, h, layer(h)), and each layer's
+state update reads the frozen h. Under ``defer`` h goes on through the layers, and only the h that readout and later
+exits' heads read is frozen. Either way one forward over a text is exactly what step-by-step decoding of that text does,
+to floating-point noise; calibration, log-likelihood evaluation and on-policy labels rest on it. ``copy`` and ``stale``
+leave states that no parallel pass produces: ``step_by_step`` decodes the text with forced tokens, and is the slow twin;
+``force_text`` takes whichever the policy allows. Under ``verify`` every token is the full model's.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynamax_llm.backbones import Backbone, Context
+from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.decoder import Decoder
 from dynamax_llm.engines.eager import EagerEngine
 from dynamax_llm.engines.plan import ExitPlan
 from dynamax_llm.exits.features import ExitFeatures, exit_features, select
 from dynamax_llm.shapes import Ids, Logits
+
+#: Policies under which one parallel pass gives what step-by-step decoding of a text gives.
+PARALLEL = ("propagate", "defer")
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,18 @@ def teacher_forced(
     one per row (B,), run at full depth, as a prompt does; ``padding`` (B, T) is 0 at left pads. Right padding needs no
     mask: everything is causal. Only positions ``wanted`` (B, T) bool, by default all, are read out: elsewhere
     ``tokens`` are -1 and ``logits`` are not defined."""
-    assert plan.policy.name in ("propagate", "defer"), plan.policy.name
+    assert plan.policy.name in PARALLEL, plan.policy.name
     return _Pass(backbone, plan, ids, prompt_length, padding).run(thresholds, keep_logits, wanted)
 
 
 @dataclass(frozen=True)
 class Visit:
-    """What one exit sees of a text: h (B, T, d) and features, frozen where a token had left before, and the argmax
-    ``spoken`` (B, T) of its readout there if the estimator had it made."""
+    """What one exit reads of a text: h (B, T, d) and features, frozen where a token had left before, and the argmax
+    ``tokens`` (B, T) of its readout, None if the estimator reads no logits."""
 
     h: Tensor
     features: ExitFeatures
-    spoken: Ids | None
-    ctx: Context
+    tokens: Ids | None
 
 
 @torch.no_grad()
@@ -82,7 +84,7 @@ def visits(
 
 
 class _Pass:
-    """All tokens of a text on their way through the layers at once."""
+    """All tokens of a text in the layers at once."""
 
     def __init__(
         self, backbone: Backbone, plan: ExitPlan, ids: Tensor, prompt_length: int | Tensor, padding: Tensor | None
@@ -90,7 +92,7 @@ class _Pass:
         self.backbone, self.plan = backbone, plan
         self.padding = None if padding is None or bool(padding.all()) else padding
         self.h = backbone.embed(ids)  # (B, T, d), what the layers read
-        self.seen = self.h  # (B, T, d), frozen where a token has left
+        self.visible = self.h  # (B, T, d), what readout and estimators read: frozen where a token has left
         self.exact = plan.policy.exact_state
         self.ctx = backbone.context(self.h, padding=self.padding)
         self.left = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
@@ -103,13 +105,13 @@ class _Pass:
         self.states = plan.estimator.initial_state(len(self.h), self.h.device)
 
     def visit(self, index: int, threshold: float | Tensor | None) -> Visit:
-        """Run to exit ``index`` and ask there."""
+        """Run to exit ``index`` and decide there."""
         stop = self.plan.layers[index]
         self._layers(self.depth, stop - 1)
-        before = self.seen
+        before = self.visible
         self._layers(stop - 1, stop)
         self.depth = stop
-        return self._ask(index, before, threshold)
+        return self._decide(index, before, threshold)
 
     def run(
         self, thresholds: Sequence[float | Tensor | None], keep_logits: bool, wanted: Tensor | None
@@ -120,28 +122,28 @@ class _Pass:
         resumed = backbone.n_layers - plan.readout.tail_layers
         self._layers(self.depth, resumed)
         for layer in range(resumed, backbone.n_layers):  # a tail runs for every token, left or not
-            self.seen = self.h = backbone.layer(layer, self.h, None, self.ctx)
+            self.visible = self.h = backbone.layer(layer, self.h, None, self.ctx)
         return self._read(keep_logits, wanted)
 
     def _layers(self, first: int, stop: int) -> None:
         frozen = self.left.unsqueeze(-1)
         for layer in range(first, stop):
             moved = self.backbone.layer(layer, self.h, None, self.ctx)
-            self.seen = torch.where(frozen, self.seen, moved)
-            self.h = moved if self.exact else self.seen
+            self.visible = torch.where(frozen, self.visible, moved)
+            self.h = moved if self.exact else self.visible
 
-    def _ask(self, index: int, before: Tensor, threshold: float | Tensor | None) -> Visit:
+    def _decide(self, index: int, before: Tensor, threshold: float | Tensor | None) -> Visit:
         estimator, readout = self.plan.estimator, self.plan.readout
-        spoken = None
-        moved, _ = readout.transform(index, self.seen, None, self.padding)
+        tokens = None
+        moved, _ = readout.transform(index, self.visible, None, self.padding)
         if estimator.needs_logits:
-            fresh, spoken = readout.features(index, self.seen, before, self.features, moved)
+            fresh, tokens = readout.features(index, self.visible, before, self.features, moved)
         else:
-            fresh = exit_features(self.seen, before, None, self.features)
+            fresh = exit_features(self.visible, before, None, self.features)
         self.features = fresh if self.features is None else select(self.left, self.features, fresh)
-        visit = Visit(self.seen, self.features, spoken, self.ctx)
+        visit = Visit(self.visible, self.features, tokens)
         state = None if self.states is None else self.states[index]
-        confidence, _ = estimator.confidence(index, self.seen, self.features, state, self.padding)
+        confidence, _ = estimator.confidence(index, self.visible, self.features, state, self.padding)
         if threshold is not None:
             leaving = (confidence >= threshold) & self.may_leave & ~self.left
             self.exit_index = torch.where(leaving, index, self.exit_index)
@@ -159,12 +161,20 @@ class _Pass:
             if not bool(rows.any()):
                 continue
             full = index == len(self.plan.layers)
-            h = (self.seen if full or self.plan.readout.tail_layers else self.moved)[rows].unsqueeze(0)  # (1, n, d)
+            h = (self.visible if full or self.plan.readout.tail_layers else self.moved)[rows].unsqueeze(0)  # (1, n, d)
             read = self.backbone.readout(h) if full else self.plan.readout.logits(index, h)
             tokens[rows] = read[0].argmax(-1)
             if logits is not None:
                 logits[rows] = read[0]
         return TeacherForced(tokens, self.exit_index, logits)
+
+
+def force_text(
+    backbone: Backbone, plan: ExitPlan, ids: Ids, thresholds: Sequence[float | None], *, prompt_length: int = 1
+) -> TeacherForced:
+    """``teacher_forced`` where the policy allows one pass, ``step_by_step`` otherwise; right padding alone."""
+    decode = teacher_forced if plan.policy.name in PARALLEL else step_by_step
+    return decode(backbone, plan, ids, thresholds, prompt_length=prompt_length)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How good are exits on text they were not trained on: loss, AUROC, and depth at a given agreement.
+"""How good exits are on text they were not trained on: loss, AUROC, and depth at a given agreement.
 
 Shapes: E exits, N held-out tokens.
 """
@@ -7,42 +7,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynamax_llm.backbones import Backbone
+from dynamax_llm.decoding.generate import EarlyExit
+from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence.base import ConfidenceEstimator
 from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.text.batches import Batch
-from dynamax_llm.traces.collect import ExitBatch
+from dynamax_llm.traces.collect import ExitBatch, collect_exits
 from dynamax_llm.traces.curves import auroc, oracle_depth, sweep
 from dynamax_llm.traces.simulate import NEVER, ThresholdSample, depths, simulate_exits, simulate_no_exit
-from dynamax_llm.training.objective import loss
+from dynamax_llm.traces.teacher_forced import teacher_forced
+from dynamax_llm.traces.thresholds import shallowest, threshold_for_agreement
+from dynamax_llm.training.learner import loss
 from dynamax_llm.training.parallel import ALONE, Group
 
-#: A held-out split whose hidden states fit into this is harvested once; a larger one again at every evaluation.
+#: Exit batches of a held-out split that fit into this are kept; others are collected again at every evaluation.
 KEPT_BYTES = 256 * 2**20
-#: Steps of the bisection for the threshold of a recurrent head, whose confidences depend on the threshold.
-BISECTIONS = 12
-#: Where the labels stand among the judges' traces.
-_LABELS = "\0labels"
+#: Held-out tokens decoded with exits on for the closing report, how often at most, and how close to the target.
+DECODED_TOKENS, DECODED_POINTS, DECODED_TOLERANCE = 5_000, 7, 5e-4
 
 
 class HeldOut:
-    """The held-out batches, harvested on demand: iterate to get every ExitBatch of this process's share."""
+    """The held-out batches; iterate to get the ExitBatch of every one in this process's share."""
 
-    def __init__(
-        self, batches: Sequence[Batch], exit_batch: Callable[[Batch], ExitBatch], group: Group = ALONE
-    ) -> None:
-        self.batches, self._harvest, self.group = batches, exit_batch, group
-        self.own = range(group.rank, len(batches), group.size)
+    def __init__(self, batches: Sequence[Batch], collect: Callable[[Batch], ExitBatch], group: Group = ALONE) -> None:
+        self.batches, self._collect, self.group = batches, collect, group
+        self.share = range(group.rank, len(batches), group.size)
         self._kept: list[ExitBatch] | None = None
 
     @property
     def tokens(self) -> int:
+        """Tokens of all processes' batches."""
         return sum(batch.tokens for batch in self.batches)
 
     def __iter__(self) -> Iterator[ExitBatch]:
@@ -51,12 +54,12 @@ class HeldOut:
             return
         kept: list[ExitBatch] = []
         size = 0
-        for index in self.own:
-            made = self._harvest(self.batches[index])
-            size += made.nbytes
+        for index in self.share:
+            exit_batch = self._collect(self.batches[index])
+            size += exit_batch.nbytes
             if size <= KEPT_BYTES:
-                kept.append(made)
-            yield made
+                kept.append(exit_batch)
+            yield exit_batch
         if size <= KEPT_BYTES:
             self._kept = kept
 
@@ -67,41 +70,39 @@ def evaluate(
     weights: dict[str, Tensor],
     held: HeldOut,
     config: ExitConfig,
-    never: float,
+    no_exit_share: float,
     agreement: float,
-    again: Callable[[ConfidenceEstimator, Batch, ThresholdSample], ExitBatch] | None = None,
+    collect_on_policy: Callable[[ConfidenceEstimator, Batch, ThresholdSample], ExitBatch] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Per judge: loss on a fixed draw, and on the trace in which no token leaves: AUROC per exit and depth.
+    """Per estimator: loss on a fixed sample of thresholds; on the trace in which no token leaves, AUROC and depth.
 
-    ``weights`` are each estimator's class weights. With ``again`` the loss is on what that harvests, on policy. Depth
-    at an agreement is exact for a head without memory; for a recurrent one the trace is what it says of undisturbed
-    tokens (``on_policy`` is exact, and costs more).
+    ``weights`` are each estimator's class weights. With ``collect_on_policy`` the loss is on what that collects. Depth
+    at an agreement is exact for a head without memory; for a recurrent one the confidences are those of tokens whose
+    predecessors did not leave (``on_policy`` is exact, and costs more).
     """
     tokens = [batch.tokens for batch in held.batches]
     ends = list(accumulate(tokens))
     device = next(iter(estimators.values())).prior.device
     losses = {name: [0.0] * len(tokens) for name in estimators}
-    # Zeros where another process will fill in what it found: a sum then puts the trace together.
-    traces = {name: torch.zeros(len(config.layers), held.tokens, device=device) for name in (*estimators, _LABELS)}
+    # Zeros where another process fills in its share: a sum then puts the whole together.
+    labels = torch.zeros(len(config.layers), held.tokens, device=device)
+    traces = {name: torch.zeros_like(labels) for name in estimators}
     generator = torch.Generator().manual_seed(0)
-    draws = [ThresholdSample.sample(batch.mask, never, generator) for batch in held.batches]
-    for index, exit_batch in zip(held.own, held, strict=True):
-        here = slice(ends[index] - tokens[index], ends[index])
-        traces[_LABELS][:, here] = exit_batch.labels[:, exit_batch.mask].float()
-        for name, estimator in estimators.items():
-            met = exit_batch if again is None else again(estimator, held.batches[index], draws[index])
-            losses[name][index] = float(loss(simulate_exits(estimator, met, draws[index]), met.targets, weights[name]))
-            traces[name][:, here] = simulate_no_exit(estimator, exit_batch).confidence[:, exit_batch.mask]
-    whole = {name: held.group.sum(trace) for name, trace in traces.items()}
-    truth = whole.pop(_LABELS).bool()
-    found = {name: held.group.totals(*losses[name]) for name in estimators}
-    return {
-        name: {
-            "loss": math.fsum(value * count for value, count in zip(found[name], tokens, strict=True)) / sum(tokens),
-            **_trace_report(trace, truth, config, agreement),
-        }
-        for name, trace in whole.items()
-    }
+    samples = [ThresholdSample.sample(batch.mask, no_exit_share, generator) for batch in held.batches]
+    for index, exit_batch in zip(held.share, held, strict=True):
+        columns, sample = slice(ends[index] - tokens[index], ends[index]), samples[index]
+        labels[:, columns] = exit_batch.labels[:, exit_batch.mask].float()
+        for name, heads in estimators.items():
+            learned = collect_on_policy(heads, held.batches[index], sample) if collect_on_policy else exit_batch
+            losses[name][index] = float(loss(simulate_exits(heads, learned, sample), learned.targets, weights[name]))
+            traces[name][:, columns] = simulate_no_exit(heads, exit_batch).confidence[:, exit_batch.mask]
+    agrees = held.group.sum(labels).bool()
+    reports = {}
+    for name, trace in traces.items():
+        totals = held.group.totals(*losses[name])
+        mean = math.fsum(value * count for value, count in zip(totals, tokens, strict=True)) / sum(tokens)
+        reports[name] = {"loss": mean, **_trace_report(held.group.sum(trace), agrees, config, agreement)}
+    return reports
 
 
 def _trace_report(trace: Tensor, labels: Tensor, config: ExitConfig, agreement: float) -> dict[str, Any]:
@@ -117,38 +118,83 @@ def _trace_report(trace: Tensor, labels: Tensor, config: ExitConfig, agreement: 
     }
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Held-out text at one threshold: shares of the depth, of tokens that agree, and of multiply-accumulates saved."""
+
+    threshold: float
+    depth: float
+    agreement: float
+    counted_reduction: float | None = None
+
+
 @torch.no_grad()
 def apply_threshold(
     estimator: ConfidenceEstimator, held: HeldOut, config: ExitConfig, threshold: float
 ) -> tuple[float, float]:
-    """(mean depth as a share, agreement) when every exit asks ``estimator`` with this threshold."""
+    """(mean depth as a share, agreement) when every exit compares ``estimator`` with this threshold."""
     shares = torch.tensor([*depths(config), config.n_layers], dtype=torch.float64) / config.n_layers
     depth, agree, tokens = 0.0, 0, 0
     for exit_batch in held:
-        where = (
-            simulate_exits(estimator, exit_batch, ThresholdSample.fixed(len(exit_batch.mask), threshold))
-            .exit_index[exit_batch.mask]
-            .cpu()
-        )
-        truth = torch.cat((exit_batch.labels[:, exit_batch.mask].cpu(), torch.ones(1, len(where), dtype=torch.bool)))
-        depth += float(shares[where].sum())
-        agree += int(truth.gather(0, where[None]).sum())
-        tokens += len(where)
+        sample = ThresholdSample.fixed(len(exit_batch.mask), threshold)
+        exit_index = simulate_exits(estimator, exit_batch, sample).exit_index[exit_batch.mask].cpu()
+        labels = exit_batch.labels[:, exit_batch.mask].cpu()
+        depth += float(shares[exit_index].sum())
+        agree += int(torch.cat((labels, torch.ones_like(labels[:1]))).gather(0, exit_index[None]).sum())
+        tokens += len(exit_index)
     depth, agreed, count = held.group.totals(depth, agree, tokens)
     return depth / count, agreed / count
 
 
 def on_policy(estimator: ConfidenceEstimator, held: HeldOut, config: ExitConfig, agreement: float) -> dict[str, float]:
-    """Lowest depth found, with its threshold, at no less than this agreement, by bisection; tokens that leave are
-    seen by later exits, and remembered by recurrent heads, as they were when they left."""
-    low, high = 0.0, 1.0
-    best = {"depth": 1.0, "agreement": 1.0, "threshold": NEVER}
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        depth, reached = apply_threshold(estimator, held, config, middle)
-        if reached >= agreement:
-            high = middle
-            best = {"depth": depth, "agreement": reached, "threshold": middle}
-        else:
-            low = middle
-    return best
+    """Lowest depth found, with its threshold, at no less than this agreement, by bisection; later exits read, and
+    recurrent heads remember, tokens that leave as they were when they left."""
+
+    def measure(threshold: float) -> Decoded:
+        return Decoded(threshold, *apply_threshold(estimator, held, config, threshold))
+
+    best = shallowest(threshold_for_agreement(measure, agreement), agreement) or Decoded(NEVER, 1.0, 1.0)
+    return {"depth": best.depth, "agreement": best.agreement, "threshold": best.threshold}
+
+
+@torch.no_grad()
+def decoded_report(backbone: Backbone, exits: Exits, batches: Sequence[Batch], target: float) -> dict[str, Any]:
+    """What decoding with exits on, under ``propagate``, gives on held-out text, for the record of a training.
+
+    ``best`` is the shallowest point found with at least ``target`` agreement, None where there is none.
+    """
+    ends = accumulate(batch.tokens for batch in batches)
+    text = [batch for batch, end in zip(batches, ends, strict=True) if end - batch.tokens < DECODED_TOKENS]
+    readout, estimator, config = exits.readout(backbone), exits.estimator(), exits.config
+    traces, labels, full = [], [], []
+    for batch in text:
+        shown = collect_exits(backbone, readout, batch)
+        traces.append(simulate_no_exit(estimator, shown).confidence[:, shown.mask])
+        labels.append(shown.labels[:, shown.mask])
+        full.append(shown.target[shown.mask])
+    curve = sweep(torch.cat(traces, dim=1), torch.cat(labels, dim=1), depths(config), config.n_layers)
+    exits.check_backbone(backbone)
+
+    def measure(threshold: float) -> Decoded:
+        early = EarlyExit(exits, threshold=threshold)
+        _, plan, costs = early.attach(backbone.model)
+        exit_index, agree = [], 0
+        for batch, tokens in zip(text, full, strict=True):
+            mask = batch.mask.to(tokens.device)
+            forced = teacher_forced(backbone, plan, batch.ids.to(tokens.device), early.thresholds.values)
+            agree += int((forced.tokens[mask] == tokens).sum())
+            left = forced.exit_index[mask]
+            exit_index.append(torch.where(left < len(plan.layers), left, len(config.layers)).cpu())
+        where = torch.cat(exit_index)
+        macs = torch.tensor(costs.by_exit, dtype=torch.float64)[where].mean()
+        depth = costs.layers(where).double().mean() / backbone.n_layers
+        return Decoded(threshold, float(depth), agree / len(where), 1.0 - float(macs) / costs.full)
+
+    points = threshold_for_agreement(measure, target, curve, DECODED_POINTS, DECODED_TOLERANCE)
+    best = shallowest(points, target)
+    return {
+        "policy": "propagate",
+        "target": target,
+        "tokens": sum(batch.tokens for batch in text),
+        "best": None if best is None else asdict(best),
+    }

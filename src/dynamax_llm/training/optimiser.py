@@ -1,12 +1,13 @@
-"""The optimisers of training, and what each needs: its learning rate, its averaged weights, its state on disk.
+"""The optimisers of training: their learning rate, their averaged weights, their state on disk.
 
 ``adamw`` warms up and then falls by a cosine. ``schedule-free`` is AdamW without a schedule (Defazio et al.,
-arXiv 2405.15682; the package schedulefree): it warms up and stays, and what it learns is an average of its iterates, so
-weights are evaluated and kept in ``averaged``.
+arXiv 2405.15682; the package schedulefree): its rate stays after warm-up, and what it learns is an average of its
+iterates, so weights are evaluated and kept in ``averaged``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,6 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from dynamax_llm.errors import UsageError
-from dynamax_llm.training.objective import learning_rate
 from dynamax_llm.training.settings import SCHEDULE_FREE, TrainSettings
 
 
@@ -36,24 +36,36 @@ def build(settings: TrainSettings, parameters: Sequence[Tensor]) -> Optimizer:
     return AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
 
 
-def set_rate(optimiser: Optimizer, settings: TrainSettings, progress: float) -> None:
-    """The learning rate at ``progress`` in [0, 1] of the budget."""
-    if settings.optimiser == SCHEDULE_FREE:
-        progress = min(progress, settings.warmup)  # where the cosine has not begun
+def learning_rate(progress: float, peak: float, warmup: float) -> float:
+    """Linear warm-up to ``peak``, then cosine to 0, at ``progress`` in [0, 1] of the budget."""
+    if progress < warmup:
+        return peak * max(progress, 1e-3) / warmup
+    through = (progress - warmup) / max(1.0 - warmup, 1e-9)
+    return peak * 0.5 * (1.0 + math.cos(math.pi * min(through, 1.0)))
+
+
+def set_rate(optimiser: Optimizer, progress: float, peak: float, warmup: float) -> None:
+    """Set the learning rate at ``progress`` in [0, 1] of the budget."""
+    if _averages(optimiser):
+        progress = min(progress, warmup)  # the cosine does not begin
     for group in optimiser.param_groups:
-        group["lr"] = learning_rate(progress, settings.lr, settings.warmup)
+        group["lr"] = learning_rate(progress, peak, warmup)
+
+
+def _averages(optimiser: Optimizer) -> bool:
+    """Whether it is schedule-free."""
+    return hasattr(optimiser, "eval")
 
 
 @contextmanager
 def averaged(optimiser: Optimizer) -> Iterator[None]:
-    """Inside, parameters are those to evaluate and to keep; outside, those to make gradients at."""
-    switches = hasattr(optimiser, "eval")
-    if switches:
+    """Inside, parameters are those to evaluate and to keep; outside, those at which gradients are taken."""
+    if _averages(optimiser):
         optimiser.eval()
     try:
         yield
     finally:
-        if switches:
+        if _averages(optimiser):
             optimiser.train()
 
 
@@ -69,12 +81,12 @@ def numbers(optimiser: Optimizer) -> dict[str, Any]:
     return {name: group[name] for name in ("k", "weight_sum", "lr_max", "train_mode") if name in group}
 
 
-def restore(optimiser: Optimizer, found: dict[str, Tensor], counted: dict[str, Any] | None = None) -> None:
-    """Inverse of ``tensors``, and of ``numbers`` where they are given; keys of ``found`` begin with "optimiser."."""
+def restore(optimiser: Optimizer, saved: dict[str, Tensor], counts: dict[str, Any] | None = None) -> None:
+    """Inverse of ``tensors``, and of ``numbers`` where they are given; keys of ``saved`` begin with "optimiser."."""
     states: dict[int, dict[str, Tensor]] = {}
-    for key, value in found.items():
+    for key, value in saved.items():
         if key.startswith("optimiser."):
             _, index, name = key.split(".")
             states.setdefault(int(index), {})[name] = value
-    groups = [{**group, **(counted or {})} for group in optimiser.state_dict()["param_groups"]]
+    groups = [{**group, **(counts or {})} for group in optimiser.state_dict()["param_groups"]]
     optimiser.load_state_dict({"state": states, "param_groups": groups})

@@ -1,10 +1,10 @@
-"""Several processes, one training run: each takes some rows of every batch, and sums make all of them agree.
+"""Several processes, one training run: each takes some rows of every batch, and gradients are summed.
 
-``accelerate launch`` (or any launcher that sets WORLD_SIZE, RANK and the rest) starts the processes; one process is
-the plain case and sums nothing. Every process reads the same stream and draws the same random numbers; what decides
-the result is summed before it is used (gradients, class counts, statistics of the inputs), so N processes end with
-the weights that one would reach on the same batches, up to the rounding of those sums, and all of them with the same.
-So the number of processes is no part of a run's identity: it may change between a kill and the resumption.
+``accelerate launch`` (or any launcher that sets WORLD_SIZE, RANK and the rest) starts the processes; one process sums
+nothing. Every process reads the same stream and draws the same random numbers; what decides the result is summed before
+it is used (gradients, class counts, statistics of the inputs), so N processes end with the weights of one process on
+the same batches, up to the rounding of those sums, and all of them with the same. The number of processes is not part
+of a run's identity: it may change between a kill and the resumption.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Group:
     def join(cls, cpu: bool) -> Group:
         """The group that the launcher made, with this process's GPU as the current one; alone without a launcher.
 
-        ``cpu``: the backbone is to be on CPUs, though there may be GPUs.
+        ``cpu``: the backbone is on a CPU, though there may be GPUs.
 
         Raises UsageError if there is a launcher and accelerate is not installed.
         """
@@ -49,7 +49,7 @@ class Group:
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that writes and speaks."""
+        """Whether this process is the one that writes and prints."""
         return self.rank == 0
 
     def check(self, sequence: int, batch_tokens: int) -> None:

@@ -7,11 +7,11 @@ tokens that leave while training, exits weighing i / Σj; schedule-free AdamW at
 tokens, the first of each, one a step; the label asks whether the full model's token is among the exit's likeliest 15; a
 token that leaves runs the last layer, then final norm and LM head.
 
-What is not known, and stands here as DYNAMAX has it: the sizes of the paper's Mamba and feed-forward heads (ours:
+Not known, and taken from DYNAMAX's defaults: the sizes of the paper's Mamba and feed-forward heads (ours:
 ``exits/heads.py``; its "transformer" head is a feed-forward block, ours also attends); warm-up and weight decay (none
 here); held-out text. Summaries and code differ on two points, and the code is followed: the label (a summary has it the
 other way round, the exit's token among the full model's likeliest 15) and the exits' weights (a summary has them fall
-with depth). Standardised inputs are ours, and stay.
+with depth). Inputs are standardised, as everywhere in DYNAMAX.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ PRESETS: Registry[Preset] = Registry(
                 "readout": "tail",
                 "tail_layers": 1,
                 "candidates": 0,
-                "label": "topk",
-                "label_k": 15,
             },
             settings={
                 "preset": "dynamax-paper",
+                "label": "topk",
+                "label_k": 15,
                 "documents": 1000,
                 "max_tokens": 1000 * 4096,
                 "sequence": 4096,
@@ -65,7 +65,7 @@ PRESETS: Registry[Preset] = Registry(
                 "lr": 2.5e-4,
                 "weight_decay": 0.0,
                 "warmup": 0.0,
-                "never": 1.0,
+                "no_exit_share": 1.0,
                 "balanced": False,
             },
         )

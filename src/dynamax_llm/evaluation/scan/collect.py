@@ -132,20 +132,20 @@ def read(backbone: Backbone, readout: Readout, chunks: Sequence[Chunk], settings
 
 def _read_layers(backbone: Backbone, readout: Readout, places: tuple[int, ...], batch: Batch) -> tuple[Tensor, Tensor]:
     """Argmax (L, n) after every layer, and statistics (E, n, F) at the exits, of the n tokens of a batch."""
-    h = backbone.embed(batch.ids.to(backbone.device))
-    ctx = backbone.context(h)
     said, statistics = [], []
     seen: ExitFeatures | None = None
-    for index in range(backbone.n_layers):
-        before, h = h, backbone.layer(index, h, None, ctx)
+    states = backbone.hidden_states(batch.ids)
+    _, before = next(states)
+    for depth, h in states:
         mask = batch.mask.to(h.device)
-        if index + 1 in places:
+        if depth in places:
             packed, packed_before = (part[mask].unsqueeze(0) for part in (h, before.to(h.device)))
-            seen, tokens = readout.features(places.index(index + 1), packed, packed_before, seen)
+            seen, tokens = readout.features(places.index(depth), packed, packed_before, seen)
             statistics.append(seen.values[0].cpu())
             said.append(tokens[0].cpu())
         else:
             said.append(argmax(backbone, h[mask]).cpu())
+        before = h
     found = torch.stack(statistics)
     if not bool(found.isfinite().all()):
         raise BackboneError(

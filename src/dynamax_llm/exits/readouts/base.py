@@ -32,7 +32,7 @@ class Readout(Stateful):
 
     #: The kind's own options, a dataclass; its fields are named as in ``ExitConfig.from_options``.
     Options: type[ReadoutOptions] = ReadoutOptions
-    #: Name of what trains the weights (``training.lens.LEARNERS``); None if there is nothing to train.
+    #: Name of what trains the weights (``training.phases.READOUT_LEARNERS``); None if there is nothing to train.
     learner: str | None = None
     #: True if the logits that the decision was taken from are those of the token: no second readout is needed.
     decision_is_output: bool = True

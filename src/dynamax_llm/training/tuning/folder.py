@@ -46,9 +46,9 @@ def stage(model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: Any, dt
     shutil.rmtree(folder, ignore_errors=True)
     try:
         model.save_pretrained(folder, state_dict=_stored(weights, dtype))
-        config = folder / "config.json"  # save_pretrained notes the dtype of the model in memory
-        noted = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
-        config.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+        config = folder / "config.json"  # save_pretrained records the dtype of the model in memory
+        fields = json.loads(config.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
+        config.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         if hasattr(tokenizer, "save_pretrained"):
             tokenizer.save_pretrained(folder)
     except OSError as error:
@@ -60,12 +60,11 @@ def stage(model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: Any, dt
 
 def _stored(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights in the dtype they are saved in; names that share a tensor still share one, and it is saved once."""
-    made: dict[tuple[int, torch.Size], Tensor] = {}
+    stored: dict[tuple[int, torch.Size], Tensor] = {}
     for weight in weights.values():
-        made.setdefault(
-            (weight.data_ptr(), weight.shape), weight.detach().to(dtype if weight.is_floating_point() else weight.dtype)
-        )
-    return {name: made[weight.data_ptr(), weight.shape] for name, weight in weights.items()}
+        target = dtype if weight.is_floating_point() else weight.dtype
+        stored.setdefault((weight.data_ptr(), weight.shape), weight.detach().to(target))
+    return {name: stored[weight.data_ptr(), weight.shape] for name, weight in weights.items()}
 
 
 def publish(work: Path, target: Path, record: dict[str, Any], card: str) -> None:

@@ -1,4 +1,4 @@
-"""What a model's layers are worth on held-out text: the figures before and after a tuning.
+"""How good a model's layers are on held-out text: the figures before and after a tuning.
 
 Everything is teacher-forced with intact states, as in ``training.held_out``; agreement at a layer is with the same
 model's own last layer.
@@ -76,20 +76,18 @@ def measure(backbone: Backbone, batches: Sequence[Batch], layers: tuple[int, ...
     )
 
 
-def _read(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def _read(backbone: Backbone, batch: Batch) -> tuple[Tensor, ...]:
     """Per layer and token of a batch (L, n), on the CPU: cross-entropy in float64, the likeliest token, its margin."""
-    h = backbone.embed(batch.ids.to(backbone.device))
-    ctx = backbone.context(h)
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for index in range(backbone.n_layers):
-        h = backbone.layer(index, h, None, ctx)
-        speaks = batch.mask[:, 1:].to(h.device)
-        found.append(_say(backbone, h[:, :-1][speaks], batch.ids[:, 1:].to(h.device)[speaks]))
-    losses, tokens, margins = (torch.stack(group) for group in zip(*found, strict=True))
-    return losses, tokens, margins
+    layers = []
+    for depth, h in backbone.hidden_states(batch.ids):
+        if depth == 0:
+            continue
+        counted = batch.mask[:, 1:].to(h.device)
+        layers.append(_read_layer(backbone, h[:, :-1][counted], batch.ids[:, 1:].to(h.device)[counted]))
+    return tuple(torch.stack(group) for group in zip(*layers, strict=True))
 
 
-def _say(backbone: Backbone, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _read_layer(backbone: Backbone, rows: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """The same of one layer's rows (n, d)."""
     parts = []
     for piece in slices(backbone, len(rows)):
@@ -97,5 +95,4 @@ def _say(backbone: Backbone, rows: Tensor, targets: Tensor) -> tuple[Tensor, Ten
         loss = F.cross_entropy(logits, targets[piece], reduction="none").double()
         top = torch.softmax(logits, -1).topk(2)
         parts.append((loss.cpu(), logits.argmax(-1).cpu(), (top.values[:, 0] - top.values[:, 1]).cpu()))
-    losses, tokens, margins = (torch.cat(group) for group in zip(*parts, strict=True))
-    return losses, tokens, margins
+    return tuple(torch.cat(group) for group in zip(*parts, strict=True))

@@ -1,11 +1,11 @@
-"""What a tuning trains, and the teacher beside it. The model that was given is never changed.
+"""What a tuning trains, and its teacher. The model that was given is never changed.
 
-``lora`` puts low-rank adapters (arXiv 2106.09685, through peft) on the linear maps of the decoder layers and takes
-them out again afterwards: the model's own weights are frozen throughout, and without the adapters it is the teacher.
+``lora`` puts low-rank adapters (arXiv 2106.09685, through peft) on the linear maps of the decoder layers and removes
+them afterwards: the model's own weights are frozen throughout, and with the adapters disabled it is the teacher.
 ``full`` trains a float32 copy of the whole model; the model that was given is the teacher.
 
-Of a Mamba mixer only the maps into it are adapted: transformers' fused kernels read ``out_proj`` and ``dt_proj`` past
-any adapter.
+In a Mamba mixer only the maps into it are adapted: transformers' fused kernels read the weights of ``out_proj`` and
+``dt_proj`` without calling the adapter.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _adapted(backbone: Backbone, settings: TuneSettings) -> Iterator[Student]:
     peft = check_peft()
     model, names = backbone.model, adaptable(backbone)
     if not names:
-        raise UsageError(f"no layer of this {backbone.model_type} has a linear map for LoRA: use --method full.")
+        raise UsageError(f"no layer of this {backbone.model_type} has a linear map for LoRA: use `method` full.")
     config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=names, bias="none")
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -97,32 +97,30 @@ def _adapted(backbone: Backbone, settings: TuneSettings) -> Iterator[Student]:
 
 def adaptable(backbone: Backbone) -> list[str]:
     """Full names of the linear maps inside the decoder layers that adapters may sit on."""
+    modules = dict(backbone.model.named_modules())
     layers = {id(module) for layer in backbone.layers for module in layer.modules()}
-    found = []
-    for name, module in backbone.model.named_modules():
-        in_mixer = name.rsplit(".", 1)[-1] in UNADAPTED and hasattr(
-            backbone.model.get_submodule(name.rpartition(".")[0]), "conv1d"
-        )
-        if type(module) is nn.Linear and id(module) in layers and not in_mixer:
-            found.append(name)
-    return found
+
+    def fits(name: str, module: nn.Module) -> bool:
+        parent, _, last = name.rpartition(".")
+        in_mixer = last in UNADAPTED and hasattr(modules[parent], "conv1d")
+        return type(module) is nn.Linear and id(module) in layers and not in_mixer
+
+    return [name for name, module in modules.items() if fits(name, module)]
 
 
 def _merged(model: nn.Module) -> dict[str, Tensor]:
     """The state dict the model would have with its adapters folded in, which is done in float32."""
-    found: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        if ".lora_" not in name:
-            found[name.replace(".base_layer.", ".")] = value
+    weights = {
+        name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if ".lora_" not in name
+    }
     merged: dict[int, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):  # shared layers have several names
         if hasattr(module, "lora_A"):
-            weight = module.base_layer.weight
             if id(module) not in merged:
-                delta = module.get_delta_weight(ADAPTER).float()
-                merged[id(module)] = (weight.float() + delta).to(weight.dtype)
-            found[f"{name}.weight"] = merged[id(module)]
-    return found
+                weight = module.base_layer.weight
+                merged[id(module)] = (weight.float() + module.get_delta_weight(ADAPTER).float()).to(weight.dtype)
+            weights[f"{name}.weight"] = merged[id(module)]
+    return weights
 
 
 def check_peft() -> Any:
@@ -132,6 +130,6 @@ def check_peft() -> Any:
     except ImportError as error:
         raise UsageError(
             f"tuning with LoRA needs peft, which is not installed ({error}). "
-            "Install it: pip install 'dynamax-llm[tune]', or use --method full."
+            "Install it: pip install 'dynamax-llm[tune]', or use `method` full."
         ) from error
     return peft

@@ -1,4 +1,4 @@
-"""What one frozen forward says about every exit: labels describe the action, memory does not depend on the data."""
+"""What one frozen forward shows of every exit: labels describe the action, memory does not depend on the data."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.exits.readouts.lens import Lens
 from dynamax_llm.testing import random_ids
 from dynamax_llm.text.batches import Batch
-from dynamax_llm.traces import collect as module
-from dynamax_llm.traces.collect import collect_exits, forward
+from dynamax_llm.traces.collect import Packing, collect_exits, forward
+from dynamax_llm.traces.labels import Label
 
 LAYERS, L = (2, 3), 5
 FAMILIES = pytest.mark.parametrize("family", ["mistral", "mamba2"])
@@ -79,8 +79,9 @@ def test_exits_see_what_the_layers_made(backbone, family: str) -> None:
         previous = None
         for exit, layer in enumerate(LAYERS):
             torch.testing.assert_close(found.hidden[exit][one.mask], h[layer][one.mask])
-            logits = readout.logits(exit, readout.transform(exit, h[layer])[0])
-            previous = exit_features(h[layer], h[layer - 1], logits, previous)
+            previous = exit_features(
+                h[layer], h[layer - 1], readout.logits(exit, readout.transform(exit, h[layer])[0]), previous
+            )
             seen = found.features[exit]
             torch.testing.assert_close(seen.values[one.mask], previous.values[one.mask], atol=1e-4, rtol=1e-4)
             assert torch.equal(seen.token[one.mask], previous.token[one.mask])
@@ -107,7 +108,7 @@ def test_the_label_describes_the_action(backbone, family: str, kind: str) -> Non
 
 def test_the_papers_label_is_the_logit_lens_top_k(backbone) -> None:
     adapter, one = backbone("mistral"), batch()
-    found = collect_exits(adapter, build_readout(adapter, config(label="topk", label_k=4)), one)
+    found = collect_exits(adapter, build_readout(adapter, config()), one, Label("topk", 4))
     with torch.no_grad():
         h = states(adapter, one.ids)
         full = adapter.readout(h[-1]).argmax(-1, keepdim=True)
@@ -121,19 +122,19 @@ def test_the_papers_label_is_the_logit_lens_top_k(backbone) -> None:
 @pytest.mark.parametrize("kind", ["action", "topk"])
 def test_logits_exist_one_slice_at_a_time(backbone, monkeypatch, kind: str) -> None:
     adapter, one = backbone("mistral"), batch()
-    readout = build_readout(adapter, config(label=kind))
-    whole = collect_exits(adapter, readout, one)
+    readout = build_readout(adapter, config())
+    whole = collect_exits(adapter, readout, one, Label(kind))
     sizes = []
     stock = adapter.readout
     monkeypatch.setattr(adapter, "readout", lambda h: sizes.append(h.shape[0] * h.shape[1]) or stock(h))
     monkeypatch.setattr("dynamax_llm.exits.readouts.base.LOGITS_AT_ONCE", 4 * adapter.vocab_size)
-    sliced = collect_exits(adapter, readout, one)
+    sliced = collect_exits(adapter, readout, one, Label(kind))
     assert max(sizes) == 4
     assert torch.equal(sliced.labels, whole.labels)
     assert torch.equal(sliced.target, whole.target)
 
 
-def test_a_harvest_holds_no_graph_and_touches_no_weight(backbone) -> None:
+def test_an_exit_batch_holds_no_graph_and_touches_no_weight(backbone) -> None:
     adapter, one = backbone("mamba2"), batch()
     before = {name: value.clone() for name, value in adapter.model.state_dict().items()}
     found = collect_exits(adapter, build_readout(adapter, config()), one)
@@ -156,6 +157,6 @@ def test_forward_keeps_h_and_what_came_before_it(backbone) -> None:
 def test_unpack_puts_tokens_back(backbone) -> None:
     one = batch()
     values = torch.randn(int(one.mask.sum()), 3)
-    full = module.Packing.of(one.mask, torch.device("cpu")).unpack(values)
+    full = Packing.of(one.mask, torch.device("cpu")).unpack(values)
     assert torch.equal(full[one.mask], values)
     assert full[~one.mask].count_nonzero() == 0
