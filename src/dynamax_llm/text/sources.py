@@ -30,6 +30,7 @@ OPEN_FILES = 16
 FIELDS = ("text", "content", "document", "article", "story", "context", "question")
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,10 @@ def _txt_documents(path: Path) -> Iterator[str]:
             document = ""
         document += paragraph
         paragraph = ""
-        while len(document) > TXT_DOCUMENT:  # one endless paragraph
-            yield document[:TXT_DOCUMENT]
-            document = document[TXT_DOCUMENT:]
+        whole = (len(document) - 1) // TXT_DOCUMENT * TXT_DOCUMENT
+        for start in range(0, whole, TXT_DOCUMENT):  # one endless paragraph
+            yield document[start : start + TXT_DOCUMENT]
+        document = document[max(whole, 0) :]
     yield document + paragraph
 
 
@@ -158,8 +160,13 @@ def json_records(path: Path) -> Iterator[tuple[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{path}, line {number}, column {error.colno}: no valid JSON ({error.msg}). A .jsonl file holds one "
+                f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}). A .jsonl file holds one "
                 "JSON object per line."
+            ) from error
+        except (RecursionError, ValueError) as error:  # brackets without end; an integer of thousands of digits
+            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+            raise DataError(
+                f"{path}, line {number}: the record cannot be parsed ({reason}). Repair or remove it."
             ) from error
         yield f"{path}, line {number}", record
 
@@ -173,7 +180,12 @@ def _hub_documents(spec: str, text_field: str | None) -> Iterator[str]:
     name, configuration, split = (*spec.split(":"), "", "")[:3]
     try:
         import datasets  # heavy, and only needed here
-
+    except ImportError as error:
+        raise DataError(
+            f"no file or folder {spec!r}, and a dataset on the Hugging Face Hub needs the package datasets. "
+            "Check the path, or install it: pip install 'dynamax-llm[text]'."
+        ) from error
+    try:
         rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
         records = iter(rows)
         first = next(records, None)
@@ -206,6 +218,17 @@ def render(record: Any, text_field: str | None, place: str) -> str:
         raise DataError(
             f"{place}: {wanted}. It has {', '.join(map(str, record)) or 'no fields'}. Name one: --text-field."
         )
+    text = _rendered(record, field, text_field)
+    if (lone := _SURROGATE.search(text)) is not None:
+        raise DataError(
+            f"{place}: the text holds half a character ({lone.group().encode('ascii', 'backslashreplace').decode()}, a "
+            "lone surrogate, from text that was cut in the middle of one). Repair or remove the record."
+        )
+    return text
+
+
+def _rendered(record: Mapping[str, Any], field: str, text_field: str | None) -> str:
+    """The text in ``field``, with the questions and answers that belong to it unless the field was named."""
     text = record[field]
     if text_field is not None:
         return text
