@@ -12,11 +12,19 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Named things of one kind: ``lookup`` refuses unknown names with a suggestion, ``register`` adds one."""
+    """Named things of one kind, in the order they were registered; ``lookup`` refuses unknown names."""
 
-    def __init__(self, kind: str, entries: Mapping[str, T]) -> None:
+    def __init__(self, kind: str, entries: Mapping[str, T] | None = None) -> None:
         self.kind = kind
-        self._entries = dict(entries)
+        self._entries = dict(entries or {})
+
+    def register(self, name: str, entry: T) -> None:
+        """Add an entry, from anywhere. Raises UsageError if another entry has this name."""
+        if self._entries.setdefault(name, entry) is not entry:
+            raise UsageError(
+                f"{self.kind} {name!r} is registered already, as {self._entries[name]!r}. Register yours under another "
+                f"name; taken: {', '.join(self._entries)}."
+            )
 
     def __getitem__(self, name: str) -> T:
         return self._entries[name]
@@ -26,11 +34,6 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
-
-    def register(self, name: str, entry: T) -> None:
-        """Add an entry. Raises UsageError if the name belongs to another object."""
-        if self._entries.setdefault(name, entry) is not entry:
-            raise UsageError(f"the {self.kind} {name!r} is taken by another object. Register yours under another name.")
 
     def lookup(self, name: str) -> T:
         """The entry called ``name``. Raises UsageError naming the value, the nearest entry and all of them."""

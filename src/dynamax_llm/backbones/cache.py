@@ -154,6 +154,12 @@ class SSMLayer(LinearAttentionLayer):
             self.is_recurrent_states_initialized[state_idx] = True
         self.rebind()
 
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: object) -> Tensor:
+        """Copy the new state in; it counts as a previous one also in a layer that keeps no convolution window."""
+        updated = super().update_recurrent_state(recurrent_states, state_idx)
+        self.has_previous_state[state_idx] = True
+        return updated
+
     def initialize_like(self, other: SSMLayer) -> None:
         """Count as a layer that has seen what ``other`` has; the stack's tensors must exist."""
         self.dtype, self.device = other.dtype, other.device
