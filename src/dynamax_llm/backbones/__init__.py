@@ -16,7 +16,7 @@ from dynamax_llm.backbones.hybrid import (
     Zamba2Backbone,
 )
 from dynamax_llm.backbones.mamba import Mamba2Backbone
-from dynamax_llm.backbones.mamba1 import Mamba1Backbone
+from dynamax_llm.backbones.mamba1 import FalconMambaBackbone, Mamba1Backbone
 from dynamax_llm.errors import UnsupportedModelError, UsageError
 from dynamax_llm.registry import Registry
 
@@ -26,7 +26,7 @@ FAMILIES: Registry[type[Backbone]] = Registry(
     {
         "bamba": HybridBackbone,
         "falcon_h1": FalconH1Backbone,
-        "falcon_mamba": Mamba1Backbone,
+        "falcon_mamba": FalconMambaBackbone,
         "gemma": GemmaBackbone,
         "granitemoehybrid": GraniteMoeHybridBackbone,
         "jamba": JambaBackbone,

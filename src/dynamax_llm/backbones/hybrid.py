@@ -24,16 +24,15 @@ from dynamax_llm.backbones.mamba1 import TokenByToken
 from dynamax_llm.backbones.mixers import (
     Small,
     advance_mamba1,
-    advance_mamba2,
-    advance_mamba2_over,
     as_single_steps,
     clamps_dt,
+    continue_mamba2,
     continues,
-    is_mamba1,
+    mamba2_rows,
     mixer_cost,
     path_to,
-    project,
     small_weights,
+    some_rows,
 )
 from dynamax_llm.backbones.rotary import rotary_positions
 
@@ -91,7 +90,7 @@ class HybridBackbone(Backbone):
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         layer = self.layers[index]
         mixer = self._parts(layer).mamba
-        if mixer is not None and not is_mamba1(mixer) and continues(index, h, cache):
+        if mixer is not None and self.can_continue_multi_token and continues(index, h, cache):
             layer = as_single_steps(layer, path_to(layer, mixer), h.shape[1])
         return self._run(layer, index, h, cache, ctx)
 
@@ -126,19 +125,14 @@ class HybridBackbone(Backbone):
 
     def _advance(self, index: int, mixer: nn.Module, x: Tensor, cache: StackedCache) -> None:
         """Normed input x (B, T, d) through the state of layer ``index``'s mixer."""
-        conv_state, ssm_state = cache.recurrent(index, index + 1)  # (1, B, …)
-        rows = project(mixer, x)  # (B, T, R)
-        if is_mamba1(mixer):
-            for row in rows.unbind(1):
-                advance_mamba1(mixer, row, conv_state[0], ssm_state[0])
-            return
-        cached = self._small  # another thread's refresh replaces the dict
-        if index not in cached:
-            cached[index] = small_weights([mixer])
-        if x.shape[1] > 1:
-            advance_mamba2_over(mixer, rows, cached[index], conv_state[0], ssm_state[0])
-        else:
-            advance_mamba2(mixer, rows.transpose(0, 1), cached[index], conv_state, ssm_state)
+        small = self._small  # another thread's refresh replaces the dict
+        if index not in small:
+            small[index] = small_weights([mixer])
+        continue_mamba2(mixer, self._project(mixer, x), small[index], *cache.recurrent(index, index + 1))
+
+    def _project(self, mixer: nn.Module, x: Tensor) -> Tensor:
+        """What the mixer's state depends on (B, T, R), before the convolution, from its normed input x (B, T, d)."""
+        return some_rows(mixer.in_proj, x, mamba2_rows(mixer))
 
     def refresh(self) -> None:
         self._small = {}
@@ -153,7 +147,7 @@ class HybridBackbone(Backbone):
     def _layer_macs(self, index: int) -> int:
         mixer = self._parts(self.layers[index]).mamba
         weights = weight_macs(self._modules(index), getattr(self.config, "num_experts_per_tok", 0) or 0)
-        return weights + (0 if mixer is None else mixer_cost(mixer).layer - weight_macs(mixer.modules()))
+        return weights + (0 if mixer is None else self._mixer_cost(mixer).layer - weight_macs(mixer.modules()))
 
     def _modules(self, index: int) -> Iterator[nn.Module]:
         """All modules that a token may go through in layer ``index``."""
@@ -162,7 +156,10 @@ class HybridBackbone(Backbone):
     def _state_macs(self, index: int) -> int:
         parts = self._parts(self.layers[index])
         keys = 0 if parts.attention is None else linear_macs(parts.attention.k_proj, parts.attention.v_proj)
-        return keys + (0 if parts.mamba is None else mixer_cost(parts.mamba).state)
+        return keys + (0 if parts.mamba is None else self._mixer_cost(parts.mamba).state)
+
+    def _mixer_cost(self, mixer: nn.Module) -> LayerCost:
+        return mixer_cost(mixer, mamba1=not self.can_continue_multi_token)
 
 
 class GraniteMoeHybridBackbone(HybridBackbone):
@@ -207,6 +204,10 @@ class FalconH1Backbone(HybridBackbone):
     def _keys_values(self, index: int, attention: nn.Module, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         x = x * self.layers[index].attention_in_multiplier
         return keys_values(attention, x, ctx, lambda key: key * attention.key_multiplier)
+
+    def _project(self, mixer: nn.Module, x: Tensor) -> Tensor:
+        rows = mamba2_rows(mixer)
+        return some_rows(mixer.in_proj, x * mixer.ssm_in_multiplier, rows) * mixer.mup_vector[0, 0, rows]
 
     def _scale(self, logits: Tensor) -> Tensor:
         return logits * self.model.model.lm_head_multiplier
@@ -267,9 +268,15 @@ class Zamba2Backbone(HybridBackbone):
     def _state_macs(self, index: int) -> int:
         mixer = self._parts(self.layers[index]).mamba
         assert mixer is not None
-        cost = mixer_cost(mixer)
+        cost = self._mixer_cost(mixer)
         return self._layer_macs(index) - cost.layer + cost.state
 
 
 class JambaBackbone(TokenByToken, HybridBackbone):
     """Jamba: Mamba-1 mixers, some experts, no positions at all."""
+
+    norms_steps = True
+
+    def _advance(self, index: int, mixer: nn.Module, x: Tensor, cache: StackedCache) -> None:
+        conv_state, ssm_state = (part[0] for part in cache.recurrent(index, index + 1))
+        advance_mamba1(mixer, x, conv_state, ssm_state, self.norms_steps)

@@ -10,14 +10,14 @@ from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.mixers import (
     Small,
     advance_mamba2,
-    advance_mamba2_over,
     as_single_steps,
     clamps_dt,
+    continue_mamba2,
     continues,
+    mamba2_rows,
     mixer_cost,
-    project,
     small_weights,
-    state_slice,
+    some_rows,
 )
 from dynamax_llm.backbones.stacking import StackedWeights, normalise
 
@@ -50,7 +50,8 @@ class MambaBackbone(Backbone):
         return self.model.backbone.norm_f(h).to(self.model.get_output_embeddings().weight.dtype)
 
     def costs(self) -> Costs:
-        layers = tuple(mixer_cost(layer.mixer) for layer in self.layers)
+        mamba1 = not self.can_continue_multi_token
+        layers = tuple(mixer_cost(layer.mixer, mamba1) for layer in self.layers)
         return Costs(layers=layers, readout=linear_macs(self.model.get_output_embeddings()))
 
 
@@ -71,22 +72,16 @@ class Mamba2Backbone(MambaBackbone):
 
     @staticmethod
     def _rows(layer: nn.Module) -> tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]:
-        return layer.norm, ((layer.mixer.in_proj, state_slice(layer.mixer)),)
+        return layer.norm, ((layer.mixer.in_proj, mamba2_rows(layer.mixer)),)
 
     def update_state(self, index: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
         if cache.get_recurrent_state(index) is None:
             self.layer(index, h, cache, ctx)  # a prompt's parallel scan yields output and state together
             return
-        layer, small, states = (
-            self.layers[index],
-            self._small_weights(index, index + 1),
-            cache.recurrent(index, index + 1),
-        )
-        rows = project(layer.mixer, layer.norm(h.to(layer.norm.weight.dtype)))  # (B, T, R)
-        if h.shape[1] > 1:
-            advance_mamba2_over(layer.mixer, rows, small, *(part[0] for part in states))
-        else:
-            advance_mamba2(layer.mixer, rows.transpose(0, 1), small, *states)
+        layer = self.layers[index]
+        x, mixer = layer.norm(h.to(layer.norm.weight.dtype)), layer.mixer
+        rows = some_rows(mixer.in_proj, x, mamba2_rows(mixer))
+        continue_mamba2(mixer, rows, self._small_weights(index, index + 1), *cache.recurrent(index, index + 1))
 
     def update_states(self, first: int, stop: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
         single = h.shape[1] == 1 and stop - first > 1 and cache.get_recurrent_state(first) is not None

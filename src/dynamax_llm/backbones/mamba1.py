@@ -13,7 +13,7 @@ from torch import Tensor
 from dynamax_llm.backbones.base import Backbone, Context
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.mamba import MambaBackbone
-from dynamax_llm.backbones.mixers import advance_mamba1, project
+from dynamax_llm.backbones.mixers import advance_mamba1
 
 
 class TokenByToken(Backbone):
@@ -23,6 +23,8 @@ class TokenByToken(Backbone):
     """
 
     can_continue_multi_token = False
+    #: True where a mixer's dt and B pass a norm each.
+    norms_steps = False
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         run = super().layer  # type: ignore[safe-super]  # of the adapter beside this class
@@ -39,14 +41,19 @@ def _token(ctx: Context, place: int) -> Context:
 
 
 class Mamba1Backbone(TokenByToken, MambaBackbone):
-    """Stock Mamba and Falcon Mamba. Skipped layers are updated one by one."""
+    """Stock Mamba. Skipped layers are updated one by one."""
 
     def update_state(self, index: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
         if cache.get_recurrent_state(index) is None or ctx.padding is not None:
             self.layer(index, h, cache, ctx)
             return
         layer = self.layers[index]
-        rows = project(layer.mixer, layer.norm(h.to(layer.norm.weight.dtype)))  # (B, T, C)
+        x = layer.norm(h.to(layer.norm.weight.dtype))
         conv_state, ssm_state = (part[0] for part in cache.recurrent(index, index + 1))
-        for row in rows.unbind(1):
-            advance_mamba1(layer.mixer, row, conv_state, ssm_state)
+        advance_mamba1(layer.mixer, x, conv_state, ssm_state, self.norms_steps)
+
+
+class FalconMambaBackbone(Mamba1Backbone):
+    """Falcon Mamba: norms on dt, B and C."""
+
+    norms_steps = True

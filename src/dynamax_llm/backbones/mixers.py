@@ -45,16 +45,14 @@ def small_weights(mixers: Sequence[nn.Module]) -> Small:
     return Small(conv, bias.unsqueeze(1), dt_bias.unsqueeze(1), decay.unsqueeze(1))
 
 
-def state_slice(mixer: nn.Module) -> slice:
-    """The rows of in_proj that the state sees: all but the gate's."""
-    if is_mamba1(mixer):  # x, gate
-        return slice(0, mixer.intermediate_size)
-    return slice(mixer.intermediate_size, None)  # gate, x, B, C, dt
+def mamba2_rows(mixer: nn.Module) -> slice:
+    """The rows of a Mamba-2 in_proj (gate, x, B, C, dt) that the state depends on: all but the gate's."""
+    return slice(mixer.intermediate_size, None)
 
 
-def is_mamba1(mixer: nn.Module) -> bool:
-    """Whether this mixer makes dt, B and C from its convolved input (Mamba-1) rather than in in_proj (Mamba-2)."""
-    return hasattr(mixer, "x_proj")
+def mamba1_rows(mixer: nn.Module) -> slice:
+    """The rows of a Mamba-1 in_proj (x, gate) that the state depends on."""
+    return slice(0, mixer.intermediate_size)
 
 
 def clamps_dt(mixer: nn.Module) -> bool:
@@ -110,14 +108,6 @@ def some_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
     return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
 
 
-def project(mixer: nn.Module, x: Tensor) -> Tensor:
-    """What a mixer's state sees of its normed input x (..., d), before the convolution."""
-    rows = state_slice(mixer)
-    if not hasattr(mixer, "mup_vector"):
-        return some_rows(mixer.in_proj, x, rows)
-    return some_rows(mixer.in_proj, x * mixer.ssm_in_multiplier, rows) * mixer.mup_vector[0, 0, rows]  # Falcon-H1
-
-
 def advance_mamba2(mixer: nn.Module, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
     """One token through conv window and SSM of n Mamba-2 layers, in place, in the order stock single steps round.
 
@@ -161,30 +151,47 @@ def advance_mamba2_over(mixer: nn.Module, rows: Tensor, small: Small, conv_state
     ssm_state.mul_(torch.exp(decayed[..., -1])[..., None, None]).add_(fed.flatten(1, 2))
 
 
-def advance_mamba1(mixer: nn.Module, rows: Tensor, conv_state: Tensor, ssm_state: Tensor) -> None:
-    """One token through conv window (B, C, K) and SSM (B, C, N) of one Mamba-1 layer, in place.
+def continue_mamba2(mixer: nn.Module, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
+    """Tokens, one or several, through conv window (1, B, C, K) and SSM (1, B, H, P, N) of one Mamba-2 layer, in place.
 
-    rows (B, C): x before the convolution.
+    rows (B, T, C + H): x, B and C before the convolution, then dt.
     """
+    if rows.shape[1] > 1:
+        advance_mamba2_over(mixer, rows, small, conv_state[0], ssm_state[0])
+    else:
+        advance_mamba2(mixer, rows.transpose(0, 1), small, conv_state, ssm_state)
+
+
+def advance_mamba1(mixer: nn.Module, x: Tensor, conv_state: Tensor, ssm_state: Tensor, normed: bool) -> None:
+    """Normed input x (B, T, d), token by token, through conv window (B, C, K) and SSM (B, C, N) of one Mamba-1 layer.
+
+    Both are changed in place. ``normed``: the family's mixers have norms on dt and B.
+    """
+    for row in some_rows(mixer.in_proj, x, mamba1_rows(mixer)).unbind(1):
+        _advance_mamba1(mixer, row, conv_state, ssm_state, normed)
+
+
+def _advance_mamba1(mixer: nn.Module, rows: Tensor, conv_state: Tensor, ssm_state: Tensor, normed: bool) -> None:
+    """One token: rows (B, C) are x before the convolution."""
     conv_state.copy_(torch.cat((conv_state[..., 1:], rows.unsqueeze(-1)), dim=-1))
     weight = mixer.conv1d.weight.squeeze(1)
     active = (conv_state.to(weight.dtype) * weight).sum(-1)
     active = mixer.act(active if mixer.conv1d.bias is None else active + mixer.conv1d.bias)
     rank, size = mixer.time_step_rank, mixer.ssm_state_size
     dt, b = some_rows(mixer.x_proj, active, slice(0, rank + size)).split([rank, size], dim=-1)
-    if hasattr(mixer, "dt_layernorm"):  # Falcon Mamba and Jamba
+    if normed:
         dt, b = mixer.dt_layernorm(dt), mixer.b_layernorm(b)
     dt = F.softplus(mixer.dt_proj(dt)).float().unsqueeze(-1)  # (B, C, 1)
     decay = torch.exp(dt * -torch.exp(mixer.A_log.float()))
     ssm_state.mul_(decay).add_(dt * b.float().unsqueeze(1) * active.float().unsqueeze(-1))
 
 
-def mixer_cost(mixer: nn.Module) -> LayerCost:
-    """Multiply-accumulates per token of a mixer and of its state update alone."""
+def mixer_cost(mixer: nn.Module, mamba1: bool = False) -> LayerCost:
+    """Multiply-accumulates per token of a mixer, Mamba-2 unless ``mamba1``, and of its state update alone."""
     cell = mixer.intermediate_size * mixer.ssm_state_size  # of one pass over the state
     whole = weight_macs(mixer.modules()) + 3 * cell
     gate = mixer.intermediate_size * mixer.in_proj.in_features
     state = whole - gate - linear_macs(mixer.out_proj) - cell
-    if is_mamba1(mixer):
+    if mamba1:
         state -= mixer.ssm_state_size * mixer.intermediate_size  # C's rows of x_proj
     return LayerCost(layer=whole, state=state)
