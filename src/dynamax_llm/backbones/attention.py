@@ -19,7 +19,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from dynamax_llm.backbones.base import Backbone, Context, Costs, Held, LayerCost, linear_macs, weight_macs
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.rotary import rotary_positions
-from dynamax_llm.backbones.stacking import StackedWeights, normalise
+from dynamax_llm.backbones.stacking import Source, StackedWeights, normalise
+from dynamax_llm.backbones.stock import Layers, Norm, SelfAttention
 from dynamax_llm.errors import UnsupportedModelError
 
 
@@ -35,7 +36,7 @@ def rotate(x: Tensor, ctx: Context) -> Tensor:
 
 
 def keys_values(
-    attention: nn.Module, x: Tensor, ctx: Context, scale_keys: Callable[[Tensor], Tensor] | None = None
+    attention: SelfAttention, x: Tensor, ctx: Context, scale_keys: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The K/V entries (B, H, T, D) that a stock attention module makes of its normed input x (B, T, d).
 
@@ -57,9 +58,13 @@ def slot_positions(h: Tensor, past: int, padding: Tensor | None) -> Tensor:
 
 def causal_mask(
     config: Any, h: Tensor, past: int, padding: Tensor | None, places: Tensor, window: int | None = None
-) -> Tensor | None:
-    """The mask as the model's attention implementation wants it; ``places`` (B or 1, past + T) are positions."""
-    within = window is None or past + h.shape[1] <= window
+) -> Any:
+    """The mask (a tensor or a BlockMask) as the model's attention implementation wants it, or None for no mask.
+
+    ``places`` (B or 1, past + T) are positions.
+    """
+    window = past + h.shape[1] if window is None else window
+    within = past + h.shape[1] <= window
     # One new token without padding sees everything: no mask, as the stock model decides more slowly.
     if h.shape[1] == 1 and padding is None and within:
         return None
@@ -97,7 +102,7 @@ class AttentionBackbone(Backbone):
         self.windowed = tuple(self.window is not None and kind == "sliding_attention" for kind in kinds)
         self._stacked = StackedWeights(self.layers, self._rows)
 
-    def _find_layers(self) -> nn.ModuleList:
+    def _find_layers(self) -> Layers:
         return self.model.model.layers
 
     def _find_kinds(self) -> tuple[str, ...]:
@@ -131,12 +136,12 @@ class AttentionBackbone(Backbone):
         x = layer.input_layernorm(h)
         cache.update(*keys_values(layer.self_attn, x, ctx, self._key_norm(layer)), index)
 
-    def _key_norm(self, layer: nn.Module) -> nn.Module | None:
+    def _key_norm(self, layer: Any) -> Norm | None:
         """What the layer's keys pass before positions rotate them."""
         return None
 
     @staticmethod
-    def _rows(layer: nn.Module) -> tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]:
+    def _rows(layer: Any) -> Source:
         attention = layer.self_attn
         return layer.input_layernorm, ((attention.k_proj, slice(None)), (attention.v_proj, slice(None)))
 
@@ -186,7 +191,7 @@ class Qwen3Backbone(AttentionBackbone):
             cached[first, stop] = weight.view(stop - first, 1, 1, 1, -1)
         return cached[first, stop] * normalise(key, norms[0].variance_epsilon, key.dtype)
 
-    def _key_norm(self, layer: nn.Module) -> nn.Module | None:
+    def _key_norm(self, layer: Any) -> Norm | None:
         return layer.self_attn.k_norm
 
     def refresh(self) -> None:

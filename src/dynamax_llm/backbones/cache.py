@@ -129,6 +129,9 @@ class SSMStack:
 class SSMLayer(LinearAttentionLayer):
     """One Mamba layer's window onto an SSMStack; stock mixers update the views in place."""
 
+    dtype: Any
+    device: Any
+
     def __init__(self, ssm: SSMStack, slot: int) -> None:
         LinearAttentionLayer.__init__(self)
         self.ssm, self.ssm_slot = ssm, slot
@@ -183,6 +186,8 @@ class SSMLayer(LinearAttentionLayer):
 class HybridLayer(SSMLayer, KVLayer):
     """A layer that remembers both: attention and a Mamba mixer side by side, or one after the other."""
 
+    is_croppable = False
+
     def __init__(self, ssm: SSMStack, ssm_slot: int, kv: KVStack, kv_slot: int) -> None:
         KVLayer.__init__(self, kv, kv_slot)
         SSMLayer.__init__(self, ssm, ssm_slot)
@@ -199,6 +204,8 @@ class StackedCache(Cache):
     Row r of every layer belongs to one sequence. Attention layers have one length for all rows: where sequences
     differ in length, the caller's padding mask says which slots of a row hold tokens.
     """
+
+    layers: list[Any]
 
     def __init__(
         self, kinds: Sequence[str], devices: Sequence[torch.device] | None = None, rows: int | None = None
@@ -305,14 +312,15 @@ class StackedCache(Cache):
         """
         for mine, theirs in zip(self.stacks, other.stacks, strict=True):
             mine.empty_like(theirs, self._count_rows(row))  # type: ignore[arg-type]
-        for layer, source in zip(self.layers, other.layers, strict=True):
-            if isinstance(layer, KVLayer) and source.kv.buffer is not None:
-                end = start + source.length
+        for layer, their in zip(self.layers, other.layers, strict=True):
+            if isinstance(layer, KVLayer) and their.kv.buffer is not None:
+                end = start + their.length
+                assert layer.kv.buffer is not None
                 buffer = layer.kv.reserve(layer.kv.buffer[0, 0], end)[layer.kv_slot]
-                buffer[:, row, :, start:end] = source.kv.buffer[source.kv_slot, :, other_row, :, : source.length]
+                buffer[:, row, :, start:end] = their.kv.buffer[their.kv_slot, :, other_row, :, : their.length]
                 layer.length, layer.is_initialized = max(layer.length, end), True
             if isinstance(layer, SSMLayer):
-                layer.initialize_like(source)
+                layer.initialize_like(their)
         for mine, theirs in zip(self._ssm.values(), other._ssm.values(), strict=True):
             for part, source in ((mine.conv, theirs.conv), (mine.ssm, theirs.ssm)):
                 if part is not None and source is not None:

@@ -86,7 +86,7 @@ IGNORED = frozenset({
 })  # fmt: skip
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
+def fingerprint(model: Any) -> dict[str, Any]:
     """JSON-ready identity of a loaded causal LM: its shape in words, a hash of its config, a hash of its weights.
 
     Raises BackboneError if a weight is not in memory (offloaded by a device_map) and so cannot be read.
@@ -161,7 +161,7 @@ def _hash_weights(model: nn.Module) -> str:
 
     Weights that a module keeps in packed form count as well, dequantised.
     """
-    digest, weights = hashlib.sha256(), dict(model.named_parameters())
+    digest, weights = hashlib.sha256(), dict[str, Tensor](model.named_parameters())
     for name, module in model.named_modules():
         if callable(getattr(module, "weight", None)):
             weights[f"{name}.weight"] = dense_weight(module)

@@ -35,15 +35,16 @@ from dynamax_llm.backbones.mixers import (
     some_rows,
 )
 from dynamax_llm.backbones.rotary import rotary_positions
+from dynamax_llm.backbones.stock import Layers, Mixer, Norm, SelfAttention
 
 
 @dataclass(frozen=True)
 class Parts:
     """What of a layer makes its state: both modules read ``norm(h)``; either or both may be missing."""
 
-    norm: nn.Module
-    attention: nn.Module | None
-    mamba: nn.Module | None
+    norm: Norm
+    attention: SelfAttention | None
+    mamba: Mixer | None
 
     @property
     def kind(self) -> str:
@@ -64,13 +65,13 @@ class HybridBackbone(Backbone):
         self._rotary: nn.Module | None = getattr(self.model.model, "rotary_emb", None)
         self.needs_positions = self._rotary is not None
 
-    def _find_layers(self) -> nn.ModuleList:
+    def _find_layers(self) -> Layers:
         return self.model.model.layers
 
     def _find_kinds(self) -> tuple[str, ...]:
         return tuple(self._parts(layer).kind for layer in self.layers)
 
-    def _parts(self, layer: nn.Module) -> Parts:
+    def _parts(self, layer: Any) -> Parts:
         return Parts(layer.input_layernorm, getattr(layer, "self_attn", None), getattr(layer, "mamba", None))
 
     def context(
@@ -94,7 +95,7 @@ class HybridBackbone(Backbone):
             layer = as_single_steps(layer, path_to(layer, mixer), h.shape[1])
         return self._run(layer, index, h, cache, ctx)
 
-    def _run(self, layer: nn.Module, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
+    def _run(self, layer: Any, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         """``layer``, which is layer ``index`` or its copy, as the stock model calls it."""
         out = layer(h, **self._arguments(index, cache, ctx))
         return out if isinstance(out, Tensor) else out[0]
@@ -119,18 +120,18 @@ class HybridBackbone(Backbone):
         if parts.attention is not None:
             cache.update(*self._keys_values(index, parts.attention, x, ctx), index)
 
-    def _keys_values(self, index: int, attention: nn.Module, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, index: int, attention: SelfAttention, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """The K/V entries of layer ``index`` from its normed input x (B, T, d)."""
         return keys_values(attention, x, ctx)
 
-    def _advance(self, index: int, mixer: nn.Module, x: Tensor, cache: StackedCache) -> None:
+    def _advance(self, index: int, mixer: Mixer, x: Tensor, cache: StackedCache) -> None:
         """Normed input x (B, T, d) through the state of layer ``index``'s mixer."""
         small = self._small  # another thread's refresh replaces the dict
         if index not in small:
             small[index] = small_weights([mixer])
         continue_mamba2(mixer, self._project(mixer, x), small[index], *cache.recurrent(index, index + 1))
 
-    def _project(self, mixer: nn.Module, x: Tensor) -> Tensor:
+    def _project(self, mixer: Mixer, x: Tensor) -> Tensor:
         """What the mixer's state depends on (B, T, R), before the convolution, from its normed input x (B, T, d)."""
         return some_rows(mixer.in_proj, x, mamba2_rows(mixer))
 
@@ -158,7 +159,7 @@ class HybridBackbone(Backbone):
         keys = 0 if parts.attention is None else linear_macs(parts.attention.k_proj, parts.attention.v_proj)
         return keys + (0 if parts.mamba is None else self._mixer_cost(parts.mamba).state)
 
-    def _mixer_cost(self, mixer: nn.Module) -> LayerCost:
+    def _mixer_cost(self, mixer: Mixer) -> LayerCost:
         return mixer_cost(mixer, mamba1=not self.can_continue_multi_token)
 
 
@@ -183,7 +184,7 @@ class GraniteMoeHybridBackbone(HybridBackbone):
 class NemotronHBackbone(HybridBackbone):
     """Nemotron-H: a layer is a norm and one mixer; MLPs and experts among them remember nothing."""
 
-    def _parts(self, layer: nn.Module) -> Parts:
+    def _parts(self, layer: Any) -> Parts:
         attends, recurs = (layer.block_type == kind for kind in ("full_attention", "linear_attention"))
         return Parts(layer.norm, layer.mixer if attends else None, layer.mixer if recurs else None)
 
@@ -201,11 +202,11 @@ class FalconH1Backbone(HybridBackbone):
         masks = {"attention_mask": ctx.mask, "mamba_attention_mask": ctx.padding}
         return super()._arguments(index, cache, ctx) | masks
 
-    def _keys_values(self, index: int, attention: nn.Module, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, index: int, attention: SelfAttention, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         x = x * self.layers[index].attention_in_multiplier
         return keys_values(attention, x, ctx, lambda key: key * attention.key_multiplier)
 
-    def _project(self, mixer: nn.Module, x: Tensor) -> Tensor:
+    def _project(self, mixer: Mixer, x: Tensor) -> Tensor:
         rows = mamba2_rows(mixer)
         return some_rows(mixer.in_proj, x * mixer.ssm_in_multiplier, rows) * mixer.mup_vector[0, 0, rows]
 
@@ -222,12 +223,12 @@ class Zamba2Backbone(HybridBackbone):
 
     needs_embedding = True
 
-    def _parts(self, layer: nn.Module) -> Parts:
+    def _parts(self, layer: Any) -> Parts:
         shared = getattr(layer, "shared_transformer", None)
         decoder = layer if shared is None else layer.mamba_decoder
         return Parts(decoder.input_layernorm, None if shared is None else shared.self_attn, decoder.mamba)
 
-    def _run(self, layer: nn.Module, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
+    def _run(self, layer: Any, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         return layer(
             h,
             ctx.embedded,
@@ -277,6 +278,6 @@ class JambaBackbone(TokenByToken, HybridBackbone):
 
     norms_steps = True
 
-    def _advance(self, index: int, mixer: nn.Module, x: Tensor, cache: StackedCache) -> None:
+    def _advance(self, index: int, mixer: Mixer, x: Tensor, cache: StackedCache) -> None:
         conv_state, ssm_state = (part[0] for part in cache.recurrent(index, index + 1))
         advance_mamba1(mixer, x, conv_state, ssm_state, self.norms_steps)

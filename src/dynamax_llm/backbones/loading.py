@@ -54,7 +54,7 @@ def load(
     Raises UnsupportedModelError before any weight is read, UsageError for a wrong dtype or device, BackboneError for
     everything that is missing, unreachable or damaged. Pickled weights are refused, remote code is never run.
     """
-    wanted = dtype if isinstance(dtype, torch.dtype) else DTYPES.lookup(dtype)
+    wanted: Any = dtype if isinstance(dtype, torch.dtype) else DTYPES.lookup(dtype)
     device = _single_device(device_map)
     source = _resolve(name_or_path)
     config = _load_config(source)
@@ -177,12 +177,10 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_weights(
-    source: str, config: PreTrainedConfig, dtype: torch.dtype, placement: dict[str, Any]
-) -> PreTrainedModel:
+def _load_weights(source: str, config: PreTrainedConfig, dtype: torch.dtype, placement: dict[str, Any]) -> Any:
     """The weights, every one of them: transformers would fill a missing one with noise and only warn."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -201,6 +199,7 @@ def _load_weights(
         raise BackboneError(
             f"{source}: the weights cannot be loaded ({_first_line(error)}). Fetch or save the model again."
         ) from error
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     wrong = sorted(item[0] if isinstance(item, tuple) else item for item in report["mismatched_keys"])
     for problem, names in (("lack", missing), ("have another shape than config.json says for", wrong)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.masking_utils import create_recurrent_attention_mask
 
@@ -19,10 +21,11 @@ from dynamax_llm.backbones.mixers import (
     small_weights,
     some_rows,
 )
-from dynamax_llm.backbones.stacking import StackedWeights, normalise
+from dynamax_llm.backbones.stacking import Source, StackedWeights, normalise
+from dynamax_llm.backbones.stock import Layers
 
 
-def recurrent_padding(config: object, h: Tensor, padding: Tensor | None) -> Tensor | None:
+def recurrent_padding(config: Any, h: Tensor, padding: Tensor | None) -> Tensor | None:
     """The part of ``padding`` that covers h (B, T, d), or None if all its tokens are real."""
     if h.shape[1] == 1 or padding is None:
         return None
@@ -32,7 +35,7 @@ def recurrent_padding(config: object, h: Tensor, padding: Tensor | None) -> Tens
 class MambaBackbone(Backbone):
     """What models of nothing but Mamba layers share."""
 
-    def _find_layers(self) -> nn.ModuleList:
+    def _find_layers(self) -> Layers:
         return self.model.backbone.layers
 
     def _find_kinds(self) -> tuple[str, ...]:
@@ -71,7 +74,7 @@ class Mamba2Backbone(MambaBackbone):
         return layer(h, cache_params=cache, attention_mask=ctx.padding)
 
     @staticmethod
-    def _rows(layer: nn.Module) -> tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]:
+    def _rows(layer: Any) -> Source:
         return layer.norm, ((layer.mixer.in_proj, mamba2_rows(layer.mixer)),)
 
     def update_state(self, index: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:

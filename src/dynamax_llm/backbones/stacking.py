@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dynamax_llm.backbones.stock import Layers
 from dynamax_llm.errors import BackboneError
 
 #: Stacked rows are a copy. Above this share of the layers' own bytes (and above 64 MiB) layers are updated one by one.
 MEMORY_SHARE = 0.05
 MEMORY_FLOOR = 64 * 2**20
 
-#: ``rows(layer)`` names a layer's input norm and the (linear, rows) whose product makes its state.
-Rows = Callable[[nn.Module], tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]]
 
-
-#: What one layer gives to a stack, as ``Rows`` names it.
-Source = tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]
+#: A layer's input norm, and the (linear, rows) whose product makes its state. ``Rows`` finds them.
+Source = tuple[Any, tuple[tuple[nn.Linear, slice], ...]]
+Rows = Callable[[Any], Source]
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -37,7 +37,8 @@ def dense_weight(module: nn.Module) -> Tensor:
 
     Raises BackboneError, naming the module's and the weight's class, where that cannot be had.
     """
-    weight = module.weight() if callable(module.weight) else module.weight
+    stored: Any = module.weight
+    weight = stored() if callable(stored) else stored
     if type(weight) is nn.Parameter:
         return weight
     try:
@@ -119,7 +120,7 @@ class Stack:
 class StackedWeights:
     """Builds the stack on first use, rebuilds it when a weight was replaced or changed, declines where it must."""
 
-    def __init__(self, layers: nn.ModuleList, rows: Rows) -> None:
+    def __init__(self, layers: Layers, rows: Rows) -> None:
         self.layers, self._rows = layers, rows
         self._built: Stack | None = None
         self._signature: tuple | None = None
@@ -170,7 +171,7 @@ class StackedWeights:
         return Stack(weight, norm, _stacked_bias(sources, weight), float(sources[0][0].variance_epsilon))
 
 
-def _modules(sources: list[Source]) -> list[nn.Module]:
+def _modules(sources: list[Source]) -> list[Any]:
     """The norms and linears of all layers."""
     return [module for norm, parts in sources for module in (norm, *(linear for linear, _ in parts))]
 
