@@ -81,8 +81,10 @@ def test_it_has_a_fingerprint(page: ModuleType) -> None:
 
 
 def test_names_are_taken_once(page: ModuleType) -> None:
+    unknown = torch.nn.Linear(2, 2)
+    unknown.config = SimpleNamespace(model_type="unheard_of")
     FAMILIES.register("running_mean", page.MeanBackbone)
     with pytest.raises(UsageError, match="model type 'running_mean' is registered already"):
         FAMILIES.register("running_mean", FAMILIES["llama"])
     with pytest.raises(UnsupportedModelError, match="'unheard_of' has no adapter"):
-        adapt(SimpleNamespace(config=SimpleNamespace(model_type="unheard_of")))
+        adapt(unknown)

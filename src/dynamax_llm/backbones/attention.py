@@ -81,7 +81,7 @@ def causal_mask(
         return create_sliding_window_causal_mask(**arguments)
 
     # Where a token was taken back, slots are further apart than positions are; the window is one of positions.
-    def near(row: int, head: int, query: int, key: int) -> Any:
+    def near(row: Any, head: Any, query: Any, key: Any) -> Tensor:
         return places[row, key] > places[row, query] - window
 
     return create_causal_mask(**arguments, and_mask_function=near)

@@ -35,16 +35,16 @@ from dynamax_llm.backbones.mixers import (
     some_rows,
 )
 from dynamax_llm.backbones.rotary import rotary_positions
-from dynamax_llm.backbones.stock import Layers, Mixer, Norm, SelfAttention
+from dynamax_llm.backbones.stock import Layers, Mixer, Norm
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What of a layer makes its state: both modules read ``norm(h)``; either or both may be missing."""
+    """What of a layer makes its state: both modules read ``norm(h)``; either or both may be missing (None)."""
 
     norm: Norm
-    attention: SelfAttention | None
-    mamba: Mixer | None
+    attention: Any  # SelfAttention
+    mamba: Any  # Mixer, of the family's kind
 
     @property
     def kind(self) -> str:
@@ -120,18 +120,18 @@ class HybridBackbone(Backbone):
         if parts.attention is not None:
             cache.update(*self._keys_values(index, parts.attention, x, ctx), index)
 
-    def _keys_values(self, index: int, attention: SelfAttention, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, index: int, attention: Any, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """The K/V entries of layer ``index`` from its normed input x (B, T, d)."""
         return keys_values(attention, x, ctx)
 
-    def _advance(self, index: int, mixer: Mixer, x: Tensor, cache: StackedCache) -> None:
+    def _advance(self, index: int, mixer: Any, x: Tensor, cache: StackedCache) -> None:
         """Normed input x (B, T, d) through the state of layer ``index``'s mixer."""
         small = self._small  # another thread's refresh replaces the dict
         if index not in small:
             small[index] = small_weights([mixer])
         continue_mamba2(mixer, self._project(mixer, x), small[index], *cache.recurrent(index, index + 1))
 
-    def _project(self, mixer: Mixer, x: Tensor) -> Tensor:
+    def _project(self, mixer: Any, x: Tensor) -> Tensor:
         """What the mixer's state depends on (B, T, R), before the convolution, from its normed input x (B, T, d)."""
         return some_rows(mixer.in_proj, x, mamba2_rows(mixer))
 
@@ -202,11 +202,11 @@ class FalconH1Backbone(HybridBackbone):
         masks = {"attention_mask": ctx.mask, "mamba_attention_mask": ctx.padding}
         return super()._arguments(index, cache, ctx) | masks
 
-    def _keys_values(self, index: int, attention: SelfAttention, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, index: int, attention: Any, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         x = x * self.layers[index].attention_in_multiplier
         return keys_values(attention, x, ctx, lambda key: key * attention.key_multiplier)
 
-    def _project(self, mixer: Mixer, x: Tensor) -> Tensor:
+    def _project(self, mixer: Any, x: Tensor) -> Tensor:
         rows = mamba2_rows(mixer)
         return some_rows(mixer.in_proj, x * mixer.ssm_in_multiplier, rows) * mixer.mup_vector[0, 0, rows]
 
@@ -278,6 +278,6 @@ class JambaBackbone(TokenByToken, HybridBackbone):
 
     norms_steps = True
 
-    def _advance(self, index: int, mixer: Mixer, x: Tensor, cache: StackedCache) -> None:
+    def _advance(self, index: int, mixer: Any, x: Tensor, cache: StackedCache) -> None:
         conv_state, ssm_state = (part[0] for part in cache.recurrent(index, index + 1))
         advance_mamba1(mixer, x, conv_state, ssm_state, self.norms_steps)

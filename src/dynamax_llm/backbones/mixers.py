@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dynamax_llm.backbones.base import LayerCost, linear_macs, weight_macs
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.stacking import is_plain_linear
-from dynamax_llm.backbones.stock import Mixer
+from dynamax_llm.backbones.stock import Mamba1Mixer, Mamba2Mixer, Mixer
 
 #: Scans are not cut shorter than this: kernels want a power of two, and tensor cores tiles of 16.
 LEAST_CHUNK = 16
@@ -36,7 +36,7 @@ class Small(NamedTuple):
 
 
 @torch.no_grad()
-def small_weights(mixers: Sequence[Mixer]) -> Small:
+def small_weights(mixers: Sequence[Mamba2Mixer]) -> Small:
     """The small weights of these Mamba-2 mixers."""
     conv = torch.stack([mixer.conv1d.weight.squeeze(1) for mixer in mixers]).unsqueeze(1)
     zero = conv.new_zeros(conv.shape[2])
@@ -46,12 +46,12 @@ def small_weights(mixers: Sequence[Mixer]) -> Small:
     return Small(conv, bias.unsqueeze(1), dt_bias.unsqueeze(1), decay.unsqueeze(1))
 
 
-def mamba2_rows(mixer: Mixer) -> slice:
+def mamba2_rows(mixer: Mamba2Mixer) -> slice:
     """The rows of a Mamba-2 in_proj (gate, x, B, C, dt) that the state depends on: all but the gate's."""
     return slice(mixer.intermediate_size, None)
 
 
-def mamba1_rows(mixer: Mixer) -> slice:
+def mamba1_rows(mixer: Mamba1Mixer) -> slice:
     """The rows of a Mamba-1 in_proj (x, gate) that the state depends on."""
     return slice(0, mixer.intermediate_size)
 
@@ -102,14 +102,14 @@ def _twin(module: nn.Module) -> Any:
     return twin
 
 
-def some_rows(linear: nn.Linear, x: Tensor, rows: slice) -> Tensor:
+def some_rows(linear: Any, x: Tensor, rows: slice) -> Tensor:
     """The outputs ``rows`` of a linear module on x (..., d)."""
     if not is_plain_linear(linear):
         return linear(x)[..., rows]  # quantised or adapted: only the module knows its product
     return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
 
 
-def advance_mamba2(mixer: Mixer, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
+def advance_mamba2(mixer: Mamba2Mixer, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
     """One token through conv window and SSM of n Mamba-2 layers, in place, in the order stock single steps round.
 
     rows (n, B, C + H): x, B and C before the convolution, then dt. No clamp on dt: the stock step has none.
@@ -129,7 +129,7 @@ def advance_mamba2(mixer: Mixer, rows: Tensor, small: Small, conv_state: Tensor,
     ssm_state.mul_(torch.exp(dt.float() * small.decay)[..., None, None]).add_(step * x)
 
 
-def advance_mamba2_over(mixer: Mixer, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
+def advance_mamba2_over(mixer: Mamba2Mixer, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
     """Several tokens through conv window (B, C, K) and SSM (B, H, P, N) of one Mamba-2 layer, in place.
 
     rows (B, T, C + H). As many single steps, in closed form: the last state is the first one decayed by all steps, plus
@@ -152,7 +152,7 @@ def advance_mamba2_over(mixer: Mixer, rows: Tensor, small: Small, conv_state: Te
     ssm_state.mul_(torch.exp(decayed[..., -1])[..., None, None]).add_(fed.flatten(1, 2))
 
 
-def continue_mamba2(mixer: Mixer, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
+def continue_mamba2(mixer: Mamba2Mixer, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
     """Tokens, one or several, through conv window (1, B, C, K) and SSM (1, B, H, P, N) of one Mamba-2 layer, in place.
 
     rows (B, T, C + H): x, B and C before the convolution, then dt.
@@ -163,7 +163,7 @@ def continue_mamba2(mixer: Mixer, rows: Tensor, small: Small, conv_state: Tensor
         advance_mamba2(mixer, rows.transpose(0, 1), small, conv_state, ssm_state)
 
 
-def advance_mamba1(mixer: Mixer, x: Tensor, conv_state: Tensor, ssm_state: Tensor, normed: bool) -> None:
+def advance_mamba1(mixer: Mamba1Mixer, x: Tensor, conv_state: Tensor, ssm_state: Tensor, normed: bool) -> None:
     """Normed input x (B, T, d), token by token, through conv window (B, C, K) and SSM (B, C, N) of one Mamba-1 layer.
 
     Both are changed in place. ``normed``: the family's mixers have norms on dt and B.
@@ -172,7 +172,7 @@ def advance_mamba1(mixer: Mixer, x: Tensor, conv_state: Tensor, ssm_state: Tenso
         _advance_mamba1(mixer, row, conv_state, ssm_state, normed)
 
 
-def _advance_mamba1(mixer: Mixer, rows: Tensor, conv_state: Tensor, ssm_state: Tensor, normed: bool) -> None:
+def _advance_mamba1(mixer: Any, rows: Tensor, conv_state: Tensor, ssm_state: Tensor, normed: bool) -> None:
     """One token: rows (B, C) are x before the convolution."""
     conv_state.copy_(torch.cat((conv_state[..., 1:], rows.unsqueeze(-1)), dim=-1))
     weight = mixer.conv1d.weight.squeeze(1)

@@ -18,7 +18,7 @@ MEMORY_FLOOR = 64 * 2**20
 
 
 #: A layer's input norm, and the (linear, rows) whose product makes its state. ``Rows`` finds them.
-Source = tuple[Any, tuple[tuple[nn.Linear, slice], ...]]
+Source = tuple[Any, tuple[tuple[Any, slice], ...]]
 Rows = Callable[[Any], Source]
 
 

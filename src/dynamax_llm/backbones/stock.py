@@ -1,18 +1,18 @@
 """The parts of stock transformers models that adapters read, as types.
 
-Modules of a stock model have the same attributes in every family where they are named here; what a family names in
-its own way (the list of layers, the final norm) is read by its adapter. A Mamba-1 mixer has no heads and groups, a
-Mamba-2 mixer no ``x_proj`` and ``dt_proj``.
+These attributes have the same names in every family. What a family names in its own way (the list of layers, the final
+norm) or has alone is read by its adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, overload, runtime_checkable
 
 from torch import Tensor, nn
 
 
+@runtime_checkable
 class Layers(Protocol):
     """A model's ``nn.ModuleList`` of decoder layers, whose attributes depend on the family."""
 
@@ -26,6 +26,7 @@ class Layers(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
+@runtime_checkable
 class Norm(Protocol):
     """An RMSNorm over the last axis."""
 
@@ -35,27 +36,34 @@ class Norm(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
 class SelfAttention(Protocol):
-    """Attention with a K/V cache."""
+    """Attention with a K/V cache. Projections may be quantised or adapted modules."""
 
     head_dim: int
-    k_proj: nn.Linear
-    v_proj: nn.Linear
-    k_norm: Norm  # Qwen3
-    key_multiplier: float  # Falcon-H1
+    k_proj: nn.Module
+    v_proj: nn.Module
 
 
+@runtime_checkable
 class Mixer(Protocol):
     """A Mamba mixer of either kind."""
 
     intermediate_size: int
     ssm_state_size: int
-    in_proj: nn.Linear
-    out_proj: nn.Linear
+    in_proj: Any  # a linear module, perhaps quantised or adapted
+    out_proj: nn.Module
     conv1d: nn.Conv1d
     act: Callable[[Tensor], Tensor]
     A_log: Tensor
-    # Mamba-2
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+@runtime_checkable
+class Mamba2Mixer(Mixer, Protocol):
+    """State per head and group; dt, B and C come from ``in_proj``."""
+
     conv_dim: int
     num_heads: int
     head_dim: int
@@ -63,13 +71,12 @@ class Mixer(Protocol):
     dt_bias: Tensor
     chunk_size: int
     time_step_limit: tuple[float, float]
-    ssm_in_multiplier: float  # Falcon-H1
-    mup_vector: Tensor  # Falcon-H1: (1, 1, rows of in_proj)
-    # Mamba-1
-    time_step_rank: int
-    x_proj: nn.Linear
-    dt_proj: nn.Linear
-    dt_layernorm: Norm  # Falcon Mamba and Jamba
-    b_layernorm: Norm
 
-    def modules(self) -> Iterator[nn.Module]: ...
+
+@runtime_checkable
+class Mamba1Mixer(Mixer, Protocol):
+    """State per channel; dt, B and C come from the convolved input, through ``x_proj`` and ``dt_proj``."""
+
+    time_step_rank: int
+    x_proj: nn.Module
+    dt_proj: nn.Module
