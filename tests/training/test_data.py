@@ -94,7 +94,7 @@ def test_the_text_field_can_be_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "no", "title": "yes"}) + "\n\n")
     assert list(documents(path, text_field="title")) == ["yes"]
     with pytest.raises(
-        DataError, match=r"a\.jsonl, line 1: no text in a field 'body'\. It has text, title\..*--text-field"
+        DataError, match=r"a\.jsonl, line 1: no text in a field 'body'\. It has text, title\..*`text_field`"
     ):
         list(documents(path, text_field="body"))
 
@@ -104,7 +104,7 @@ def test_the_text_field_can_be_named(tmp_path: Path) -> None:
     [
         (b'{"text": "a"}\n{"text": \n', r"x\.jsonl, line 2, column \d+: not valid JSON"),
         (b"[1, 2]\n", r"line 1: the record is a list, not a JSON object"),
-        (b'{"length": 3}\n', r"line 1: no text in any of text, content.*It has length\..*--text-field"),
+        (b'{"length": 3}\n', r"line 1: no text in any of text, content.*It has length\..*`text_field`"),
         (b'{"text": 7}\n', r"line 1: no text in any of"),
         (b'{"text": "a"}\n' + b"[" * 200_000, r"x\.jsonl, line 2: the record cannot be parsed \(nested too deeply\)"),
         (b'{"n": ' + b"9" * 5000 + b"}", r"x\.jsonl, line 1: the record cannot be parsed \(Exceeds the limit.*digits"),
@@ -124,12 +124,12 @@ def test_bad_places_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file or folder '/nowhere/x\.jsonl'.*\.jsonl, \.jsonl\.xz, \.txt"):
         documents("/nowhere/x.jsonl")
     (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(DataError, match=r"a\.csv' is of no known kind.*\.jsonl, \.jsonl\.xz, \.txt"):
+    with pytest.raises(DataError, match=r"a\.csv' is of an unknown kind.*\.jsonl, \.jsonl\.xz, \.txt"):
         documents(tmp_path / "a.csv")
     with pytest.raises(DataError, match=r"has no usable file.*\.jsonl"):
         documents(tmp_path)
     (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a"}\n')[:-9])
-    with pytest.raises(DataError, match=r"b\.jsonl\.xz is no intact \.xz file.*Copy it again"):
+    with pytest.raises(DataError, match=r"b\.jsonl\.xz is not an intact \.xz file.*Copy it again"):
         list(documents(tmp_path / "b.jsonl.xz"))
     with pytest.raises(DataError, match=r"no file or folder 'a b c'"):
         documents("a b c")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from dynamax_llm.backbones.base import Backbone, Context, Costs, Held, LayerCost, linear_macs, weight_macs
+from dynamax_llm.backbones.base import Backbone, Context, Costs, LayerCost, PastLength, linear_macs, weight_macs
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.rotary import rotary_positions
 from dynamax_llm.backbones.stacking import Source, StackedWeights, normalise
@@ -57,22 +57,22 @@ def slot_positions(h: Tensor, past: int, padding: Tensor | None) -> Tensor:
 
 
 def causal_mask(
-    config: Any, h: Tensor, past: int, padding: Tensor | None, places: Tensor, window: int | None = None
+    config: Any, h: Tensor, past: int, padding: Tensor | None, all_positions: Tensor, window: int | None = None
 ) -> Any:
     """The mask (a tensor or a BlockMask) as the model's attention implementation wants it, or None for no mask.
 
-    ``places`` (B or 1, past + T) are positions.
+    ``all_positions`` (B or 1, past + T) are positions.
     """
     window = past + h.shape[1] if window is None else window
     within = past + h.shape[1] <= window
-    # One new token without padding sees everything: no mask, as the stock model decides more slowly.
+    # One new token without padding attends to everything, so it needs no mask (the stock model finds the same).
     if h.shape[1] == 1 and padding is None and within:
         return None
     arguments: dict[str, Any] = {
         "config": config,
         "inputs_embeds": h,
         "attention_mask": padding,
-        "past_key_values": Held(past),
+        "past_key_values": PastLength(past),
         "layer_idx": 0,
     }
     if within:
@@ -80,9 +80,9 @@ def causal_mask(
     if padding is None:
         return create_sliding_window_causal_mask(**arguments)
 
-    # Where a token was taken back, slots are further apart than positions are; the window is one of positions.
+    # The window counts positions: where tokens were taken back, slots are further apart than positions.
     def near(row: Any, head: Any, query: Any, key: Any) -> Tensor:
-        return places[row, key] > places[row, query] - window
+        return all_positions[row, key] > all_positions[row, query] - window
 
     return create_causal_mask(**arguments, and_mask_function=near)
 
@@ -111,14 +111,14 @@ class AttentionBackbone(Backbone):
     def context(
         self, h: Tensor, *, past: int = 0, padding: Tensor | None = None, embedded: Tensor | None = None
     ) -> Context:
-        places = slot_positions(h, past, padding)
-        positions = places[:, past:]
+        all_positions = slot_positions(h, past, padding)
+        positions = all_positions[:, past:]
         rotary = rotary_positions(self.model.model.rotary_emb, h, positions, past, padding)
         mask = window_mask = None
         if not all(self.windowed):
-            mask = causal_mask(self.config, h, past, padding, places)
+            mask = causal_mask(self.config, h, past, padding, all_positions)
         if any(self.windowed):
-            window_mask = causal_mask(self.config, h, past, padding, places, self.window)
+            window_mask = causal_mask(self.config, h, past, padding, all_positions, self.window)
         return Context(positions=positions, mask=mask, window_mask=window_mask, rotary=rotary)
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:

@@ -1,8 +1,8 @@
-"""The smallest thing that drives every family of stock causal LM layer by layer.
+"""The interface to a stock causal LM of any family, run layer by layer.
 
-A Backbone wraps a loaded Hugging Face model and never changes it: no subclassing, no patched forward, no forked
+A Backbone wraps a loaded Hugging Face model and never changes it: no subclassing, no patched forward, no copied
 modelling code. Engines call ``embed``, ``context``, ``layer`` and ``readout``; ``update_state`` is the state-only
-twin of ``layer`` for a token that has left, and ``update_states`` is its stacked form for many layers at once.
+twin of ``layer`` for a token that left at an exit, and ``update_states`` is its stacked form for many layers at once.
 
 Shapes: B batch, T tokens, d width, V vocabulary. Layers are indexed from 0; *depth* counts layers run, from 1.
 """
@@ -77,7 +77,7 @@ class Backbone(abc.ABC):
     needs_embedding: bool = False
     #: True if stock passes over several tokens clamp Mamba-2's dt where single steps do not: a whole text in one pass
     #: then leaves slightly different states and logits than a prompt and single steps, in the stock model as much as
-    #: here. Passes that continue a state are made like single steps (``mixers.as_single_steps``).
+    #: here. Passes that continue a state give what single steps give (``mixers.as_single_steps``).
     clamps_dt: bool = False
     #: True if layers read token positions (rotary embeddings).
     needs_positions: bool = False
@@ -129,7 +129,7 @@ class Backbone(abc.ABC):
         """What any run of layers shares for the T tokens of ``h`` that follow ``past`` slots.
 
         ``padding`` is (B, past + T), 1 = token and 0 = a slot that holds none (left padding, or a token that was
-        taken back), or None if every slot of every row counts. The engine, not the cache, says what is past.
+        taken back), or None if every slot of every row holds a token. ``past`` is the engine's count, not the cache's.
         ``embedded`` (B, T, d) is what ``embed`` gave for these tokens, None if that is h itself; only a backbone with
         ``needs_embedding`` reads it.
         """
@@ -230,8 +230,8 @@ class Backbone(abc.ABC):
         return None if limit is None else int(limit)
 
 
-class Held:
-    """Tells Hugging Face's mask functions how many slots precede the queries, in place of a cache."""
+class PastLength:
+    """Given to Hugging Face's mask functions in place of a cache: how many slots precede the queries."""
 
     is_compileable = False
 

@@ -1,9 +1,9 @@
 """One cache for all layers, in stacked tensors, behind Hugging Face's cache protocol.
 
-Stock layers call ``cache.update`` (attention) or ``update_conv_state`` and friends (Mamba) and never notice. Because
-all layers of one kind on one device share a buffer with a leading layer axis, a skipped run of layers is updated by
-one write instead of one per layer, and a snapshot is one clone. Attention layers count their own entries, so layers
-may hold different numbers of them; the engine says which slots of which rows count.
+Stock layers call ``cache.update`` (attention) or ``update_conv_state`` and its like (Mamba). Because all layers
+of one kind on one device share a buffer with a leading layer axis, a skipped run of layers is updated by one write
+instead of one per layer, and a snapshot is one clone. Attention layers count their own entries, so layers may hold
+different numbers of them; the engine says which slots of which rows hold tokens.
 
     cache = StackedCache(["attention"] * 4)
     after a 3-token prompt every layer holds 3 entries:  buffer (4, 2, B, H, capacity >= 3, D), lengths [3, 3, 3, 3]
@@ -51,7 +51,7 @@ class KVStack:
         while capacity < length:
             capacity *= GROWTH
         batch, heads, _, dim = like.shape
-        # Zeros rather than empty memory: a masked but unwritten NaN would poison attention.
+        # Zeros rather than empty memory: a NaN in a masked slot would make every output NaN.
         self.buffer = like.new_zeros(self.n_layers, 2, batch, heads, capacity, dim)
         if old is not None:
             self.buffer[:, :, :, :, : old.shape[4]] = old
@@ -164,7 +164,7 @@ class SSMLayer(LinearAttentionLayer):
         return updated
 
     def initialize_like(self, other: SSMLayer) -> None:
-        """Count as a layer that has seen what ``other`` has; the stack's tensors must exist."""
+        """Take over which states ``other`` has initialised; the stack's tensors must exist."""
         self.dtype, self.device = other.dtype, other.device
         for name in (
             "conv_kernel_size",
@@ -354,7 +354,7 @@ class StackedCache(Cache):
         return padding.gather(1, order)
 
     def _count_rows(self, row: int) -> int:
-        """Rows of this cache, at least ``row + 1`` where it was not told."""
+        """Rows of this cache, or, where that was not given, the fewest that include ``row``."""
         return row + 1 if self.rows is None else self.rows
 
     def _rebind(self) -> None:

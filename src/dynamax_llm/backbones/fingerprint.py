@@ -1,4 +1,4 @@
-"""Which backbone is this? A short answer that survives a change of dtype and fits in a JSON file.
+"""The identity of a backbone: a short JSON value that does not depend on the dtype the model is loaded in.
 
 The weights hash covers every parameter's name, shape and a fixed sample of its values, rounded to bfloat16, so it
 costs well under two seconds at 7B and is the same however the model is loaded: in float32, bfloat16 or float16. One

@@ -22,7 +22,7 @@ from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.mamba import recurrent_padding
 from dynamax_llm.backbones.mamba1 import TokenByToken
 from dynamax_llm.backbones.mixers import (
-    Small,
+    StackedMixerWeights,
     advance_mamba1,
     as_single_steps,
     clamps_dt,
@@ -31,15 +31,15 @@ from dynamax_llm.backbones.mixers import (
     mamba2_rows,
     mixer_cost,
     path_to,
-    small_weights,
     some_rows,
+    stacked_mixer_weights,
 )
 from dynamax_llm.backbones.rotary import rotary_positions
 from dynamax_llm.backbones.stock import Layers, Mixer, Norm
 
 
 @dataclass(frozen=True)
-class Parts:
+class LayerParts:
     """What of a layer makes its state: both modules read ``norm(h)``; either or both may be missing (None)."""
 
     norm: Norm
@@ -61,7 +61,7 @@ class HybridBackbone(Backbone):
         super().__init__(model)
         mixers = (self._parts(layer).mamba for layer in self.layers)
         self.clamps_dt = any(clamps_dt(mixer) for mixer in mixers if mixer is not None)
-        self._small: dict[int, Small] = {}  # by layer, since the last refresh
+        self._small: dict[int, StackedMixerWeights] = {}  # by layer, since the last refresh
         self._rotary: nn.Module | None = getattr(self.model.model, "rotary_emb", None)
         self.needs_positions = self._rotary is not None
 
@@ -71,18 +71,18 @@ class HybridBackbone(Backbone):
     def _find_kinds(self) -> tuple[str, ...]:
         return tuple(self._parts(layer).kind for layer in self.layers)
 
-    def _parts(self, layer: Any) -> Parts:
-        return Parts(layer.input_layernorm, getattr(layer, "self_attn", None), getattr(layer, "mamba", None))
+    def _parts(self, layer: Any) -> LayerParts:
+        return LayerParts(layer.input_layernorm, getattr(layer, "self_attn", None), getattr(layer, "mamba", None))
 
     def context(
         self, h: Tensor, *, past: int = 0, padding: Tensor | None = None, embedded: Tensor | None = None
     ) -> Context:
-        places = slot_positions(h, past, padding)
-        positions = places[:, past:]
+        all_positions = slot_positions(h, past, padding)
+        positions = all_positions[:, past:]
         rotary = None if self._rotary is None else rotary_positions(self._rotary, h, positions, past, padding)
         return Context(
             positions=positions,
-            mask=causal_mask(self.config, h, past, padding, places),
+            mask=causal_mask(self.config, h, past, padding, all_positions),
             padding=recurrent_padding(self.config, h, padding),
             rotary=rotary,
             embedded=(h if embedded is None else embedded) if self.needs_embedding else None,
@@ -128,7 +128,7 @@ class HybridBackbone(Backbone):
         """Normed input x (B, T, d) through the state of layer ``index``'s mixer."""
         small = self._small  # another thread's refresh replaces the dict
         if index not in small:
-            small[index] = small_weights([mixer])
+            small[index] = stacked_mixer_weights([mixer])
         continue_mamba2(mixer, self._project(mixer, x), small[index], *cache.recurrent(index, index + 1))
 
     def _project(self, mixer: Any, x: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class GraniteMoeHybridBackbone(HybridBackbone):
 
     def _arguments(self, index: int, cache: StackedCache | None, ctx: Context) -> dict[str, Any]:
         arguments = super()._arguments(index, cache, ctx)
-        del arguments["position_ids"]  # it would travel on into the mixer's kernels
+        del arguments["position_ids"]  # they would be passed on to the mixer's kernels
         return arguments
 
     def final_norm(self, h: Tensor) -> Tensor:
@@ -182,11 +182,11 @@ class GraniteMoeHybridBackbone(HybridBackbone):
 
 
 class NemotronHBackbone(HybridBackbone):
-    """Nemotron-H: a layer is a norm and one mixer; MLPs and experts among them remember nothing."""
+    """Nemotron-H: a layer is a norm and one mixer; MLPs and experts keep no state."""
 
-    def _parts(self, layer: Any) -> Parts:
+    def _parts(self, layer: Any) -> LayerParts:
         attends, recurs = (layer.block_type == kind for kind in ("full_attention", "linear_attention"))
-        return Parts(layer.norm, layer.mixer if attends else None, layer.mixer if recurs else None)
+        return LayerParts(layer.norm, layer.mixer if attends else None, layer.mixer if recurs else None)
 
     def final_norm(self, h: Tensor) -> Tensor:
         return self.model.model.norm_f(h)
@@ -217,16 +217,16 @@ class FalconH1Backbone(HybridBackbone):
 class Zamba2Backbone(HybridBackbone):
     """Zamba2: Mamba-2 layers, some with a transformer before them that shares weights and reads the embeddings again.
 
-    What such a transformer gives goes into the mixer's state, so a skipped layer must run it: only the mixer's gate
-    and output are saved there.
+    The output of such a transformer enters the mixer's state, so a skipped layer must run it and saves only the
+    mixer's gate and output.
     """
 
     needs_embedding = True
 
-    def _parts(self, layer: Any) -> Parts:
+    def _parts(self, layer: Any) -> LayerParts:
         shared = getattr(layer, "shared_transformer", None)
         decoder = layer if shared is None else layer.mamba_decoder
-        return Parts(decoder.input_layernorm, None if shared is None else shared.self_attn, decoder.mamba)
+        return LayerParts(decoder.input_layernorm, None if shared is None else shared.self_attn, decoder.mamba)
 
     def _run(self, layer: Any, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         return layer(

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_recurrent_attention_mask
 from dynamax_llm.backbones.base import Backbone, Context, Costs, linear_macs
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.mixers import (
-    Small,
+    StackedMixerWeights,
     advance_mamba2,
     as_single_steps,
     clamps_dt,
@@ -18,8 +18,8 @@ from dynamax_llm.backbones.mixers import (
     continues,
     mamba2_rows,
     mixer_cost,
-    small_weights,
     some_rows,
+    stacked_mixer_weights,
 )
 from dynamax_llm.backbones.stacking import Source, StackedWeights, normalise
 from dynamax_llm.backbones.stock import Layers
@@ -65,7 +65,7 @@ class Mamba2Backbone(MambaBackbone):
         super().__init__(model)
         self.clamps_dt = any(clamps_dt(layer.mixer) for layer in self.layers)
         self._stacked = StackedWeights(self.layers, self._rows)
-        self._small: dict[tuple[int, int], Small] = {}  # by run of layers, since the last refresh
+        self._small: dict[tuple[int, int], StackedMixerWeights] = {}  # by run of layers, since the last refresh
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         layer = self.layers[index]
@@ -95,11 +95,11 @@ class Mamba2Backbone(MambaBackbone):
         small = self._small_weights(first, stop)
         advance_mamba2(self.layers[first].mixer, rows, small, *cache.recurrent(first, stop))
 
-    def _small_weights(self, first: int, stop: int) -> Small:
+    def _small_weights(self, first: int, stop: int) -> StackedMixerWeights:
         """Those of layers ``first`` to ``stop - 1``."""
         small = self._small  # another thread's refresh replaces the dict
         if (first, stop) not in small:
-            small[first, stop] = small_weights([layer.mixer for layer in self.layers[first:stop]])
+            small[first, stop] = stacked_mixer_weights([layer.mixer for layer in self.layers[first:stop]])
         return small[first, stop]
 
     def refresh(self) -> None:

@@ -1,8 +1,8 @@
 """Mamba-1 (arXiv 2312.00752): each layer remembers a short convolution window and a vector-valued SSM state.
 
 ``Mamba1Backbone`` drives mamba and falcon_mamba; jamba's mixers (see hybrid.py) are of this kind too. The stock mixer's
-multi-token form always starts its scan at zero: with a state in the cache it gives a wrong answer without a word.
-``TokenByToken`` is the one place that knows.
+multi-token form always starts its scan at zero, which is silently wrong with a state in the cache. ``TokenByToken``
+replaces it by single steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TokenByToken(Backbone):
 
 
 def _token(ctx: Context, place: int) -> Context:
-    """What a Mamba layer needs to know of one token: whether it is one."""
+    """The context of one token for a Mamba layer: whether it is padding."""
     return Context(padding=None if ctx.padding is None else ctx.padding[:, place : place + 1])
 
 

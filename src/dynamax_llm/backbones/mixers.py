@@ -1,4 +1,4 @@
-"""One token through the state of stock Mamba mixers, without their output: what families with such mixers share.
+"""State updates of stock Mamba mixers, without computing their output; shared by all families with such mixers.
 
 The attributes read here (``in_proj``, ``conv1d``, ``intermediate_size``, …) have the same names in every family's copy
 of the mixer in transformers.
@@ -26,7 +26,7 @@ from dynamax_llm.backbones.stock import Mamba1Mixer, Mamba2Mixer, Mixer
 LEAST_CHUNK = 16
 
 
-class Small(NamedTuple):
+class StackedMixerWeights(NamedTuple):
     """The small weights of n Mamba-2 mixers, stacked."""
 
     conv: Tensor  # (n, 1, C, K)
@@ -36,14 +36,14 @@ class Small(NamedTuple):
 
 
 @torch.no_grad()
-def small_weights(mixers: Sequence[Mamba2Mixer]) -> Small:
+def stacked_mixer_weights(mixers: Sequence[Mamba2Mixer]) -> StackedMixerWeights:
     """The small weights of these Mamba-2 mixers."""
     conv = torch.stack([mixer.conv1d.weight.squeeze(1) for mixer in mixers]).unsqueeze(1)
     zero = conv.new_zeros(conv.shape[2])
     bias = torch.stack([zero if mixer.conv1d.bias is None else mixer.conv1d.bias for mixer in mixers])
     dt_bias = torch.stack([mixer.dt_bias for mixer in mixers])
     decay = -torch.exp(torch.stack([mixer.A_log.float() for mixer in mixers]))
-    return Small(conv, bias.unsqueeze(1), dt_bias.unsqueeze(1), decay.unsqueeze(1))
+    return StackedMixerWeights(conv, bias.unsqueeze(1), dt_bias.unsqueeze(1), decay.unsqueeze(1))
 
 
 def mamba2_rows(mixer: Mamba2Mixer) -> slice:
@@ -105,11 +105,13 @@ def _twin(module: nn.Module) -> Any:
 def some_rows(linear: Any, x: Tensor, rows: slice) -> Tensor:
     """The outputs ``rows`` of a linear module on x (..., d)."""
     if not is_plain_linear(linear):
-        return linear(x)[..., rows]  # quantised or adapted: only the module knows its product
+        return linear(x)[..., rows]  # quantised, adapted or hooked
     return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
 
 
-def advance_mamba2(mixer: Mamba2Mixer, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
+def advance_mamba2(
+    mixer: Mamba2Mixer, rows: Tensor, small: StackedMixerWeights, conv_state: Tensor, ssm_state: Tensor
+) -> None:
     """One token through conv window and SSM of n Mamba-2 layers, in place, in the order stock single steps round.
 
     rows (n, B, C + H): x, B and C before the convolution, then dt. No clamp on dt: the stock step has none.
@@ -129,7 +131,9 @@ def advance_mamba2(mixer: Mamba2Mixer, rows: Tensor, small: Small, conv_state: T
     ssm_state.mul_(torch.exp(dt.float() * small.decay)[..., None, None]).add_(step * x)
 
 
-def advance_mamba2_over(mixer: Mamba2Mixer, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
+def advance_mamba2_over(
+    mixer: Mamba2Mixer, rows: Tensor, small: StackedMixerWeights, conv_state: Tensor, ssm_state: Tensor
+) -> None:
     """Several tokens through conv window (B, C, K) and SSM (B, H, P, N) of one Mamba-2 layer, in place.
 
     rows (B, T, C + H). As many single steps, in closed form: the last state is the first one decayed by all steps, plus
@@ -152,7 +156,9 @@ def advance_mamba2_over(mixer: Mamba2Mixer, rows: Tensor, small: Small, conv_sta
     ssm_state.mul_(torch.exp(decayed[..., -1])[..., None, None]).add_(fed.flatten(1, 2))
 
 
-def continue_mamba2(mixer: Mamba2Mixer, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
+def continue_mamba2(
+    mixer: Mamba2Mixer, rows: Tensor, small: StackedMixerWeights, conv_state: Tensor, ssm_state: Tensor
+) -> None:
     """Tokens, one or several, through conv window (1, B, C, K) and SSM (1, B, H, P, N) of one Mamba-2 layer, in place.
 
     rows (B, T, C + H): x, B and C before the convolution, then dt.

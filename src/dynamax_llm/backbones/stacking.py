@@ -1,4 +1,4 @@
-"""Skipped layers all read the same h, so their state projections are one product: the stacked weights for it."""
+"""Stacked weights: skipped layers all read the same h, so their state projections are one matrix product."""
 
 from __future__ import annotations
 
@@ -60,20 +60,25 @@ def weights_signature(modules: Iterable[nn.Module]) -> tuple[tuple, ...]:
     tensors = [parameter.detach() for module in modules for parameter in module.parameters(recurse=False)]
     sums: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
-        sums.setdefault(tensor.device, []).append(_bit_sum(tensor))
-    # One transfer per device.
-    found = {device: iter(torch.stack(parts).tolist()) for device, parts in sums.items() if device.type != "meta"}
+        if tensor.device.type != "meta":
+            sums.setdefault(tensor.device, []).append(_bit_sum(tensor))
+    values = {device: iter(torch.stack(parts).tolist()) for device, parts in sums.items()}  # one transfer per device
     return tuple(
-        (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), next(found[tensor.device], None))
-        if tensor.device in found
-        else (id(tensor), tensor.dtype, tuple(tensor.shape), None)
+        (
+            tensor.data_ptr(),
+            tensor.dtype,
+            tuple(tensor.shape),
+            next(values[tensor.device]) if tensor.device in values else None,
+        )
         for tensor in tensors
     )
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
     """The sum of a tensor's bits as int64 words, wrapping around."""
-    if tensor.is_contiguous() and tensor.dim() and (tensor.shape[-1] * tensor.element_size()) % 8 == 0:
+    size = tensor.element_size()
+    whole_words = tensor.dim() > 0 and tensor.shape[-1] * size % 8 == 0 and tensor.storage_offset() * size % 8 == 0
+    if whole_words and tensor.is_contiguous():
         return tensor.view(torch.int64).sum()
     return tensor.double().sum().view(torch.int64)
 
@@ -118,7 +123,7 @@ class Stack:
 
 
 class StackedWeights:
-    """Builds the stack on first use, rebuilds it when a weight was replaced or changed, declines where it must."""
+    """Builds the stack on first use, rebuilds it when a weight was replaced or changed."""
 
     def __init__(self, layers: Layers, rows: Rows) -> None:
         self.layers, self._rows = layers, rows
