@@ -18,7 +18,7 @@ from jaxtyping import install_import_hook
 
 #: Rooms whose shapes are checked on every call. Must come before anything imports them.
 CHECKED = (
-    "dynamax_llm.backbones.base",
+    "dynamax_llm.backbones",
     "dynamax_llm.exits.features",
     "dynamax_llm.exits.readouts.base",
     "dynamax_llm.decoding.decoder",

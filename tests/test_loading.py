@@ -92,7 +92,7 @@ def test_folder_without_config(tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"model_type": "lla', "config.json is no valid JSON"),
+        ('{"model_type": "lla', "config.json is not valid JSON"),
         ("[1, 2]", "names no model_type"),
         ("{}", "names no model_type"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "config.json cannot be used"),
@@ -132,7 +132,9 @@ def test_a_classifier_of_a_known_type_is_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = ["LlamaForSequenceClassification"]
     (folder / "config.json").write_text(json.dumps(config))
-    assert "LlamaForSequenceClassification, which is no causal language model" in refusal(UnsupportedModelError, folder)
+    assert "LlamaForSequenceClassification, which is not a causal language model" in refusal(
+        UnsupportedModelError, folder
+    )
 
 
 def test_weights_missing_truncated_incomplete_or_misshapen(tmp_path):

@@ -112,7 +112,7 @@ MODELS: dict[str, tuple[Command, str, str]] = {
     ),
     "model config is no JSON": (
         lambda t: generate(model=file(copy(model_folder(), t / "m"), "config.json", "{").parent),
-        "config.json is no valid JSON",
+        "config.json is not valid JSON",
         "Save the model again",
     ),
     "truncated weights": (

@@ -1,9 +1,24 @@
-"""Names for the tensors that pass between rooms, with their axes. Tests check them at run time (tests/conftest.py)."""
+"""Names for the tensors that pass between rooms, with their axes. Tests check them at run time (tests/conftest.py).
+
+jaxtyping, which the checks need, comes with the development tools; without it every name is a plain Tensor.
+"""
 
 from __future__ import annotations
 
-from jaxtyping import Bool, Float, Int
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor
+
+if TYPE_CHECKING or find_spec("jaxtyping") is not None:
+    from jaxtyping import Bool, Float, Int
+else:
+
+    class _Shape:
+        def __class_getitem__(cls, item: tuple[type, str]) -> Any:
+            return item[0]
+
+    Bool = Float = Int = _Shape
 
 Ids = Int[Tensor, "batch tokens"]
 Flags = Bool[Tensor, "batch tokens"]

@@ -213,7 +213,7 @@ def random_ids(batch: int, length: int, vocab: int = 61, seed: int = 0) -> Tenso
 
 
 class ScriptedConfidence(ConfidenceEstimator):
-    """Leaves where it is told, with confidence 1; use a threshold in (0, 1].
+    """Confidence 1 at the exits of a given pattern and 0 elsewhere; use a threshold in (0, 1].
 
     ``pattern`` (B, S) holds the exit index each row takes at each decode step; any other number never leaves.
     """
@@ -236,7 +236,7 @@ class ScriptedConfidence(ConfidenceEstimator):
         return (taken == exit).float(), state
 
     def _tick(self, exit: int) -> int:
-        """The step being decoded: exit 0 is asked once per token."""
+        """The step being decoded: exit 0 is evaluated once per token."""
         self.step += exit == 0
         return self.step - 1
 

@@ -102,11 +102,14 @@ def test_every_change_of_weights_is_noticed(change: str, dtype: torch.dtype) -> 
 
 def test_the_signature_of_weights_is_stable_and_covers_all_dtypes() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        linear = nn.Linear(7, 5).to(dtype)  # rows of no whole number of 8 bytes
+        linear = nn.Linear(7, 5).to(dtype)  # rows that are not a whole number of 8 bytes
         before = weights_signature([linear])
         assert before == weights_signature([linear]) and len(before) == 2
         linear.bias.data[0] += 1
         assert before[0] == weights_signature([linear])[0] and before[1] != weights_signature([linear])[1]
+    shifted = nn.Linear(8, 2, bias=False)
+    shifted.weight = nn.Parameter(torch.randn(17)[1:].view(2, 8))  # at an address between words
+    assert weights_signature([shifted]) == weights_signature([shifted])
     assert weights_signature([nn.Linear(7, 5, device="meta")])[0][1] == torch.float32
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import sys
+import time
 import types
 from itertools import islice
 from pathlib import Path
@@ -54,6 +55,21 @@ def test_an_endless_line_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "line.txt"
     path.write_text("y" * (2 * TXT_DOCUMENT + 5))
     assert [len(document) for document in documents(path)] == [TXT_DOCUMENT, TXT_DOCUMENT, 5]
+    path.write_text("y" * (2 * TXT_DOCUMENT))
+    assert [len(document) for document in documents(path)] == [TXT_DOCUMENT, TXT_DOCUMENT]
+
+
+def test_an_endless_line_is_read_in_linear_time(tmp_path: Path) -> None:
+    """text8 is one line of 100 MB; cutting pieces off the front of the rest took 19 s for a third of it."""
+
+    def seconds(size: int) -> float:
+        path = tmp_path / "line.txt"
+        path.write_text("\U0001f40d" + "word " * (size // 5))
+        start = time.perf_counter()
+        assert sum(map(len, documents(path))) == 1 + size // 5 * 5
+        return time.perf_counter() - start
+
+    assert seconds(32_000_000) < 3.0
 
 
 @pytest.mark.parametrize(
@@ -78,7 +94,7 @@ def test_the_text_field_can_be_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "no", "title": "yes"}) + "\n\n")
     assert list(documents(path, text_field="title")) == ["yes"]
     with pytest.raises(
-        DataError, match=r"a\.jsonl, line 1: no text in a field 'body'\. It has text, title\..*--text-field"
+        DataError, match=r"a\.jsonl, line 1: no text in a field 'body'\. It has text, title\..*`text_field`"
     ):
         list(documents(path, text_field="body"))
 
@@ -86,10 +102,14 @@ def test_the_text_field_can_be_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"text": "a"}\n{"text": \n', r"x\.jsonl, line 2, column \d+: no valid JSON"),
+        (b'{"text": "a"}\n{"text": \n', r"x\.jsonl, line 2, column \d+: not valid JSON"),
         (b"[1, 2]\n", r"line 1: the record is a list, not a JSON object"),
-        (b'{"length": 3}\n', r"line 1: no text in any of text, content.*It has length\..*--text-field"),
+        (b'{"length": 3}\n', r"line 1: no text in any of text, content.*It has length\..*`text_field`"),
         (b'{"text": 7}\n', r"line 1: no text in any of"),
+        (b'{"text": "a"}\n' + b"[" * 200_000, r"x\.jsonl, line 2: the record cannot be parsed \(nested too deeply\)"),
+        (b'{"n": ' + b"9" * 5000 + b"}", r"x\.jsonl, line 1: the record cannot be parsed \(Exceeds the limit.*digits"),
+        (b'{"text": "a"}\n{"text": "cut \\ud83d"}\n', r"x\.jsonl, line 2: the text holds half a character \(\\ud83d,"),
+        (b'{"context": "c", "question": "q\\udc00", "answer": "a"}', r"x\.jsonl, line 1: the text holds half a"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"x\.jsonl: byte 0xff at offset 24 is not UTF-8.*iconv"),
     ],
 )
@@ -104,12 +124,12 @@ def test_bad_places_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file or folder '/nowhere/x\.jsonl'.*\.jsonl, \.jsonl\.xz, \.txt"):
         documents("/nowhere/x.jsonl")
     (tmp_path / "a.csv").write_text("a,b")
-    with pytest.raises(DataError, match=r"a\.csv' is of no known kind.*\.jsonl, \.jsonl\.xz, \.txt"):
+    with pytest.raises(DataError, match=r"a\.csv' is of an unknown kind.*\.jsonl, \.jsonl\.xz, \.txt"):
         documents(tmp_path / "a.csv")
     with pytest.raises(DataError, match=r"has no usable file.*\.jsonl"):
         documents(tmp_path)
     (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a"}\n')[:-9])
-    with pytest.raises(DataError, match=r"b\.jsonl\.xz is no intact \.xz file.*Copy it again"):
+    with pytest.raises(DataError, match=r"b\.jsonl\.xz is not an intact \.xz file.*Copy it again"):
         list(documents(tmp_path / "b.jsonl.xz"))
     with pytest.raises(DataError, match=r"no file or folder 'a b c'"):
         documents("a b c")
@@ -126,6 +146,18 @@ def test_hub_datasets_are_streamed(monkeypatch) -> None:
     assert list(documents("owner/name:config:validation")) == ["one", "two"]
     assert list(documents("owner/name")) == ["one", "two"]
     assert asked == [("owner/name", "config", "validation", True), ("owner/name", None, "train", True)]
+
+
+def test_hub_datasets_need_a_package_that_is_named(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with pytest.raises(DataError, match=r"'owner/name', and a dataset.*pip install 'dynamax-llm\[text\]'"):
+        list(documents("owner/name"))
+
+
+def test_surrogate_pairs_are_characters(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"text": "snake \U0001f40d"}))  # as \\ud83d\\udc0d
+    assert list(documents(path)) == ["snake \U0001f40d"]
 
 
 def test_an_unreachable_hub_is_one_clear_error(monkeypatch) -> None:

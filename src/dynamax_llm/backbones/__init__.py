@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from dynamax_llm.backbones.attention import AttentionBackbone, GemmaBackbone, Qwen3Backbone
@@ -16,7 +18,7 @@ from dynamax_llm.backbones.hybrid import (
     Zamba2Backbone,
 )
 from dynamax_llm.backbones.mamba import Mamba2Backbone
-from dynamax_llm.backbones.mamba1 import Mamba1Backbone
+from dynamax_llm.backbones.mamba1 import FalconMambaBackbone, Mamba1Backbone
 from dynamax_llm.errors import UnsupportedModelError, UsageError
 from dynamax_llm.registry import Registry
 
@@ -26,7 +28,7 @@ FAMILIES: Registry[type[Backbone]] = Registry(
     {
         "bamba": HybridBackbone,
         "falcon_h1": FalconH1Backbone,
-        "falcon_mamba": Mamba1Backbone,
+        "falcon_mamba": FalconMambaBackbone,
         "gemma": GemmaBackbone,
         "granitemoehybrid": GraniteMoeHybridBackbone,
         "jamba": JambaBackbone,
@@ -48,14 +50,14 @@ def adapt(model: nn.Module) -> Backbone:
     Raises UnsupportedModelError, naming the supported types, and UsageError for a model that computes more than its
     layers do (see ``Backbone.check_stock``).
     """
-    model = _unwrapped(model)
-    check_supported(getattr(model.config, "model_type", None))
-    backbone = FAMILIES[model.config.model_type](model)
+    stock = _unwrapped(model)
+    check_supported(getattr(stock.config, "model_type", None))
+    backbone = FAMILIES[stock.config.model_type](stock)
     backbone.check_stock()
     return backbone
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> Any:
     """The causal LM inside a compiled module or a PeftModel. Raises UsageError for soft prompts and prefixes."""
     model = getattr(model, "_orig_mod", model)
     if not hasattr(model, "get_base_model"):

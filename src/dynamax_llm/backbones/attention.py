@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from dynamax_llm.backbones.base import Backbone, Context, Costs, Held, LayerCost, linear_macs, weight_macs
+from dynamax_llm.backbones.base import Backbone, Context, Costs, LayerCost, PastLength, linear_macs, weight_macs
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.rotary import rotary_positions
-from dynamax_llm.backbones.stacking import StackedWeights, normalise
+from dynamax_llm.backbones.stacking import Source, StackedWeights, normalise
+from dynamax_llm.backbones.stock import Layers, Norm, SelfAttention
 from dynamax_llm.errors import UnsupportedModelError
 
 
@@ -35,7 +36,7 @@ def rotate(x: Tensor, ctx: Context) -> Tensor:
 
 
 def keys_values(
-    attention: nn.Module, x: Tensor, ctx: Context, scale_keys: Callable[[Tensor], Tensor] | None = None
+    attention: SelfAttention, x: Tensor, ctx: Context, scale_keys: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """The K/V entries (B, H, T, D) that a stock attention module makes of its normed input x (B, T, d).
 
@@ -56,18 +57,22 @@ def slot_positions(h: Tensor, past: int, padding: Tensor | None) -> Tensor:
 
 
 def causal_mask(
-    config: Any, h: Tensor, past: int, padding: Tensor | None, places: Tensor, window: int | None = None
-) -> Tensor | None:
-    """The mask as the model's attention implementation wants it; ``places`` (B or 1, past + T) are positions."""
-    within = window is None or past + h.shape[1] <= window
-    # One new token without padding sees everything: no mask, as the stock model decides more slowly.
+    config: Any, h: Tensor, past: int, padding: Tensor | None, all_positions: Tensor, window: int | None = None
+) -> Any:
+    """The mask (a tensor or a BlockMask) as the model's attention implementation wants it, or None for no mask.
+
+    ``all_positions`` (B or 1, past + T) are positions.
+    """
+    window = past + h.shape[1] if window is None else window
+    within = past + h.shape[1] <= window
+    # One new token without padding attends to everything, so it needs no mask (the stock model finds the same).
     if h.shape[1] == 1 and padding is None and within:
         return None
     arguments: dict[str, Any] = {
         "config": config,
         "inputs_embeds": h,
         "attention_mask": padding,
-        "past_key_values": Held(past),
+        "past_key_values": PastLength(past),
         "layer_idx": 0,
     }
     if within:
@@ -75,9 +80,9 @@ def causal_mask(
     if padding is None:
         return create_sliding_window_causal_mask(**arguments)
 
-    # Where a token was taken back, slots are further apart than positions are; the window is one of positions.
-    def near(row: int, head: int, query: int, key: int) -> Any:
-        return places[row, key] > places[row, query] - window
+    # The window counts positions: where tokens were taken back, slots are further apart than positions.
+    def near(row: Any, head: Any, query: Any, key: Any) -> Tensor:
+        return all_positions[row, key] > all_positions[row, query] - window
 
     return create_causal_mask(**arguments, and_mask_function=near)
 
@@ -97,7 +102,7 @@ class AttentionBackbone(Backbone):
         self.windowed = tuple(self.window is not None and kind == "sliding_attention" for kind in kinds)
         self._stacked = StackedWeights(self.layers, self._rows)
 
-    def _find_layers(self) -> nn.ModuleList:
+    def _find_layers(self) -> Layers:
         return self.model.model.layers
 
     def _find_kinds(self) -> tuple[str, ...]:
@@ -106,14 +111,14 @@ class AttentionBackbone(Backbone):
     def context(
         self, h: Tensor, *, past: int = 0, padding: Tensor | None = None, embedded: Tensor | None = None
     ) -> Context:
-        places = slot_positions(h, past, padding)
-        positions = places[:, past:]
+        all_positions = slot_positions(h, past, padding)
+        positions = all_positions[:, past:]
         rotary = rotary_positions(self.model.model.rotary_emb, h, positions, past, padding)
         mask = window_mask = None
         if not all(self.windowed):
-            mask = causal_mask(self.config, h, past, padding, places)
+            mask = causal_mask(self.config, h, past, padding, all_positions)
         if any(self.windowed):
-            window_mask = causal_mask(self.config, h, past, padding, places, self.window)
+            window_mask = causal_mask(self.config, h, past, padding, all_positions, self.window)
         return Context(positions=positions, mask=mask, window_mask=window_mask, rotary=rotary)
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
@@ -131,12 +136,12 @@ class AttentionBackbone(Backbone):
         x = layer.input_layernorm(h)
         cache.update(*keys_values(layer.self_attn, x, ctx, self._key_norm(layer)), index)
 
-    def _key_norm(self, layer: nn.Module) -> nn.Module | None:
+    def _key_norm(self, layer: Any) -> Norm | None:
         """What the layer's keys pass before positions rotate them."""
         return None
 
     @staticmethod
-    def _rows(layer: nn.Module) -> tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]:
+    def _rows(layer: Any) -> Source:
         attention = layer.self_attn
         return layer.input_layernorm, ((attention.k_proj, slice(None)), (attention.v_proj, slice(None)))
 
@@ -186,7 +191,7 @@ class Qwen3Backbone(AttentionBackbone):
             cached[first, stop] = weight.view(stop - first, 1, 1, 1, -1)
         return cached[first, stop] * normalise(key, norms[0].variance_epsilon, key.dtype)
 
-    def _key_norm(self, layer: nn.Module) -> nn.Module | None:
+    def _key_norm(self, layer: Any) -> Norm | None:
         return layer.self_attn.k_norm
 
     def refresh(self) -> None:

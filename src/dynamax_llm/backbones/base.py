@@ -1,8 +1,8 @@
-"""The smallest thing that drives every family of stock causal LM layer by layer.
+"""The interface to a stock causal LM of any family, run layer by layer.
 
-A Backbone wraps a loaded Hugging Face model and never changes it: no subclassing, no patched forward, no forked
+A Backbone wraps a loaded Hugging Face model and never changes it: no subclassing, no patched forward, no copied
 modelling code. Engines call ``embed``, ``context``, ``layer`` and ``readout``; ``update_state`` is the state-only
-twin of ``layer`` for a token that has left, and ``update_states`` is its stacked form for many layers at once.
+twin of ``layer`` for a token that left at an exit, and ``update_states`` is its stacked form for many layers at once.
 
 Shapes: B batch, T tokens, d width, V vocabulary. Layers are indexed from 0; *depth* counts layers run, from 1.
 """
@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.stacking import dense_weight, is_plain_linear
+from dynamax_llm.backbones.stock import Layers
 from dynamax_llm.errors import UsageError
 from dynamax_llm.shapes import Choices, Hidden, Ids, Logits
 
@@ -30,8 +31,8 @@ class Context:
     """What one forward over T tokens shares between layers; built once per call by ``Backbone.context``."""
 
     positions: Tensor | None = None  # (B or 1, T) int64
-    mask: Tensor | None = None  # attention mask as the model's attention implementation wants it
-    window_mask: Tensor | None = None  # the same for layers that attend to a sliding window only
+    mask: Any = None  # attention mask (a tensor or a BlockMask) as the model's attention implementation wants it
+    window_mask: Any = None  # the same for layers that attend to a sliding window only
     padding: Tensor | None = None  # (B, T) 1 = token, 0 = pad: the recurrent layers' mask, None if nothing is padded
     rotary: tuple[Tensor, Tensor] | None = None  # (cos, sin), each (B or 1, T, rotary dims of a head)
     embedded: Tensor | None = None  # (B, T, d) embeddings of these tokens, for layers that read them again
@@ -76,15 +77,16 @@ class Backbone(abc.ABC):
     needs_embedding: bool = False
     #: True if stock passes over several tokens clamp Mamba-2's dt where single steps do not: a whole text in one pass
     #: then leaves slightly different states and logits than a prompt and single steps, in the stock model as much as
-    #: here. Passes that continue a state are made like single steps (``mixers.as_single_steps``).
+    #: here. Passes that continue a state give what single steps give (``mixers.as_single_steps``).
     clamps_dt: bool = False
     #: True if layers read token positions (rotary embeddings).
     needs_positions: bool = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
+        #: The stock causal LM; what its parts are called depends on the family.
         self.model = model
         self.config = model.config
-        self.layers: nn.ModuleList = self._find_layers()
+        self.layers: Layers = self._find_layers()
         self.n_layers = len(self.layers)
         self.width = int(self.config.hidden_size)
         self.vocab_size = int(self.config.vocab_size)
@@ -109,7 +111,7 @@ class Backbone(abc.ABC):
         return self.config.model_type
 
     @abc.abstractmethod
-    def _find_layers(self) -> nn.ModuleList:
+    def _find_layers(self) -> Layers:
         """The stock model's list of decoder layers."""
 
     @abc.abstractmethod
@@ -127,7 +129,7 @@ class Backbone(abc.ABC):
         """What any run of layers shares for the T tokens of ``h`` that follow ``past`` slots.
 
         ``padding`` is (B, past + T), 1 = token and 0 = a slot that holds none (left padding, or a token that was
-        taken back), or None if every slot of every row counts. The engine, not the cache, says what is past.
+        taken back), or None if every slot of every row holds a token. ``past`` is the engine's count, not the cache's.
         ``embedded`` (B, T, d) is what ``embed`` gave for these tokens, None if that is h itself; only a backbone with
         ``needs_embedding`` reads it.
         """
@@ -164,7 +166,7 @@ class Backbone(abc.ABC):
         causal LM or on the model inside it. Hooks on layers, norms, embedding and head are followed.
         """
         model, name = self.model, type(self.model).__name__
-        stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), type(model))
+        stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(self.config), type(model))
         placed = hasattr(model, "_hf_hook") or hasattr(model, "_original_forward")  # accelerate's own forward
         for method in ("forward", "prepare_inputs_for_generation"):
             expected = getattr(stock, method, None)
@@ -228,8 +230,8 @@ class Backbone(abc.ABC):
         return None if limit is None else int(limit)
 
 
-class Held:
-    """Tells Hugging Face's mask functions how many slots precede the queries, in place of a cache."""
+class PastLength:
+    """Given to Hugging Face's mask functions in place of a cache: how many slots precede the queries."""
 
     is_compileable = False
 
@@ -243,7 +245,7 @@ class Held:
         return self.past + query_length, 0
 
 
-def linear_macs(*modules: nn.Module) -> int:
+def linear_macs(*modules: Any) -> int:
     """Multiply-accumulates per token of linear modules: the products of their sizes."""
     return sum(int(module.in_features) * int(module.out_features) for module in modules)
 

@@ -1,9 +1,9 @@
 """One cache for all layers, in stacked tensors, behind Hugging Face's cache protocol.
 
-Stock layers call ``cache.update`` (attention) or ``update_conv_state`` and friends (Mamba) and never notice. Because
-all layers of one kind on one device share a buffer with a leading layer axis, a skipped run of layers is updated by
-one write instead of one per layer, and a snapshot is one clone. Attention layers count their own entries, so layers
-may hold different numbers of them; the engine says which slots of which rows count.
+Stock layers call ``cache.update`` (attention) or ``update_conv_state`` and its like (Mamba). Because all layers
+of one kind on one device share a buffer with a leading layer axis, a skipped run of layers is updated by one write
+instead of one per layer, and a snapshot is one clone. Attention layers count their own entries, so layers may hold
+different numbers of them; the engine says which slots of which rows hold tokens.
 
     cache = StackedCache(["attention"] * 4)
     after a 3-token prompt every layer holds 3 entries:  buffer (4, 2, B, H, capacity >= 3, D), lengths [3, 3, 3, 3]
@@ -51,7 +51,7 @@ class KVStack:
         while capacity < length:
             capacity *= GROWTH
         batch, heads, _, dim = like.shape
-        # Zeros rather than empty memory: a masked but unwritten NaN would poison attention.
+        # Zeros rather than empty memory: a NaN in a masked slot would make every output NaN.
         self.buffer = like.new_zeros(self.n_layers, 2, batch, heads, capacity, dim)
         if old is not None:
             self.buffer[:, :, :, :, : old.shape[4]] = old
@@ -129,6 +129,9 @@ class SSMStack:
 class SSMLayer(LinearAttentionLayer):
     """One Mamba layer's window onto an SSMStack; stock mixers update the views in place."""
 
+    dtype: Any
+    device: Any
+
     def __init__(self, ssm: SSMStack, slot: int) -> None:
         LinearAttentionLayer.__init__(self)
         self.ssm, self.ssm_slot = ssm, slot
@@ -154,8 +157,14 @@ class SSMLayer(LinearAttentionLayer):
             self.is_recurrent_states_initialized[state_idx] = True
         self.rebind()
 
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: object) -> Tensor:
+        """Copy the new state in; it counts as a previous one also in a layer that keeps no convolution window."""
+        updated = super().update_recurrent_state(recurrent_states, state_idx)
+        self.has_previous_state[state_idx] = True
+        return updated
+
     def initialize_like(self, other: SSMLayer) -> None:
-        """Count as a layer that has seen what ``other`` has; the stack's tensors must exist."""
+        """Take over which states ``other`` has initialised; the stack's tensors must exist."""
         self.dtype, self.device = other.dtype, other.device
         for name in (
             "conv_kernel_size",
@@ -177,6 +186,8 @@ class SSMLayer(LinearAttentionLayer):
 class HybridLayer(SSMLayer, KVLayer):
     """A layer that remembers both: attention and a Mamba mixer side by side, or one after the other."""
 
+    is_croppable = False
+
     def __init__(self, ssm: SSMStack, ssm_slot: int, kv: KVStack, kv_slot: int) -> None:
         KVLayer.__init__(self, kv, kv_slot)
         SSMLayer.__init__(self, ssm, ssm_slot)
@@ -193,6 +204,8 @@ class StackedCache(Cache):
     Row r of every layer belongs to one sequence. Attention layers have one length for all rows: where sequences
     differ in length, the caller's padding mask says which slots of a row hold tokens.
     """
+
+    layers: list[Any]
 
     def __init__(
         self, kinds: Sequence[str], devices: Sequence[torch.device] | None = None, rows: int | None = None
@@ -299,14 +312,15 @@ class StackedCache(Cache):
         """
         for mine, theirs in zip(self.stacks, other.stacks, strict=True):
             mine.empty_like(theirs, self._count_rows(row))  # type: ignore[arg-type]
-        for layer, source in zip(self.layers, other.layers, strict=True):
-            if isinstance(layer, KVLayer) and source.kv.buffer is not None:
-                end = start + source.length
+        for layer, their in zip(self.layers, other.layers, strict=True):
+            if isinstance(layer, KVLayer) and their.kv.buffer is not None:
+                end = start + their.length
+                assert layer.kv.buffer is not None
                 buffer = layer.kv.reserve(layer.kv.buffer[0, 0], end)[layer.kv_slot]
-                buffer[:, row, :, start:end] = source.kv.buffer[source.kv_slot, :, other_row, :, : source.length]
+                buffer[:, row, :, start:end] = their.kv.buffer[their.kv_slot, :, other_row, :, : their.length]
                 layer.length, layer.is_initialized = max(layer.length, end), True
             if isinstance(layer, SSMLayer):
-                layer.initialize_like(source)
+                layer.initialize_like(their)
         for mine, theirs in zip(self._ssm.values(), other._ssm.values(), strict=True):
             for part, source in ((mine.conv, theirs.conv), (mine.ssm, theirs.ssm)):
                 if part is not None and source is not None:
@@ -340,7 +354,7 @@ class StackedCache(Cache):
         return padding.gather(1, order)
 
     def _count_rows(self, row: int) -> int:
-        """Rows of this cache, at least ``row + 1`` where it was not told."""
+        """Rows of this cache, or, where that was not given, the fewest that include ``row``."""
         return row + 1 if self.rows is None else self.rows
 
     def _rebind(self) -> None:

@@ -1,4 +1,4 @@
-"""Which backbone is this? A short answer that survives a change of dtype and fits in a JSON file.
+"""The identity of a backbone: a short JSON value that does not depend on the dtype the model is loaded in.
 
 The weights hash covers every parameter's name, shape and a fixed sample of its values, rounded to bfloat16, so it
 costs well under two seconds at 7B and is the same however the model is loaded: in float32, bfloat16 or float16. One
@@ -25,51 +25,15 @@ SMALLEST = 2.0**-14
 
 #: Fields that fingerprints of version 0.1 cover (their ``config``); ``settings`` covers every field but IGNORED.
 FIELDS = (
-    "attention_bias",
-    "attention_in_multiplier",
-    "attention_multiplier",
-    "attention_out_multiplier",
-    "conv_kernel",
-    "embedding_multiplier",
-    "expand",
-    "head_dim",
-    "hidden_act",
-    "hidden_size",
-    "hybrid_layer_ids",
-    "intermediate_size",
-    "key_multiplier",
-    "layer_norm_epsilon",
-    "lm_head_multiplier",
-    "logits_scaling",
-    "mamba_d_conv",
-    "mamba_d_head",
-    "mamba_d_state",
-    "mamba_n_groups",
-    "mamba_n_heads",
-    "mlp_bias",
-    "mlp_multipliers",
-    "model_type",
-    "n_groups",
-    "num_attention_heads",
-    "num_experts_per_tok",
-    "num_heads",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "residual_multiplier",
-    "rms_norm_eps",
-    "rope_parameters",
-    "routed_scaling_factor",
-    "sliding_window",
-    "ssm_in_multiplier",
-    "ssm_multipliers",
-    "ssm_out_multiplier",
-    "state_size",
-    "tie_word_embeddings",
-    "time_step_limit",
-    "use_bias",
-    "use_conv_bias",
-    "vocab_size",
-)
+    "attention_bias", "attention_in_multiplier", "attention_multiplier", "attention_out_multiplier",
+    "conv_kernel", "embedding_multiplier", "expand", "head_dim", "hidden_act", "hidden_size", "hybrid_layer_ids",
+    "intermediate_size", "key_multiplier", "layer_norm_epsilon", "lm_head_multiplier", "logits_scaling",
+    "mamba_d_conv", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_n_heads", "mlp_bias",
+    "mlp_multipliers", "model_type", "n_groups", "num_attention_heads", "num_experts_per_tok", "num_heads",
+    "num_hidden_layers", "num_key_value_heads", "residual_multiplier", "rms_norm_eps", "rope_parameters",
+    "routed_scaling_factor", "sliding_window", "ssm_in_multiplier", "ssm_multipliers", "ssm_out_multiplier",
+    "state_size", "tie_word_embeddings", "time_step_limit", "use_bias", "use_conv_bias", "vocab_size",
+)  # fmt: skip
 
 #: Fields that change no number the model computes: names, special tokens, training, and how it is run.
 IGNORED = frozenset({
@@ -86,7 +50,7 @@ IGNORED = frozenset({
 })  # fmt: skip
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
+def fingerprint(model: Any) -> dict[str, Any]:
     """JSON-ready identity of a loaded causal LM: its shape in words, a hash of its config, a hash of its weights.
 
     Raises BackboneError if a weight is not in memory (offloaded by a device_map) and so cannot be read.
@@ -161,7 +125,7 @@ def _hash_weights(model: nn.Module) -> str:
 
     Weights that a module keeps in packed form count as well, dequantised.
     """
-    digest, weights = hashlib.sha256(), dict(model.named_parameters())
+    digest, weights = hashlib.sha256(), dict[str, Tensor](model.named_parameters())
     for name, module in model.named_modules():
         if callable(getattr(module, "weight", None)):
             weights[f"{name}.weight"] = dense_weight(module)

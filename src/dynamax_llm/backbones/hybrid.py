@@ -22,29 +22,29 @@ from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.mamba import recurrent_padding
 from dynamax_llm.backbones.mamba1 import TokenByToken
 from dynamax_llm.backbones.mixers import (
-    Small,
+    StackedMixerWeights,
     advance_mamba1,
-    advance_mamba2,
-    advance_mamba2_over,
     as_single_steps,
     clamps_dt,
+    continue_mamba2,
     continues,
-    is_mamba1,
+    mamba2_rows,
     mixer_cost,
     path_to,
-    project,
-    small_weights,
+    some_rows,
+    stacked_mixer_weights,
 )
 from dynamax_llm.backbones.rotary import rotary_positions
+from dynamax_llm.backbones.stock import Layers, Mixer, Norm
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What of a layer makes its state: both modules read ``norm(h)``; either or both may be missing."""
+class LayerParts:
+    """What of a layer makes its state: both modules read ``norm(h)``; either or both may be missing (None)."""
 
-    norm: nn.Module
-    attention: nn.Module | None
-    mamba: nn.Module | None
+    norm: Norm
+    attention: Any  # SelfAttention
+    mamba: Any  # Mixer, of the family's kind
 
     @property
     def kind(self) -> str:
@@ -61,28 +61,28 @@ class HybridBackbone(Backbone):
         super().__init__(model)
         mixers = (self._parts(layer).mamba for layer in self.layers)
         self.clamps_dt = any(clamps_dt(mixer) for mixer in mixers if mixer is not None)
-        self._small: dict[int, Small] = {}  # by layer, since the last refresh
+        self._small: dict[int, StackedMixerWeights] = {}  # by layer, since the last refresh
         self._rotary: nn.Module | None = getattr(self.model.model, "rotary_emb", None)
         self.needs_positions = self._rotary is not None
 
-    def _find_layers(self) -> nn.ModuleList:
+    def _find_layers(self) -> Layers:
         return self.model.model.layers
 
     def _find_kinds(self) -> tuple[str, ...]:
         return tuple(self._parts(layer).kind for layer in self.layers)
 
-    def _parts(self, layer: nn.Module) -> Parts:
-        return Parts(layer.input_layernorm, getattr(layer, "self_attn", None), getattr(layer, "mamba", None))
+    def _parts(self, layer: Any) -> LayerParts:
+        return LayerParts(layer.input_layernorm, getattr(layer, "self_attn", None), getattr(layer, "mamba", None))
 
     def context(
         self, h: Tensor, *, past: int = 0, padding: Tensor | None = None, embedded: Tensor | None = None
     ) -> Context:
-        places = slot_positions(h, past, padding)
-        positions = places[:, past:]
+        all_positions = slot_positions(h, past, padding)
+        positions = all_positions[:, past:]
         rotary = None if self._rotary is None else rotary_positions(self._rotary, h, positions, past, padding)
         return Context(
             positions=positions,
-            mask=causal_mask(self.config, h, past, padding, places),
+            mask=causal_mask(self.config, h, past, padding, all_positions),
             padding=recurrent_padding(self.config, h, padding),
             rotary=rotary,
             embedded=(h if embedded is None else embedded) if self.needs_embedding else None,
@@ -91,11 +91,11 @@ class HybridBackbone(Backbone):
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         layer = self.layers[index]
         mixer = self._parts(layer).mamba
-        if mixer is not None and not is_mamba1(mixer) and continues(index, h, cache):
+        if mixer is not None and self.can_continue_multi_token and continues(index, h, cache):
             layer = as_single_steps(layer, path_to(layer, mixer), h.shape[1])
         return self._run(layer, index, h, cache, ctx)
 
-    def _run(self, layer: nn.Module, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
+    def _run(self, layer: Any, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         """``layer``, which is layer ``index`` or its copy, as the stock model calls it."""
         out = layer(h, **self._arguments(index, cache, ctx))
         return out if isinstance(out, Tensor) else out[0]
@@ -120,25 +120,20 @@ class HybridBackbone(Backbone):
         if parts.attention is not None:
             cache.update(*self._keys_values(index, parts.attention, x, ctx), index)
 
-    def _keys_values(self, index: int, attention: nn.Module, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, index: int, attention: Any, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         """The K/V entries of layer ``index`` from its normed input x (B, T, d)."""
         return keys_values(attention, x, ctx)
 
-    def _advance(self, index: int, mixer: nn.Module, x: Tensor, cache: StackedCache) -> None:
+    def _advance(self, index: int, mixer: Any, x: Tensor, cache: StackedCache) -> None:
         """Normed input x (B, T, d) through the state of layer ``index``'s mixer."""
-        conv_state, ssm_state = cache.recurrent(index, index + 1)  # (1, B, …)
-        rows = project(mixer, x)  # (B, T, R)
-        if is_mamba1(mixer):
-            for row in rows.unbind(1):
-                advance_mamba1(mixer, row, conv_state[0], ssm_state[0])
-            return
-        cached = self._small  # another thread's refresh replaces the dict
-        if index not in cached:
-            cached[index] = small_weights([mixer])
-        if x.shape[1] > 1:
-            advance_mamba2_over(mixer, rows, cached[index], conv_state[0], ssm_state[0])
-        else:
-            advance_mamba2(mixer, rows.transpose(0, 1), cached[index], conv_state, ssm_state)
+        small = self._small  # another thread's refresh replaces the dict
+        if index not in small:
+            small[index] = stacked_mixer_weights([mixer])
+        continue_mamba2(mixer, self._project(mixer, x), small[index], *cache.recurrent(index, index + 1))
+
+    def _project(self, mixer: Any, x: Tensor) -> Tensor:
+        """What the mixer's state depends on (B, T, R), before the convolution, from its normed input x (B, T, d)."""
+        return some_rows(mixer.in_proj, x, mamba2_rows(mixer))
 
     def refresh(self) -> None:
         self._small = {}
@@ -153,7 +148,7 @@ class HybridBackbone(Backbone):
     def _layer_macs(self, index: int) -> int:
         mixer = self._parts(self.layers[index]).mamba
         weights = weight_macs(self._modules(index), getattr(self.config, "num_experts_per_tok", 0) or 0)
-        return weights + (0 if mixer is None else mixer_cost(mixer).layer - weight_macs(mixer.modules()))
+        return weights + (0 if mixer is None else self._mixer_cost(mixer).layer - weight_macs(mixer.modules()))
 
     def _modules(self, index: int) -> Iterator[nn.Module]:
         """All modules that a token may go through in layer ``index``."""
@@ -162,7 +157,10 @@ class HybridBackbone(Backbone):
     def _state_macs(self, index: int) -> int:
         parts = self._parts(self.layers[index])
         keys = 0 if parts.attention is None else linear_macs(parts.attention.k_proj, parts.attention.v_proj)
-        return keys + (0 if parts.mamba is None else mixer_cost(parts.mamba).state)
+        return keys + (0 if parts.mamba is None else self._mixer_cost(parts.mamba).state)
+
+    def _mixer_cost(self, mixer: Mixer) -> LayerCost:
+        return mixer_cost(mixer, mamba1=not self.can_continue_multi_token)
 
 
 class GraniteMoeHybridBackbone(HybridBackbone):
@@ -173,7 +171,7 @@ class GraniteMoeHybridBackbone(HybridBackbone):
 
     def _arguments(self, index: int, cache: StackedCache | None, ctx: Context) -> dict[str, Any]:
         arguments = super()._arguments(index, cache, ctx)
-        del arguments["position_ids"]  # it would travel on into the mixer's kernels
+        del arguments["position_ids"]  # they would be passed on to the mixer's kernels
         return arguments
 
     def final_norm(self, h: Tensor) -> Tensor:
@@ -184,11 +182,11 @@ class GraniteMoeHybridBackbone(HybridBackbone):
 
 
 class NemotronHBackbone(HybridBackbone):
-    """Nemotron-H: a layer is a norm and one mixer; MLPs and experts among them remember nothing."""
+    """Nemotron-H: a layer is a norm and one mixer; MLPs and experts keep no state."""
 
-    def _parts(self, layer: nn.Module) -> Parts:
+    def _parts(self, layer: Any) -> LayerParts:
         attends, recurs = (layer.block_type == kind for kind in ("full_attention", "linear_attention"))
-        return Parts(layer.norm, layer.mixer if attends else None, layer.mixer if recurs else None)
+        return LayerParts(layer.norm, layer.mixer if attends else None, layer.mixer if recurs else None)
 
     def final_norm(self, h: Tensor) -> Tensor:
         return self.model.model.norm_f(h)
@@ -204,9 +202,13 @@ class FalconH1Backbone(HybridBackbone):
         masks = {"attention_mask": ctx.mask, "mamba_attention_mask": ctx.padding}
         return super()._arguments(index, cache, ctx) | masks
 
-    def _keys_values(self, index: int, attention: nn.Module, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, index: int, attention: Any, x: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
         x = x * self.layers[index].attention_in_multiplier
         return keys_values(attention, x, ctx, lambda key: key * attention.key_multiplier)
+
+    def _project(self, mixer: Any, x: Tensor) -> Tensor:
+        rows = mamba2_rows(mixer)
+        return some_rows(mixer.in_proj, x * mixer.ssm_in_multiplier, rows) * mixer.mup_vector[0, 0, rows]
 
     def _scale(self, logits: Tensor) -> Tensor:
         return logits * self.model.model.lm_head_multiplier
@@ -215,18 +217,18 @@ class FalconH1Backbone(HybridBackbone):
 class Zamba2Backbone(HybridBackbone):
     """Zamba2: Mamba-2 layers, some with a transformer before them that shares weights and reads the embeddings again.
 
-    What such a transformer gives goes into the mixer's state, so a skipped layer must run it: only the mixer's gate
-    and output are saved there.
+    The output of such a transformer enters the mixer's state, so a skipped layer must run it and saves only the
+    mixer's gate and output.
     """
 
     needs_embedding = True
 
-    def _parts(self, layer: nn.Module) -> Parts:
+    def _parts(self, layer: Any) -> LayerParts:
         shared = getattr(layer, "shared_transformer", None)
         decoder = layer if shared is None else layer.mamba_decoder
-        return Parts(decoder.input_layernorm, None if shared is None else shared.self_attn, decoder.mamba)
+        return LayerParts(decoder.input_layernorm, None if shared is None else shared.self_attn, decoder.mamba)
 
-    def _run(self, layer: nn.Module, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
+    def _run(self, layer: Any, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         return layer(
             h,
             ctx.embedded,
@@ -267,9 +269,15 @@ class Zamba2Backbone(HybridBackbone):
     def _state_macs(self, index: int) -> int:
         mixer = self._parts(self.layers[index]).mamba
         assert mixer is not None
-        cost = mixer_cost(mixer)
+        cost = self._mixer_cost(mixer)
         return self._layer_macs(index) - cost.layer + cost.state
 
 
 class JambaBackbone(TokenByToken, HybridBackbone):
     """Jamba: Mamba-1 mixers, some experts, no positions at all."""
+
+    norms_steps = True
+
+    def _advance(self, index: int, mixer: Any, x: Tensor, cache: StackedCache) -> None:
+        conv_state, ssm_state = (part[0] for part in cache.recurrent(index, index + 1))
+        advance_mamba1(mixer, x, conv_state, ssm_state, self.norms_steps)

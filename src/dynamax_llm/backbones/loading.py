@@ -1,4 +1,4 @@
-"""Loading a backbone: the ordinary ``from_pretrained``, with every refusal in words a user can act on."""
+"""Loading a backbone: the ordinary ``from_pretrained``, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load(
     Raises UnsupportedModelError before any weight is read, UsageError for a wrong dtype or device, BackboneError for
     everything that is missing, unreachable or damaged. Pickled weights are refused, remote code is never run.
     """
-    wanted = dtype if isinstance(dtype, torch.dtype) else DTYPES.lookup(dtype)
+    wanted: Any = dtype if isinstance(dtype, torch.dtype) else DTYPES.lookup(dtype)
     device = _single_device(device_map)
     source = _resolve(name_or_path)
     config = _load_config(source)
@@ -67,7 +67,7 @@ def load(
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise BackboneError(
-            f"{source}: the tokenizer has {len(tokenizer)} entries and the model embeds {rows}; they are not a pair. "
+            f"{source}: the tokenizer has {len(tokenizer)} entries and the model embeds {rows}; they do not match. "
             "Use the tokenizer the model was saved with."
         )
     if model.generation_config is not None and model.generation_config.pad_token_id is None:
@@ -78,7 +78,7 @@ def load(
 def peek(name_or_path: str | Path) -> PreTrainedConfig:
     """The configuration of a model that ``load`` would take as far as can be told without its weights.
 
-    Raises UnsupportedModelError and BackboneError, as ``load`` does, in a moment instead of minutes.
+    Raises UnsupportedModelError and BackboneError, as ``load`` does, without reading the weights.
     """
     return _load_config(_resolve(name_or_path))
 
@@ -110,16 +110,16 @@ def _single_device(device_map: str | torch.device | dict | None) -> torch.device
 
 
 def _resolve(name_or_path: str | Path) -> str:
-    """The folder or hub id meant; refuses paths that are no model folder before anything asks the network."""
+    """The folder or hub id meant; refuses paths that are not model folders before the network is used."""
     name = str(name_or_path)
     if name in REFERENCE_BACKBONES:
         return str(REFERENCE_FOLDER / name)
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            held = ", ".join(sorted(item.name for item in path.iterdir())[:5]) or "nothing"
+            names = ", ".join(sorted(item.name for item in path.iterdir())[:5]) or "nothing"
             raise BackboneError(
-                f"{name} is no model folder: it has no config.json (it holds {held}). "
+                f"{name} is not a model folder: it has no config.json (it holds {names}). "
                 "Give the folder that save_pretrained wrote, or a hub id."
             )
         return str(path)
@@ -141,14 +141,14 @@ def _load_config(source: str) -> PreTrainedConfig:
         raise BackboneError(_unreachable(source, error)) from error
     if not isinstance(raw, dict) or not raw.get("model_type"):
         raise BackboneError(
-            f"{source}: config.json is no model configuration (it names no model_type). "
+            f"{source}: config.json is not a model configuration (it names no model_type). "
             "Save the model again with save_pretrained."
         )
     check_supported(raw["model_type"])
     built = [str(name) for name in raw.get("architectures") or ()]
     if built and not any(name.endswith("ForCausalLM") for name in built):
         raise UnsupportedModelError(
-            f"{source} holds {', '.join(built)}, which is no causal language model. "
+            f"{source} holds {', '.join(built)}, which is not a causal language model. "
             "DYNAMAX needs weights saved from a …ForCausalLM class."
         )
     try:
@@ -177,12 +177,10 @@ def _load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_weights(
-    source: str, config: PreTrainedConfig, dtype: torch.dtype, placement: dict[str, Any]
-) -> PreTrainedModel:
+def _load_weights(source: str, config: PreTrainedConfig, dtype: torch.dtype, placement: dict[str, Any]) -> Any:
     """The weights, every one of them: transformers would fill a missing one with noise and only warn."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -201,6 +199,7 @@ def _load_weights(
         raise BackboneError(
             f"{source}: the weights cannot be loaded ({_first_line(error)}). Fetch or save the model again."
         ) from error
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     wrong = sorted(item[0] if isinstance(item, tuple) else item for item in report["mismatched_keys"])
     for problem, names in (("lack", missing), ("have another shape than config.json says for", wrong)):
@@ -213,7 +212,7 @@ def _load_weights(
 def _unreachable(source: str, error: Exception) -> str:
     """Why a configuration could not be read, for a folder or a hub id."""
     if Path(source).is_dir():
-        return f"{source}: config.json is no valid JSON. Save the model again with save_pretrained."
+        return f"{source}: config.json is not valid JSON. Save the model again with save_pretrained."
     near = difflib.get_close_matches(source, REFERENCE_BACKBONES, n=1)
     hint = f" Did you mean the shipped backbone {near[0]!r}?" if near else ""
     return (

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers.masking_utils import create_recurrent_attention_mask
 
 from dynamax_llm.backbones.base import Backbone, Context, Costs, linear_macs
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.mixers import (
-    Small,
+    StackedMixerWeights,
     advance_mamba2,
-    advance_mamba2_over,
     as_single_steps,
     clamps_dt,
+    continue_mamba2,
     continues,
+    mamba2_rows,
     mixer_cost,
-    project,
-    small_weights,
-    state_slice,
+    some_rows,
+    stacked_mixer_weights,
 )
-from dynamax_llm.backbones.stacking import StackedWeights, normalise
+from dynamax_llm.backbones.stacking import Source, StackedWeights, normalise
+from dynamax_llm.backbones.stock import Layers
 
 
-def recurrent_padding(config: object, h: Tensor, padding: Tensor | None) -> Tensor | None:
+def recurrent_padding(config: Any, h: Tensor, padding: Tensor | None) -> Tensor | None:
     """The part of ``padding`` that covers h (B, T, d), or None if all its tokens are real."""
     if h.shape[1] == 1 or padding is None:
         return None
@@ -32,7 +35,7 @@ def recurrent_padding(config: object, h: Tensor, padding: Tensor | None) -> Tens
 class MambaBackbone(Backbone):
     """What models of nothing but Mamba layers share."""
 
-    def _find_layers(self) -> nn.ModuleList:
+    def _find_layers(self) -> Layers:
         return self.model.backbone.layers
 
     def _find_kinds(self) -> tuple[str, ...]:
@@ -50,7 +53,8 @@ class MambaBackbone(Backbone):
         return self.model.backbone.norm_f(h).to(self.model.get_output_embeddings().weight.dtype)
 
     def costs(self) -> Costs:
-        layers = tuple(mixer_cost(layer.mixer) for layer in self.layers)
+        mamba1 = not self.can_continue_multi_token
+        layers = tuple(mixer_cost(layer.mixer, mamba1) for layer in self.layers)
         return Costs(layers=layers, readout=linear_macs(self.model.get_output_embeddings()))
 
 
@@ -61,7 +65,7 @@ class Mamba2Backbone(MambaBackbone):
         super().__init__(model)
         self.clamps_dt = any(clamps_dt(layer.mixer) for layer in self.layers)
         self._stacked = StackedWeights(self.layers, self._rows)
-        self._small: dict[tuple[int, int], Small] = {}  # by run of layers, since the last refresh
+        self._small: dict[tuple[int, int], StackedMixerWeights] = {}  # by run of layers, since the last refresh
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         layer = self.layers[index]
@@ -70,23 +74,17 @@ class Mamba2Backbone(MambaBackbone):
         return layer(h, cache_params=cache, attention_mask=ctx.padding)
 
     @staticmethod
-    def _rows(layer: nn.Module) -> tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]:
-        return layer.norm, ((layer.mixer.in_proj, state_slice(layer.mixer)),)
+    def _rows(layer: Any) -> Source:
+        return layer.norm, ((layer.mixer.in_proj, mamba2_rows(layer.mixer)),)
 
     def update_state(self, index: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
         if cache.get_recurrent_state(index) is None:
             self.layer(index, h, cache, ctx)  # a prompt's parallel scan yields output and state together
             return
-        layer, small, states = (
-            self.layers[index],
-            self._small_weights(index, index + 1),
-            cache.recurrent(index, index + 1),
-        )
-        rows = project(layer.mixer, layer.norm(h.to(layer.norm.weight.dtype)))  # (B, T, R)
-        if h.shape[1] > 1:
-            advance_mamba2_over(layer.mixer, rows, small, *(part[0] for part in states))
-        else:
-            advance_mamba2(layer.mixer, rows.transpose(0, 1), small, *states)
+        layer = self.layers[index]
+        x, mixer = layer.norm(h.to(layer.norm.weight.dtype)), layer.mixer
+        rows = some_rows(mixer.in_proj, x, mamba2_rows(mixer))
+        continue_mamba2(mixer, rows, self._small_weights(index, index + 1), *cache.recurrent(index, index + 1))
 
     def update_states(self, first: int, stop: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
         single = h.shape[1] == 1 and stop - first > 1 and cache.get_recurrent_state(first) is not None
@@ -97,11 +95,11 @@ class Mamba2Backbone(MambaBackbone):
         small = self._small_weights(first, stop)
         advance_mamba2(self.layers[first].mixer, rows, small, *cache.recurrent(first, stop))
 
-    def _small_weights(self, first: int, stop: int) -> Small:
+    def _small_weights(self, first: int, stop: int) -> StackedMixerWeights:
         """Those of layers ``first`` to ``stop - 1``."""
         small = self._small  # another thread's refresh replaces the dict
         if (first, stop) not in small:
-            small[first, stop] = small_weights([layer.mixer for layer in self.layers[first:stop]])
+            small[first, stop] = stacked_mixer_weights([layer.mixer for layer in self.layers[first:stop]])
         return small[first, stop]
 
     def refresh(self) -> None:

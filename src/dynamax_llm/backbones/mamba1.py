@@ -1,8 +1,8 @@
 """Mamba-1 (arXiv 2312.00752): each layer remembers a short convolution window and a vector-valued SSM state.
 
 ``Mamba1Backbone`` drives mamba and falcon_mamba; jamba's mixers (see hybrid.py) are of this kind too. The stock mixer's
-multi-token form always starts its scan at zero: with a state in the cache it gives a wrong answer without a word.
-``TokenByToken`` is the one place that knows.
+multi-token form always starts its scan at zero, which is silently wrong with a state in the cache. ``TokenByToken``
+replaces it by single steps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from dynamax_llm.backbones.base import Backbone, Context
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.mamba import MambaBackbone
-from dynamax_llm.backbones.mixers import advance_mamba1, project
+from dynamax_llm.backbones.mixers import advance_mamba1
 
 
 class TokenByToken(Backbone):
@@ -23,6 +23,8 @@ class TokenByToken(Backbone):
     """
 
     can_continue_multi_token = False
+    #: True where a mixer's dt and B pass a norm each.
+    norms_steps = False
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         run = super().layer  # type: ignore[safe-super]  # of the adapter beside this class
@@ -34,19 +36,24 @@ class TokenByToken(Backbone):
 
 
 def _token(ctx: Context, place: int) -> Context:
-    """What a Mamba layer needs to know of one token: whether it is one."""
+    """The context of one token for a Mamba layer: whether it is padding."""
     return Context(padding=None if ctx.padding is None else ctx.padding[:, place : place + 1])
 
 
 class Mamba1Backbone(TokenByToken, MambaBackbone):
-    """Stock Mamba and Falcon Mamba. Skipped layers are updated one by one."""
+    """Stock Mamba. Skipped layers are updated one by one."""
 
     def update_state(self, index: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
         if cache.get_recurrent_state(index) is None or ctx.padding is not None:
             self.layer(index, h, cache, ctx)
             return
         layer = self.layers[index]
-        rows = project(layer.mixer, layer.norm(h.to(layer.norm.weight.dtype)))  # (B, T, C)
+        x = layer.norm(h.to(layer.norm.weight.dtype))
         conv_state, ssm_state = (part[0] for part in cache.recurrent(index, index + 1))
-        for row in rows.unbind(1):
-            advance_mamba1(layer.mixer, row, conv_state, ssm_state)
+        advance_mamba1(layer.mixer, x, conv_state, ssm_state, self.norms_steps)
+
+
+class FalconMambaBackbone(Mamba1Backbone):
+    """Falcon Mamba: norms on dt, B and C."""
+
+    norms_steps = True

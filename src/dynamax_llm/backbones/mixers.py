@@ -1,4 +1,4 @@
-"""One token through the state of stock Mamba mixers, without their output: what families with such mixers share.
+"""State updates of stock Mamba mixers, without computing their output; shared by all families with such mixers.
 
 The attributes read here (``in_proj``, ``conv1d``, ``intermediate_size``, …) have the same names in every family's copy
 of the mixer in transformers.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from types import MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ from torch.nn import functional as F
 from dynamax_llm.backbones.base import LayerCost, linear_macs, weight_macs
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.stacking import is_plain_linear
+from dynamax_llm.backbones.stock import Mamba1Mixer, Mamba2Mixer, Mixer
 
 #: Scans are not cut shorter than this: kernels want a power of two, and tensor cores tiles of 16.
 LEAST_CHUNK = 16
 
 
-class Small(NamedTuple):
+class StackedMixerWeights(NamedTuple):
     """The small weights of n Mamba-2 mixers, stacked."""
 
     conv: Tensor  # (n, 1, C, K)
@@ -35,29 +36,27 @@ class Small(NamedTuple):
 
 
 @torch.no_grad()
-def small_weights(mixers: Sequence[nn.Module]) -> Small:
+def stacked_mixer_weights(mixers: Sequence[Mamba2Mixer]) -> StackedMixerWeights:
     """The small weights of these Mamba-2 mixers."""
     conv = torch.stack([mixer.conv1d.weight.squeeze(1) for mixer in mixers]).unsqueeze(1)
     zero = conv.new_zeros(conv.shape[2])
     bias = torch.stack([zero if mixer.conv1d.bias is None else mixer.conv1d.bias for mixer in mixers])
     dt_bias = torch.stack([mixer.dt_bias for mixer in mixers])
     decay = -torch.exp(torch.stack([mixer.A_log.float() for mixer in mixers]))
-    return Small(conv, bias.unsqueeze(1), dt_bias.unsqueeze(1), decay.unsqueeze(1))
+    return StackedMixerWeights(conv, bias.unsqueeze(1), dt_bias.unsqueeze(1), decay.unsqueeze(1))
 
 
-def state_slice(mixer: nn.Module) -> slice:
-    """The rows of in_proj that the state sees: all but the gate's."""
-    if is_mamba1(mixer):  # x, gate
-        return slice(0, mixer.intermediate_size)
-    return slice(mixer.intermediate_size, None)  # gate, x, B, C, dt
+def mamba2_rows(mixer: Mamba2Mixer) -> slice:
+    """The rows of a Mamba-2 in_proj (gate, x, B, C, dt) that the state depends on: all but the gate's."""
+    return slice(mixer.intermediate_size, None)
 
 
-def is_mamba1(mixer: nn.Module) -> bool:
-    """Whether this mixer makes dt, B and C from its convolved input (Mamba-1) rather than in in_proj (Mamba-2)."""
-    return hasattr(mixer, "x_proj")
+def mamba1_rows(mixer: Mamba1Mixer) -> slice:
+    """The rows of a Mamba-1 in_proj (x, gate) that the state depends on."""
+    return slice(0, mixer.intermediate_size)
 
 
-def clamps_dt(mixer: nn.Module) -> bool:
+def clamps_dt(mixer: Mixer) -> bool:
     """Whether this mixer's parallel scan clamps dt; no stock single step does."""
     limit = getattr(mixer, "time_step_limit", None)
     return limit is not None and tuple(limit) != (0.0, float("inf"))
@@ -68,7 +67,7 @@ def continues(index: int, h: Tensor, cache: StackedCache | None) -> bool:
     return h.shape[1] > 1 and cache is not None and cache.get_recurrent_state(index) is not None
 
 
-def path_to(layer: nn.Module, mixer: nn.Module) -> list[str]:
+def path_to(layer: nn.Module, mixer: Mixer) -> list[str]:
     """The attribute names that lead from a layer to its mixer."""
     return next(name for name, module in layer.named_modules() if module is mixer).split(".")
 
@@ -90,7 +89,7 @@ def as_single_steps(layer: nn.Module, path: Sequence[str], tokens: int) -> nn.Mo
     return twin
 
 
-def _twin(module: nn.Module) -> nn.Module:
+def _twin(module: nn.Module) -> Any:
     """A shallow copy of a module, with a dict of submodules of its own; what is bound to the module is bound anew."""
     twin = module.__new__(type(module))
     vars(twin).update(vars(module), _modules=dict(module._modules), _compiled_call_impl=None)
@@ -103,22 +102,16 @@ def _twin(module: nn.Module) -> nn.Module:
     return twin
 
 
-def some_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
+def some_rows(linear: Any, x: Tensor, rows: slice) -> Tensor:
     """The outputs ``rows`` of a linear module on x (..., d)."""
     if not is_plain_linear(linear):
-        return linear(x)[..., rows]  # quantised or adapted: only the module knows its product
+        return linear(x)[..., rows]  # quantised, adapted or hooked
     return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])
 
 
-def project(mixer: nn.Module, x: Tensor) -> Tensor:
-    """What a mixer's state sees of its normed input x (..., d), before the convolution."""
-    rows = state_slice(mixer)
-    if not hasattr(mixer, "mup_vector"):
-        return some_rows(mixer.in_proj, x, rows)
-    return some_rows(mixer.in_proj, x * mixer.ssm_in_multiplier, rows) * mixer.mup_vector[0, 0, rows]  # Falcon-H1
-
-
-def advance_mamba2(mixer: nn.Module, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
+def advance_mamba2(
+    mixer: Mamba2Mixer, rows: Tensor, small: StackedMixerWeights, conv_state: Tensor, ssm_state: Tensor
+) -> None:
     """One token through conv window and SSM of n Mamba-2 layers, in place, in the order stock single steps round.
 
     rows (n, B, C + H): x, B and C before the convolution, then dt. No clamp on dt: the stock step has none.
@@ -138,7 +131,9 @@ def advance_mamba2(mixer: nn.Module, rows: Tensor, small: Small, conv_state: Ten
     ssm_state.mul_(torch.exp(dt.float() * small.decay)[..., None, None]).add_(step * x)
 
 
-def advance_mamba2_over(mixer: nn.Module, rows: Tensor, small: Small, conv_state: Tensor, ssm_state: Tensor) -> None:
+def advance_mamba2_over(
+    mixer: Mamba2Mixer, rows: Tensor, small: StackedMixerWeights, conv_state: Tensor, ssm_state: Tensor
+) -> None:
     """Several tokens through conv window (B, C, K) and SSM (B, H, P, N) of one Mamba-2 layer, in place.
 
     rows (B, T, C + H). As many single steps, in closed form: the last state is the first one decayed by all steps, plus
@@ -161,30 +156,49 @@ def advance_mamba2_over(mixer: nn.Module, rows: Tensor, small: Small, conv_state
     ssm_state.mul_(torch.exp(decayed[..., -1])[..., None, None]).add_(fed.flatten(1, 2))
 
 
-def advance_mamba1(mixer: nn.Module, rows: Tensor, conv_state: Tensor, ssm_state: Tensor) -> None:
-    """One token through conv window (B, C, K) and SSM (B, C, N) of one Mamba-1 layer, in place.
+def continue_mamba2(
+    mixer: Mamba2Mixer, rows: Tensor, small: StackedMixerWeights, conv_state: Tensor, ssm_state: Tensor
+) -> None:
+    """Tokens, one or several, through conv window (1, B, C, K) and SSM (1, B, H, P, N) of one Mamba-2 layer, in place.
 
-    rows (B, C): x before the convolution.
+    rows (B, T, C + H): x, B and C before the convolution, then dt.
     """
+    if rows.shape[1] > 1:
+        advance_mamba2_over(mixer, rows, small, conv_state[0], ssm_state[0])
+    else:
+        advance_mamba2(mixer, rows.transpose(0, 1), small, conv_state, ssm_state)
+
+
+def advance_mamba1(mixer: Mamba1Mixer, x: Tensor, conv_state: Tensor, ssm_state: Tensor, normed: bool) -> None:
+    """Normed input x (B, T, d), token by token, through conv window (B, C, K) and SSM (B, C, N) of one Mamba-1 layer.
+
+    Both are changed in place. ``normed``: the family's mixers have norms on dt and B.
+    """
+    for row in some_rows(mixer.in_proj, x, mamba1_rows(mixer)).unbind(1):
+        _advance_mamba1(mixer, row, conv_state, ssm_state, normed)
+
+
+def _advance_mamba1(mixer: Any, rows: Tensor, conv_state: Tensor, ssm_state: Tensor, normed: bool) -> None:
+    """One token: rows (B, C) are x before the convolution."""
     conv_state.copy_(torch.cat((conv_state[..., 1:], rows.unsqueeze(-1)), dim=-1))
     weight = mixer.conv1d.weight.squeeze(1)
     active = (conv_state.to(weight.dtype) * weight).sum(-1)
     active = mixer.act(active if mixer.conv1d.bias is None else active + mixer.conv1d.bias)
     rank, size = mixer.time_step_rank, mixer.ssm_state_size
     dt, b = some_rows(mixer.x_proj, active, slice(0, rank + size)).split([rank, size], dim=-1)
-    if hasattr(mixer, "dt_layernorm"):  # Falcon Mamba and Jamba
+    if normed:
         dt, b = mixer.dt_layernorm(dt), mixer.b_layernorm(b)
     dt = F.softplus(mixer.dt_proj(dt)).float().unsqueeze(-1)  # (B, C, 1)
     decay = torch.exp(dt * -torch.exp(mixer.A_log.float()))
     ssm_state.mul_(decay).add_(dt * b.float().unsqueeze(1) * active.float().unsqueeze(-1))
 
 
-def mixer_cost(mixer: nn.Module) -> LayerCost:
-    """Multiply-accumulates per token of a mixer and of its state update alone."""
+def mixer_cost(mixer: Mixer, mamba1: bool = False) -> LayerCost:
+    """Multiply-accumulates per token of a mixer, Mamba-2 unless ``mamba1``, and of its state update alone."""
     cell = mixer.intermediate_size * mixer.ssm_state_size  # of one pass over the state
     whole = weight_macs(mixer.modules()) + 3 * cell
     gate = mixer.intermediate_size * mixer.in_proj.in_features
     state = whole - gate - linear_macs(mixer.out_proj) - cell
-    if is_mamba1(mixer):
+    if mamba1:
         state -= mixer.ssm_state_size * mixer.intermediate_size  # C's rows of x_proj
     return LayerCost(layer=whole, state=state)

@@ -53,10 +53,9 @@ def text_lengths(positions: Tensor, past: int, padding: Tensor | None) -> Tensor
     return lengths.max().expand_as(lengths) if past == 0 else lengths
 
 
-def _frequencies(rotary: nn.Module, length: Tensor) -> tuple[Tensor, float]:
+def _frequencies(rotary: Any, length: Tensor) -> tuple[Tensor, float]:
     """The module's frequencies and scale for a text of this length, as the stock module would set them."""
-    config: Any = rotary.config
-    kind, device = rotary.rope_type, length.device
+    config, kind, device = rotary.config, rotary.rope_type, length.device
     if kind == "longrope":
         original = config.rope_parameters["original_max_position_embeddings"]
         long, _ = ROPE_INIT_FUNCTIONS[kind](config, device, seq_len=original + 1)

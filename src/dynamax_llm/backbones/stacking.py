@@ -1,25 +1,25 @@
-"""Skipped layers all read the same h, so their state projections are one product: the stacked weights for it."""
+"""Stacked weights: skipped layers all read the same h, so their state projections are one matrix product."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dynamax_llm.backbones.stock import Layers
 from dynamax_llm.errors import BackboneError
 
 #: Stacked rows are a copy. Above this share of the layers' own bytes (and above 64 MiB) layers are updated one by one.
 MEMORY_SHARE = 0.05
 MEMORY_FLOOR = 64 * 2**20
 
-#: ``rows(layer)`` names a layer's input norm and the (linear, rows) whose product makes its state.
-Rows = Callable[[nn.Module], tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]]
 
-
-#: What one layer gives to a stack, as ``Rows`` names it.
-Source = tuple[nn.Module, tuple[tuple[nn.Module, slice], ...]]
+#: A layer's input norm, and the (linear, rows) whose product makes its state. ``Rows`` finds them.
+Source = tuple[Any, tuple[tuple[Any, slice], ...]]
+Rows = Callable[[Any], Source]
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -37,7 +37,8 @@ def dense_weight(module: nn.Module) -> Tensor:
 
     Raises BackboneError, naming the module's and the weight's class, where that cannot be had.
     """
-    weight = module.weight() if callable(module.weight) else module.weight
+    stored: Any = module.weight
+    weight = stored() if callable(stored) else stored
     if type(weight) is nn.Parameter:
         return weight
     try:
@@ -59,20 +60,25 @@ def weights_signature(modules: Iterable[nn.Module]) -> tuple[tuple, ...]:
     tensors = [parameter.detach() for module in modules for parameter in module.parameters(recurse=False)]
     sums: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
-        sums.setdefault(tensor.device, []).append(_bit_sum(tensor))
-    # One transfer per device.
-    found = {device: iter(torch.stack(parts).tolist()) for device, parts in sums.items() if device.type != "meta"}
+        if tensor.device.type != "meta":
+            sums.setdefault(tensor.device, []).append(_bit_sum(tensor))
+    values = {device: iter(torch.stack(parts).tolist()) for device, parts in sums.items()}  # one transfer per device
     return tuple(
-        (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), next(found[tensor.device], None))
-        if tensor.device in found
-        else (id(tensor), tensor.dtype, tuple(tensor.shape), None)
+        (
+            tensor.data_ptr(),
+            tensor.dtype,
+            tuple(tensor.shape),
+            next(values[tensor.device]) if tensor.device in values else None,
+        )
         for tensor in tensors
     )
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
     """The sum of a tensor's bits as int64 words, wrapping around."""
-    if tensor.is_contiguous() and tensor.dim() and (tensor.shape[-1] * tensor.element_size()) % 8 == 0:
+    size = tensor.element_size()
+    whole_words = tensor.dim() > 0 and tensor.shape[-1] * size % 8 == 0 and tensor.storage_offset() * size % 8 == 0
+    if whole_words and tensor.is_contiguous():
         return tensor.view(torch.int64).sum()
     return tensor.double().sum().view(torch.int64)
 
@@ -117,9 +123,9 @@ class Stack:
 
 
 class StackedWeights:
-    """Builds the stack on first use, rebuilds it when a weight was replaced or changed, declines where it must."""
+    """Builds the stack on first use, rebuilds it when a weight was replaced or changed."""
 
-    def __init__(self, layers: nn.ModuleList, rows: Rows) -> None:
+    def __init__(self, layers: Layers, rows: Rows) -> None:
         self.layers, self._rows = layers, rows
         self._built: Stack | None = None
         self._signature: tuple | None = None
@@ -170,7 +176,7 @@ class StackedWeights:
         return Stack(weight, norm, _stacked_bias(sources, weight), float(sources[0][0].variance_epsilon))
 
 
-def _modules(sources: list[Source]) -> list[nn.Module]:
+def _modules(sources: list[Source]) -> list[Any]:
     """The norms and linears of all layers."""
     return [module for norm, parts in sources for module in (norm, *(linear for linear, _ in parts))]
 

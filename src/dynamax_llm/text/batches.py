@@ -25,7 +25,7 @@ from dynamax_llm.text.sources import Source, documents, find_source
 SHUFFLE = 512
 #: Tokens tokenised at once, in batches: more make batches of more even length, fewer resume faster.
 POOL_BATCHES = 8
-#: Chunks shorter than this say nothing about the next token.
+#: Chunks shorter than this have no next token to predict.
 SHORTEST = 2
 
 

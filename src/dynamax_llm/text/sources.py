@@ -5,7 +5,7 @@
     "book.txt"                               paragraphs, joined into documents of up to TXT_DOCUMENT characters
     "HuggingFaceFW/fineweb-edu:sample-10BT"  dataset id, with configuration and split after colons, streamed
 
-A path that exists wins over a dataset of that name. Nothing is held in memory but the lines being read.
+A path that exists wins over a dataset of that name. Only the lines being read are held in memory.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ OPEN_FILES = 16
 FIELDS = ("text", "content", "document", "article", "story", "context", "question")
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]*){0,2}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A place documents come from, found and named; reading happens in ``documents``."""
+    """Where documents come from; they are read by ``documents``."""
 
     spec: str
     files: tuple[Path, ...]  # empty: a dataset on the hub
@@ -65,7 +66,7 @@ def find_source(spec: str | Path, text_field: str | None = None) -> Source:
     if path.is_file():
         if not _has_suffix(path):
             raise DataError(
-                f"file {str(spec)!r} is of no known kind. Allowed: {', '.join(SUFFIXES)}, or a folder of them."
+                f"file {str(spec)!r} is of an unknown kind. Allowed: {', '.join(SUFFIXES)}, or a folder of them."
             )
         return Source(str(spec), (path,), text_field)
     looks_local = isinstance(spec, Path) or _has_suffix(path) or str(spec).startswith((".", "/", "~"))
@@ -124,7 +125,7 @@ def _lines(path: Path) -> Iterator[str]:
                     ) from error
                 offset += len(raw)
     except (lzma.LZMAError, EOFError) as error:
-        raise DataError(f"{path} is no intact .xz file ({error}). Copy it again.") from error
+        raise DataError(f"{path} is not an intact .xz file ({error}). Copy it again.") from error
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror or error}). Check that it exists and is yours."
@@ -143,9 +144,10 @@ def _txt_documents(path: Path) -> Iterator[str]:
             document = ""
         document += paragraph
         paragraph = ""
-        while len(document) > TXT_DOCUMENT:  # one endless paragraph
-            yield document[:TXT_DOCUMENT]
-            document = document[TXT_DOCUMENT:]
+        whole = (len(document) - 1) // TXT_DOCUMENT * TXT_DOCUMENT
+        for start in range(0, whole, TXT_DOCUMENT):  # one endless paragraph
+            yield document[start : start + TXT_DOCUMENT]
+        document = document[max(whole, 0) :]
     yield document + paragraph
 
 
@@ -158,8 +160,13 @@ def json_records(path: Path) -> Iterator[tuple[str, Any]]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{path}, line {number}, column {error.colno}: no valid JSON ({error.msg}). A .jsonl file holds one "
+                f"{path}, line {number}, column {error.colno}: not valid JSON ({error.msg}). A .jsonl file holds one "
                 "JSON object per line."
+            ) from error
+        except (RecursionError, ValueError) as error:  # brackets without end; an integer of thousands of digits
+            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).split(";")[0]
+            raise DataError(
+                f"{path}, line {number}: the record cannot be parsed ({reason}). Repair or remove it."
             ) from error
         yield f"{path}, line {number}", record
 
@@ -173,7 +180,12 @@ def _hub_documents(spec: str, text_field: str | None) -> Iterator[str]:
     name, configuration, split = (*spec.split(":"), "", "")[:3]
     try:
         import datasets  # heavy, and only needed here
-
+    except ImportError as error:
+        raise DataError(
+            f"no file or folder {spec!r}, and a dataset on the Hugging Face Hub needs the package datasets. "
+            "Check the path, or install it: pip install 'dynamax-llm[text]'."
+        ) from error
+    try:
         rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
         records = iter(rows)
         first = next(records, None)
@@ -204,8 +216,19 @@ def render(record: Any, text_field: str | None, place: str) -> str:
     if field is None or not isinstance(record.get(field), str):
         wanted = f"no text in a field {text_field!r}" if text_field else f"no text in any of {', '.join(FIELDS)}"
         raise DataError(
-            f"{place}: {wanted}. It has {', '.join(map(str, record)) or 'no fields'}. Name one: --text-field."
+            f"{place}: {wanted}. It has {', '.join(map(str, record)) or 'no fields'}. Name one: `text_field`."
         )
+    text = _rendered(record, field, text_field)
+    if (lone := _SURROGATE.search(text)) is not None:
+        raise DataError(
+            f"{place}: the text holds half a character ({lone.group().encode('ascii', 'backslashreplace').decode()}, a "
+            "lone surrogate, from text that was cut in the middle of one). Repair or remove the record."
+        )
+    return text
+
+
+def _rendered(record: Mapping[str, Any], field: str, text_field: str | None) -> str:
+    """The text in ``field``, with the questions and answers that belong to it unless the field was named."""
     text = record[field]
     if text_field is not None:
         return text
@@ -220,9 +243,9 @@ def render(record: Any, text_field: str | None, place: str) -> str:
 def _turns(record: Mapping[str, Any]) -> list[str]:
     """Question and answer pairs of a CoQA story, a SQuAD passage, or a list of ``qas``."""
     pairs: Iterable[tuple[Any, Any]] = ()
-    asked, answered = record.get("questions"), record.get("answers")
-    if isinstance(asked, Mapping) and isinstance(answered, Mapping):
-        pairs = zip(asked.get("input_text", ()), answered.get("input_text", ()), strict=False)
+    questions, answers = record.get("questions"), record.get("answers")
+    if isinstance(questions, Mapping) and isinstance(answers, Mapping):
+        pairs = zip(questions.get("input_text", ()), answers.get("input_text", ()), strict=False)
     elif isinstance(record.get("qas"), list):
         pairs = ((turn.get("question", ""), _answer(turn)) for turn in record["qas"] if isinstance(turn, Mapping))
     elif isinstance(record.get("question"), str):
@@ -232,9 +255,9 @@ def _turns(record: Mapping[str, Any]) -> list[str]:
 
 def _answer(record: Mapping[str, Any]) -> str:
     """The first answer of a record, in any of the common shapes; "" if there is none."""
-    found = next((record[name] for name in ("answer", "answers", "best_answer") if record.get(name)), "")
-    if isinstance(found, Mapping):
-        found = next((found[name] for name in ("value", "text", "input_text") if found.get(name)), "")
-    if isinstance(found, list):
-        found = found[0] if found else ""
-    return found if isinstance(found, str) else ""
+    answer = next((record[name] for name in ("answer", "answers", "best_answer") if record.get(name)), "")
+    if isinstance(answer, Mapping):
+        answer = next((answer[name] for name in ("value", "text", "input_text") if answer.get(name)), "")
+    if isinstance(answer, list):
+        answer = answer[0] if answer else ""
+    return answer if isinstance(answer, str) else ""
