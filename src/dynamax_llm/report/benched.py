@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,10 @@ from dynamax_llm.evaluation.bench.document import Bench, Row
 from dynamax_llm.report.palette import Palette
 from dynamax_llm.report.plots import Plot, check_target, clean, heading, save_with_plot
 
-DOCUMENT = "bench.json"
+#: The .json file that ``out``, a folder or that file, stands for. Raises UsageError, OSError if it cannot be.
+target = functools.partial(check_target, document="bench.json")
 #: Inches: width; height of a bar with its gap, and around the bars of a batch size.
 WIDTH, BAR, AROUND = 8.6, 0.24, 0.75
-
-
-def target(out: str | Path) -> Path:
-    """The .json file that ``out``, a folder or that file, stands for. Raises UsageError, OSError if it cannot be."""
-    return check_target(out, DOCUMENT)
 
 
 def write_bench(document: Bench, out: str | Path) -> list[Path]:

@@ -20,7 +20,6 @@ from dynamax_llm.report.plots import Plot, clean, heading
 from dynamax_llm.report.select import (
     Line,
     first_depth,
-    full_cell,
     label,
     lines,
     metric_name,
@@ -67,7 +66,8 @@ def unscored(task: TaskFacts, cells: Sequence[Cell]) -> bool:
 def fronts(document: Evaluation, backbone: BackboneFacts, task: TaskFacts, cells: Sequence[Cell]) -> list[Plot]:
     """The plots of one backbone on one task, those without points or with nothing but zeros left out."""
     quality = Axis(slug(task.primary), metric_name(task.primary), lambda cell: paired(cell, task))
-    families, full = lines(document, cells), full_cell(document, cells)
+    families = lines(document, cells)
+    full = next((cell for cell in cells if setting_of(document, cell).kind == "full"), None)
     plots = []
     for y in (AGREEMENT,) if unscored(task, cells) else (quality, AGREEMENT):
         for x in COSTS:

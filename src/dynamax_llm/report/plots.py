@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.files import write_atomically
@@ -21,25 +21,7 @@ from dynamax_llm.report.palette import LIGHT, SENTINELS, Palette
 
 #: Dots per inch of PNG files.
 RESOLUTION = 220
-_STYLE = {
-    "svg.fonttype": "none",  # text as text
-    "text.parse_math": False,  # a $ in a task's name is a $
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.labelsize": 9.5,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.linewidth": 0.7,
-    "lines.solid_capstyle": "round",
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-}
+STYLE = Path(__file__).with_name("report.mplstyle")
 #: The palette's role of every coloured part of matplotlib's style.
 _ROLES = {
     "text.color": "ink",
@@ -63,12 +45,6 @@ class Plot:
     size: tuple[float, float]
     description: str
     draw: Callable[[Any, Palette], None]
-
-
-class Document(Protocol):
-    """A document that can be saved as one file."""
-
-    def save(self, path: str | Path) -> None: ...
 
 
 def inline(plot: Plot) -> str:
@@ -97,10 +73,10 @@ def files(plot: Plot) -> dict[str, bytes]:
 
 def _rendered(plot: Plot, palette: Palette, kind: str) -> bytes:
     matplotlib, figure_class = _matplotlib()
-    colours = {name: palette[role] for name, role in _ROLES.items()}
+    style: dict[str, Any] = {name: palette[role] for name, role in _ROLES.items()}
+    style["svg.hashsalt"] = plot.name
     buffer = io.BytesIO()
-    style = {**_STYLE, **colours, "svg.hashsalt": plot.name}
-    with matplotlib.rc_context(style), warnings.catch_warnings():
+    with matplotlib.rc_context(style, fname=STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the reader's fonts may have what this one lacks
         figure = figure_class(figsize=plot.size)
         plot.draw(figure, palette)
@@ -159,7 +135,7 @@ def check_writable(folder: Path) -> Path | None:
         return None
 
 
-def save_with_plot(document: Document, path: Path, plot: Plot | None) -> list[Path]:
+def save_with_plot(document: Any, path: Path, plot: Plot | None) -> list[Path]:
     """Write the document and, where matplotlib is installed, its plot as SVG and PNG; returns what was written.
 
     Raises ArtifactError if a file cannot be written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,9 @@ from dynamax_llm.report import plots
 from dynamax_llm.report.palette import Palette
 from dynamax_llm.report.plots import Plot, clean, heading, save_with_plot
 
-DOCUMENT = "scan.json"
+#: The .json file that ``out``, a folder or that file, stands for. Raises UsageError, OSError if it cannot be.
+check_target = functools.partial(plots.check_target, document="scan.json")
 SIZE = (6.4, 3.6)
-
-
-def check_target(out: str | Path) -> Path:
-    """The .json file that ``out``, a folder or that file, stands for. Raises UsageError, OSError if it cannot be."""
-    return plots.check_target(out, DOCUMENT)
 
 
 def write_scan(scan: Scan, out: str | Path) -> list[Path]:

@@ -54,11 +54,6 @@ def pairs(document: Evaluation) -> list[tuple[BackboneFacts, TaskFacts, list[Cel
     return result
 
 
-def full_cell(document: Evaluation, cells: Sequence[Cell]) -> Cell | None:
-    """The stock model's cell among these."""
-    return next((cell for cell in cells if setting_of(document, cell).kind == "full"), None)
-
-
 def lines(document: Evaluation, cells: Sequence[Cell]) -> list[Line]:
     """Families of these cells, baselines last."""
     families: dict[tuple[str, str], list[Cell]] = {}
