@@ -21,7 +21,7 @@ Line = tuple[str, str, str, bool | None]
 def parts(folder: Path, shape: str) -> dict[str, Bench]:
     """The documents there are, by part."""
     names = ("short", "default-head", "batch", "spread", "long", "exact")
-    return {name: Bench.read(path) for name in names if (path := folder / f"{shape}-{name}.json").exists()}
+    return {name: Bench.load(path) for name in names if (path := folder / f"{shape}-{name}.json").exists()}
 
 
 def lines(found: dict[str, Bench], shape: str) -> Iterator[Line]:

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from dynamax_llm.evaluation.bench.estimators import DrawnConfidence, draw
 
 from dynamax_llm import cli
 from dynamax_llm.backbones import adapt
@@ -16,6 +15,7 @@ from dynamax_llm.evaluation.bench import Bench, BenchSettings, agree, bench
 from dynamax_llm.evaluation.bench import run as running
 from dynamax_llm.evaluation.bench.counted import Counted
 from dynamax_llm.evaluation.bench.document import Spread
+from dynamax_llm.evaluation.bench.estimators import DrawnConfidence, draw
 from dynamax_llm.evaluation.common.random_models import random_model, zero_tail
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.report.benched import write_bench
@@ -93,17 +93,17 @@ def test_the_document_and_its_files(benched, tmp_path):
     _, found, _ = benched
     written = write_bench(found, tmp_path / "deep" / "tiny.json")
     assert [path.name for path in written] == ["tiny.json", "tiny.svg", "tiny.png"]
-    assert Bench.read(written[0]) == found
+    assert Bench.load(written[0]) == found
     drawn = written[1].read_text(encoding="utf-8")
     assert "full depth · eager" in drawn and "tokens/s, batch size 2" in drawn
     (tmp_path / "other.json").write_text(found.model_dump_json().replace('"version":1,', '"version":9,', 1))
     with pytest.raises(DataError, match="version 9"):
-        Bench.read(tmp_path / "other.json")
+        Bench.load(tmp_path / "other.json")
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(DataError, match="no benchmark that can be used: complete"):
-        Bench.read(tmp_path / "broken.json")
+    with pytest.raises(DataError, match="is not a usable benchmark: complete"):
+        Bench.load(tmp_path / "broken.json")
     with pytest.raises(DataError, match=r"cannot read .*nowhere\.json"):
-        Bench.read(tmp_path / "nowhere.json")
+        Bench.load(tmp_path / "nowhere.json")
 
 
 def test_a_draw_has_the_shares_asked_for():

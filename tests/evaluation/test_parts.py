@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import numpy as np
@@ -13,11 +14,11 @@ from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.common.bootstrap import interval, median, weighted
 from dynamax_llm.evaluation.harness.baselines import pruned
-from dynamax_llm.evaluation.harness.forced import Prompted, agreement, confidences, said
+from dynamax_llm.evaluation.harness.forced import Prompted, agreement, confidences, forced
+from dynamax_llm.evaluation.harness.patches import single_scores, squad_metrics
 from dynamax_llm.evaluation.harness.prompts import KEPT, PromptSharing, SharedPrompts
 from dynamax_llm.evaluation.harness.settings import by_head, by_measure, check_ids, full, grid, static
 from dynamax_llm.evaluation.harness.settings import pruned as pruned_setting
-from dynamax_llm.evaluation.harness.squad import stand_in
 from dynamax_llm.evaluation.harness.timing import pair
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.testing import random_ids, tiny_model
@@ -109,12 +110,27 @@ def test_a_ratio_of_totals_weighs_samples_by_their_tokens():
 def test_the_stand_in_goes_as_it_came():
     name = "transformers.data.metrics.squad_metrics"
     before = name in sys.modules
-    with stand_in():
+    with squad_metrics():
         import transformers.data.metrics.squad_metrics as found
 
         assert found.compute_exact("A cat", "cat") == 1
         assert found.compute_f1("a black cat sat", "the black cat") == pytest.approx(0.8)
     assert (name in sys.modules) == before
+
+
+def test_a_single_score_needs_one_draw_and_the_harness_is_as_before():
+    from rouge_score import scoring
+
+    before = scoring.BootstrapAggregator
+    scores = {"rougeL": scoring.Score(0.5, 0.25, 1 / 3)}
+    found = []
+    for patch in (contextlib.nullcontext, single_scores):
+        with patch():
+            aggregator = scoring.BootstrapAggregator()
+            aggregator.add_scores(scores)
+            found.append(aggregator.aggregate())
+    assert found[0] == found[1]
+    assert scoring.BootstrapAggregator is before
 
 
 def test_a_forced_answer_is_judged_as_in_one_pass(family):
@@ -124,7 +140,7 @@ def test_a_forced_answer_is_judged_as_in_one_pass(family):
     ids = random_ids(2, 8, vocab=250)
     variant = by_head(who, heads(family), 0.5)
     early = variant.early_exit(SharedPrompts())
-    found = said(variant, early, Prompted(ids, torch.ones_like(ids), answers))
+    found = forced(variant, early, Prompted(ids, torch.ones_like(ids), answers))
     backbone, plan, _ = early.attach(who.model)
     for row, answer in enumerate(answers):
         text = torch.cat((ids[row : row + 1], torch.tensor([answer])), dim=1)[:, :-1]
@@ -172,7 +188,7 @@ def test_settings_that_make_no_evaluation():
     who = subject("llama")
     with pytest.raises(UsageError, match="compares with the full model"):
         check_ids([static(who, 2)])
-    with pytest.raises(UsageError, match="'full' is asked for twice"):
+    with pytest.raises(UsageError, match="'full' is given twice"):
         check_ids([full(who), full(who)])
     with pytest.raises(UsageError, match="no trained head"):
         by_head(who, Exits.untrained(who.backbone, (2,)), 0.5)

@@ -108,13 +108,13 @@ def test_damaged_records_and_other_settings_lose_nothing(tmp_path, capsys):
     arguments = command(tmp_path, "--no-baselines")
     assert cli.run(arguments) == 0
     assert cli.run([*arguments, "--max-new-tokens", "5"]) == 2
-    assert "holds records of another run: there asked is" in capsys.readouterr().err
+    assert "holds an evaluation with another task 'triviaqa': max_new_tokens 4, now 5" in capsys.readouterr().err
     path = next((tmp_path / "records").rglob("full.jsonl"))
     before = path.read_bytes()
     path.write_bytes(before.replace(b'"kind": "sample"', b'"kind": sample'))
     damaged, document = path.read_bytes(), (tmp_path / "eval.json").read_bytes()
     assert cli.run(arguments) == 2
-    assert "full.jsonl, line 2: no valid JSON" in capsys.readouterr().err
+    assert "full.jsonl, line 2: not valid JSON" in capsys.readouterr().err
     assert path.read_bytes() == damaged
     assert (tmp_path / "eval.json").read_bytes() == document
 

@@ -46,7 +46,7 @@ def test_one_command_makes_the_grid_and_the_same_command_again_repeats_nothing(t
     heads = {path: path.stat().st_mtime_ns for path in (tmp_path / "exits").rglob("exits.safetensors")}
     assert len(heads) == 2
     monkeypatch.setattr("dynamax_llm.report.write_report", lambda *_: [])  # drawn once is enough
-    monkeypatch.setattr(module._Bench, "_answer", lambda *_: pytest.fail("a finished cell was answered again"))
+    monkeypatch.setattr(module._Cells, "_answer", lambda *_: pytest.fail("a finished cell was answered again"))
     assert cli.run(grid(tmp_path)) == 0, capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in heads} == heads
     again = Evaluation.load(tmp_path)

@@ -19,7 +19,8 @@ from dynamax_llm.backbones.loading import load, peek
 from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.errors import UsageError
-from dynamax_llm.evaluation.harness.evaluate import OnProgress, Plan, evaluate, merge
+from dynamax_llm.evaluation.harness.combine import add_to, combine
+from dynamax_llm.evaluation.harness.evaluate import OnProgress, Plan, evaluate
 from dynamax_llm.evaluation.harness.results import Evaluation
 from dynamax_llm.evaluation.harness.settings import Subject, grid
 from dynamax_llm.evaluation.harness.tasks import EvalTask, load_tasks
@@ -98,11 +99,9 @@ def run(plan: PaperPlan, out: str | Path, *, command: str = "", on_progress: OnP
     )
     start = time.perf_counter()
     parts = [_backbone(plan, model, tasks, folder, command, on_progress) for model in plan.models]
-    found = merge(parts, title="The paper's grid: " + " and ".join(plan.names.values()))
-    whole = found.runs[0].model_copy(update={"seconds": time.perf_counter() - start})
-    found = found.model_copy(update={"runs": (whole,), "notes": tuple(notes(found))})
-    found.save(folder)
-    return found
+    document = combine(parts, title="The paper's grid: " + " and ".join(plan.names.values()))
+    whole = document.runs[0].model_copy(update={"seconds": time.perf_counter() - start})
+    return add_to(folder, document.model_copy(update={"runs": (whole,), "notes": tuple(notes(document))}))
 
 
 def _backbone(

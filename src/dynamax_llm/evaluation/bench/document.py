@@ -15,18 +15,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
+from typing import ClassVar
 
 from pydantic import AliasChoices, Field
 
-from dynamax_llm.evaluation.common.documents import read_document
-from dynamax_llm.evaluation.harness.results import BackboneFacts, Run, _Part
-from dynamax_llm.exits.files import write_atomically
-
-FORMAT, VERSION = "dynamax-bench", 1
+from dynamax_llm.evaluation.common.documents import BackboneFacts, Document, Part, Run
 
 
-class Spread(_Part):
+class Spread(Part):
     """The median of some repeats, the least and the greatest of them."""
 
     median: float
@@ -40,7 +36,7 @@ class Spread(_Part):
         return cls(median=statistics.median(values), low=min(values), high=max(values), repeats=len(values))
 
 
-class Place(_Part):
+class Place(Part):
     """Where it ran. ``copy_bandwidth``: bytes/s read and written by a copy of ``copy_bytes`` within the device."""
 
     device: str
@@ -52,7 +48,7 @@ class Place(_Part):
     cuda: str | None = None
 
 
-class Load(_Part):
+class Load(Part):
     """What every setting was given; ``baseline_new``: new tokens where decoding is slow (eager, transformers)."""
 
     prompt: int
@@ -63,7 +59,7 @@ class Load(_Part):
     zero_tail_from: int | None  # layers after this depth add nothing, so leaving there is always right
 
 
-class Row(_Part):
+class Row(Part):
     """One setting at one batch size.
 
     ``kind``: "full" (no exit is asked), "exit" (every token leaves at ``exits``), "spread" (rows leave by themselves),
@@ -101,7 +97,7 @@ class Row(_Part):
     peak_memory: int | None = None  # bytes allocated at most, weights and other settings' programs included
 
 
-class Sameness(_Part):
+class Sameness(Part):
     """Whether a setting says the tokens of a reference; ``of`` against ``reference``.
 
     ``positions`` are compared given the same text so far: ``differing`` is the share whose likeliest token is another.
@@ -119,7 +115,7 @@ class Sameness(_Part):
     first_difference: int | None = None
 
 
-class Missing(_Part):
+class Missing(Part):
     """What could not be measured."""
 
     label: str
@@ -127,11 +123,16 @@ class Missing(_Part):
     reason: str
 
 
-class Bench(_Part):
+class Bench(Document):
     """The whole document; see the module. ``complete`` is False while a run is under way, or if it was cut off."""
 
-    format: str = FORMAT
-    version: int = VERSION
+    FORMAT: ClassVar[str] = "dynamax-bench"
+    FILE: ClassVar[str] = "bench.json"
+    WHAT: ClassVar[str] = "benchmark"
+    COMMAND: ClassVar[str] = "dynamax bench"
+
+    format: str = "dynamax-bench"
+    version: int = 1
     complete: bool
     run: Run
     backbone: BackboneFacts
@@ -140,13 +141,3 @@ class Bench(_Part):
     rows: tuple[Row, ...]
     sameness: tuple[Sameness, ...] = ()
     missing: tuple[Missing, ...] = ()
-
-    def save(self, path: str | Path) -> None:
-        """Write the document to the file ``path``, whole or not at all. Raises ArtifactError."""
-        write_atomically(Path(path), (self.model_dump_json(indent=1) + "\n").encode())
-
-    @classmethod
-    def read(cls, path: str | Path) -> Bench:
-        """Read what ``save`` wrote. Raises DataError naming the field at fault."""
-        known = (FORMAT, VERSION)
-        return read_document(cls, Path(path), what="benchmark", command="dynamax bench", known=known)

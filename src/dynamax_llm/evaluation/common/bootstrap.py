@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dynamax_llm.evaluation.harness.results import Interval
+from dynamax_llm.evaluation.common.documents import Interval
 
 #: Draws, and the share of them between the two ends.
 DRAWS, CONFIDENCE = 2000, 0.95

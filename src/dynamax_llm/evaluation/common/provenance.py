@@ -13,7 +13,7 @@ import torch
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.fingerprint import fingerprint
-from dynamax_llm.evaluation.harness.results import BackboneFacts, Run
+from dynamax_llm.evaluation.common.documents import BackboneFacts, Run
 from dynamax_llm.version import installed_version
 
 #: Distributions whose versions decide what comes out.

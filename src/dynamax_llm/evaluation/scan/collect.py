@@ -18,7 +18,7 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.errors import BackboneError, UsageError
 from dynamax_llm.evaluation.common.bootstrap import weighted
-from dynamax_llm.evaluation.harness.results import Interval
+from dynamax_llm.evaluation.common.documents import Interval
 from dynamax_llm.exits.features import ExitFeatures
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.progress import TokenBar

@@ -16,13 +16,10 @@ Depths, agreement and reductions are shares 0..1 unless a name says layers; cost
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import ClassVar
 
-from dynamax_llm.evaluation.common.documents import read_document
-from dynamax_llm.evaluation.harness.results import BackboneFacts, Interval, Run, _Part
-from dynamax_llm.exits.files import write_atomically
+from dynamax_llm.evaluation.common.documents import BackboneFacts, Document, Interval, Part, Run
 
-FORMAT, VERSION = "dynamax-scan", 1
 #: The agreement at which the verdict is taken.
 VERDICT_AT = 0.98
 #: Exits are worth it if a trained head should spare at least this share of the depth …
@@ -31,7 +28,7 @@ LEAST_DEPTH_SAVED = 0.10
 LEAST_COUNTED = 0.02
 
 
-class Data(_Part):
+class Data(Part):
     """The text: ``groups`` are documents, or chunks where the text has too few documents to stand apart."""
 
     source: str
@@ -41,7 +38,7 @@ class Data(_Part):
     grouped_by: str  # "document" or "chunk": what intervals and the fit draw
 
 
-class Layer(_Part):
+class Layer(Part):
     """One layer: agreement of its own argmax, and the share of tokens that some layer up to here has got right."""
 
     depth: int
@@ -49,14 +46,14 @@ class Layer(_Part):
     settled: Interval
 
 
-class Oracle(_Part):
+class Oracle(Part):
     """Mean depth of the exit rule that leaves at the first place that agrees."""
 
     every_layer: Interval
     exits: Interval
 
 
-class Point(_Part):
+class Point(Part):
     """An estimator at the lowest threshold with at least the target agreement; None: no token leaves.
 
     Intervals are those of depth and agreement at this very threshold.
@@ -71,7 +68,7 @@ class Point(_Part):
     checks: float  # per token
 
 
-class Reach(_Part):
+class Reach(Part):
     """The most a policy could save if tokens left where ``rule`` says and later tokens were none the worse for it."""
 
     policy: str
@@ -81,7 +78,7 @@ class Reach(_Part):
     pass_reduction: float
 
 
-class BreakEven(_Part):
+class BreakEven(Part):
     """What one check may cost before the saving at VERDICT_AT of the predicted rule is gone; 0 if none is there."""
 
     policy: str
@@ -89,7 +86,7 @@ class BreakEven(_Part):
     of_layer: float  # the same as a share of a mean layer
 
 
-class Check(_Part):
+class Check(Part):
     """What one check of the default head costs at an exit, its look at the readout included."""
 
     depth: int
@@ -97,7 +94,7 @@ class Check(_Part):
     of_layer: float
 
 
-class Drift(_Part):
+class Drift(Part):
     """Mean depth at VERDICT_AT where skipped layers keep approximate state (``propagate``), on a part of the text.
 
     ``kept`` is the share of the margin rule's spared depth that is left of it; ``predicted`` is what a trained head
@@ -112,18 +109,23 @@ class Drift(_Part):
     counted_reduction: float
 
 
-class Verdict(_Part):
+class Verdict(Part):
     """``answer``: "worth it", "only for layer passes" or "not worth it"."""
 
     answer: str
     reason: str
 
 
-class Scan(_Part):
+class Scan(Document):
     """The whole document; see the module."""
 
-    format: str = FORMAT
-    version: int = VERSION
+    FORMAT: ClassVar[str] = "dynamax-scan"
+    FILE: ClassVar[str] = "scan.json"
+    WHAT: ClassVar[str] = "scan"
+    COMMAND: ClassVar[str] = "dynamax scan"
+
+    format: str = "dynamax-scan"
+    version: int = 1
     run: Run
     backbone: BackboneFacts
     data: Data
@@ -138,16 +140,6 @@ class Scan(_Part):
     break_even: tuple[BreakEven, ...]
     checks: tuple[Check, ...]
     verdict: Verdict
-
-    def save(self, path: str | Path) -> None:
-        """Write the document to the file ``path``, whole or not at all. Raises ArtifactError."""
-        write_atomically(Path(path), (self.model_dump_json(indent=1) + "\n").encode())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Scan:
-        """Read what ``save`` wrote. Raises DataError naming the field at fault."""
-        known = (FORMAT, VERSION)
-        return read_document(cls, Path(path), what="scan", command="dynamax scan", known=known)
 
 
 def judged(depth: float, oracle: float, disturbed: Drift) -> Verdict:

@@ -23,9 +23,9 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.state import POLICIES, StatePolicy
 from dynamax_llm.decoding.trace import TokenCosts
 from dynamax_llm.errors import DataError
+from dynamax_llm.evaluation.common.documents import Interval
 from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
 from dynamax_llm.evaluation.compare.heads import Candidate, compare
-from dynamax_llm.evaluation.harness.results import Interval
 from dynamax_llm.evaluation.scan.collect import Chunk, ScanSettings, Seen, gather, packed, read
 from dynamax_llm.evaluation.scan.document import (
     VERDICT_AT,
