@@ -141,7 +141,7 @@ def test_records_of_other_settings_are_refused_and_kept(tmp_path):
     changed[1] = Variant(
         changed[1].facts.model_copy(update={"id": "mamba head@0"}), changed[1].model, changed[1].exits, {}
     )
-    with pytest.raises(UsageError, match="holds records of another run: family 'mamba head', now 'mlp head'"):
+    with pytest.raises(UsageError, match="holds records of another run: head 'mamba', now 'mlp'"):
         evaluate(subject("llama"), changed, [task("triviaqa")], Plan(batch=2), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
 

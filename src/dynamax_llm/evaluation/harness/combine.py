@@ -111,7 +111,7 @@ def difference(old: Any, new: Any, name: str = "") -> str:
     if old == new:
         return ""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted(old.keys() | new.keys(), key=lambda key: key in _DIGESTS)
+        keys = sorted(old.keys() | new.keys(), key=lambda key: (key in _DIGESTS, key))
         return next(filter(None, (difference(old.get(key), new.get(key), key) for key in keys)), "")
     return f"{_OPTIONS.get(name, name)} {_brief(old)}, now {_brief(new)}"
 
