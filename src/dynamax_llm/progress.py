@@ -1,4 +1,4 @@
-"""The progress bar of a training run: tokens, tokens per second, time left, and how it is going."""
+"""The progress bar of a pass over text: what is done, tokens, tokens per second, time left, and figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Rate(ProgressColumn):
 class TokenBar:
     """A bar on stderr, silent where stderr is no terminal or ``quiet`` is set."""
 
-    def __init__(self, total: int, done: int, quiet: bool) -> None:
+    def __init__(self, total: int, done: int, quiet: bool, title: str = "training") -> None:
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -35,7 +35,7 @@ class TokenBar:
             disable=quiet or not console.is_terminal,
         )
         self._shown = 0.0
-        self._task = self._progress.add_task("training", total=total, completed=done, note="")
+        self._task = self._progress.add_task(title, total=total, completed=done, note="")
 
     def show(self, tokens: int, note: Callable[[], tuple[str, str]]) -> None:
         """Move to ``tokens`` tokens done, at most once in PAUSE: ``note`` makes phase and figures, and costs time."""

@@ -1,7 +1,7 @@
-"""What a scan found, as one JSON document, and the rule of its verdict.
+"""The results of a scan as one JSON document, and the rule of its verdict.
 
     Scan
-    ├── run, backbone, data   which command, who, on what text
+    ├── run, backbone, data   which command, model and text
     ├── layers                every layer 1..L-1: does its own argmax agree with the full model's
     ├── oracle                mean depth of leaving at the first layer, or the first exit, that agrees
     ├── points                softmax margin and the fitted estimator at each target agreement
@@ -56,7 +56,7 @@ class Oracle(Part):
 class Point(Part):
     """An estimator at the lowest threshold with at least the target agreement; None: no token leaves.
 
-    Intervals are those of depth and agreement at this very threshold.
+    Intervals are those of depth and agreement at this threshold.
     """
 
     rule: str  # "softmax_margin" or "fitted"
@@ -69,7 +69,7 @@ class Point(Part):
 
 
 class Reach(Part):
-    """The most a policy could save if tokens left where ``rule`` says and later tokens were none the worse for it."""
+    """The most a policy could save if tokens left as under ``rule`` and no later token changed by it."""
 
     policy: str
     rule: str  # "oracle at every layer", "oracle", "softmax_margin" or "predicted"
@@ -87,7 +87,7 @@ class BreakEven(Part):
 
 
 class Check(Part):
-    """What one check of the default head costs at an exit, its look at the readout included."""
+    """What one check of the default head costs at an exit, its readout included."""
 
     depth: int
     macs: int
@@ -142,33 +142,41 @@ class Scan(Document):
     verdict: Verdict
 
 
-def judged(depth: float, oracle: float, disturbed: Drift) -> Verdict:
-    """The verdict: from the predicted depth at VERDICT_AT with states intact, the oracle's over the same exits, and
-    what ``propagate`` leaves."""
-    at = f"{VERDICT_AT:.0%} agreement"
+def verdict(depth: float, oracle: float, drift: Drift) -> Verdict:
+    """From the predicted depth at VERDICT_AT with states intact, the oracle's at the same exits, and what ``propagate``
+    leaves."""
+    head = f"A trained head should run {depth:.2f} of the depth at {VERDICT_AT:.0%} agreement"
     if 1.0 - oracle < LEAST_DEPTH_SAVED:
-        return Verdict(
-            answer="not worth it",
-            reason=f"Even a judge that always knew would run {oracle:.2f} of the depth at these exits: the layers "
-            "agree with the last one too late. A backbone trained with a multi-exit loss would have to come first.",
+        answer, reason = (
+            "not worth it",
+            (
+                f"Even an estimator that is always right would run {oracle:.2f} of the depth at these exits: the layers "
+                "agree with the last one too late. A backbone trained with a multi-exit loss would have to come first."
+            ),
         )
-    if 1.0 - depth < LEAST_DEPTH_SAVED:
-        return Verdict(
-            answer="not worth it",
-            reason=f"A trained head should run {depth:.2f} of the depth at {at}, sparing less than "
-            f"{LEAST_DEPTH_SAVED:.0%}: tokens that could leave early (oracle {oracle:.2f}) can hardly be told from "
-            "those that could not.",
+    elif 1.0 - depth < LEAST_DEPTH_SAVED:
+        answer, reason = (
+            "not worth it",
+            (
+                f"{head}, sparing less than {LEAST_DEPTH_SAVED:.0%}: tokens that could leave early (oracle {oracle:.2f}) "
+                "can hardly be told from those that could not."
+            ),
         )
-    if disturbed.counted_reduction < LEAST_COUNTED:
-        return Verdict(
-            answer="only for layer passes",
-            reason=f"A trained head should run {depth:.2f} of the depth at {at} with states intact (defer, verify), "
-            f"which spares layer passes. Under propagate {disturbed.predicted:.2f}, and checks, readouts and state "
-            f"updates then leave a counted reduction of {disturbed.counted_reduction:.1%}: hardly any arithmetic less.",
+    elif drift.counted_reduction < LEAST_COUNTED:
+        answer, reason = (
+            "only for layer passes",
+            (
+                f"{head} with states intact (defer, verify), which spares layer passes. Under propagate "
+                f"{drift.predicted:.2f}, and checks, readouts and state updates then leave a counted reduction of "
+                f"{drift.counted_reduction:.1%}: hardly any arithmetic less."
+            ),
         )
-    return Verdict(
-        answer="worth it",
-        reason=f"A trained head should run {depth:.2f} of the depth at {at} with states intact (oracle {oracle:.2f}) "
-        f"and {disturbed.predicted:.2f} under propagate, for a counted reduction of "
-        f"{disturbed.counted_reduction:.1%}.",
-    )
+    else:
+        answer, reason = (
+            "worth it",
+            (
+                f"{head} with states intact (oracle {oracle:.2f}) and {drift.predicted:.2f} under propagate, for a counted "
+                f"reduction of {drift.counted_reduction:.1%}."
+            ),
+        )
+    return Verdict(answer=answer, reason=reason)
