@@ -12,7 +12,9 @@ import torch
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.errors import UsageError
+from dynamax_llm.evaluation.common import random_models
 from dynamax_llm.evaluation.common.bootstrap import interval, median, weighted
+from dynamax_llm.evaluation.common.random_models import zero_tail
 from dynamax_llm.evaluation.harness.baselines import pruned
 from dynamax_llm.evaluation.harness.forced import Prompted, agreement, confidences, forced
 from dynamax_llm.evaluation.harness.patches import single_scores, squad_metrics
@@ -21,7 +23,7 @@ from dynamax_llm.evaluation.harness.settings import by_head, by_measure, check_i
 from dynamax_llm.evaluation.harness.settings import pruned as pruned_setting
 from dynamax_llm.evaluation.harness.timing import pair
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.testing import random_ids, tiny_model
+from dynamax_llm.testing import TINY, random_ids, tiny_model
 from dynamax_llm.traces.teacher_forced import teacher_forced
 from tests.evaluation.conftest import heads, subject
 
@@ -73,6 +75,41 @@ def test_a_pruned_model_is_the_backbone_without_some_layers(model_type):
     assert (short.config.num_hidden_layers, model.config.num_hidden_layers) == (5, 7)
     new = short.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
     assert new.shape == (2, 13)  # with a cache whose layers are numbered anew
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_a_zero_tail_adds_nothing_and_leaves_the_layers_before(model_type):
+    model, ids = tiny_model(model_type), random_ids(2, 7)
+    backbone = adapt(model)
+    before = [parameter.clone() for parameter in backbone.layers[0].parameters()]
+    zero_tail(model, 3)
+    ctx, h = backbone.context(backbone.embed(ids)), backbone.embed(ids)
+    with torch.no_grad():
+        for index in range(3):
+            h = backbone.layer(index, h, None, ctx)
+        assert torch.allclose(model(ids).logits, backbone.readout(h), atol=1e-5)
+    if model_type != "zamba2":  # its attention block is shared by all layers
+        assert all(torch.equal(a, b) for a, b in zip(before, backbone.layers[0].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_a_tail_that_still_adds_something_is_refused_and_unchanged(model_type, monkeypatch):
+    """A family that names its projections otherwise."""
+    monkeypatch.setattr(random_models, "_OUTPUTS", ("to_residual",))
+    model = tiny_model(model_type)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UsageError, match=f"'{model_type}' cannot be made to add nothing: layer 4 still changes"):
+        zero_tail(model, 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_tail_zeroed_in_part_gets_its_weights_back(monkeypatch):
+    monkeypatch.setattr(random_models, "_OUTPUTS", ("o_proj",))
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UsageError, match="layer 4 still changes its input with .*o_proj"):
+        zero_tail(model, 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_stack_whose_layers_are_told_by_a_rule_is_refused():
