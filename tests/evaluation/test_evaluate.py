@@ -41,7 +41,7 @@ def run(family, out, names=("triviaqa",), chosen=slice(2, 4), **plan) -> Evaluat
 def test_cells_of_every_kind(family, tmp_path):
     found = run(family, tmp_path, ("triviaqa", "truthfulqa_mc1"), slice(None), timed=1)
     found.save(tmp_path)
-    assert Evaluation.load(tmp_path) == found
+    assert Evaluation.read(tmp_path) == found
     cells = {(cell.task, cell.setting): cell for cell in found.cells}
     assert len(cells) == 14
     for (name, setting), cell in cells.items():
@@ -192,7 +192,7 @@ def test_two_backbones_in_one_document(tmp_path):
 def test_other_tasks_and_settings_are_added_to_the_document(tmp_path):
     """What a folder's document holds is never lost: not by another task, another threshold, or the same again."""
     first = add_to(tmp_path, run("llama", tmp_path, examples=1))
-    assert Evaluation.load(tmp_path) == first
+    assert Evaluation.read(tmp_path) == first
     second = add_to(tmp_path, run("llama", tmp_path, ("coqa",), slice(1, 2)))
     places = {(cell.setting, cell.task) for cell in second.cells}
     assert places == {

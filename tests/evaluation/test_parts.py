@@ -107,7 +107,7 @@ def test_a_tail_zeroed_in_part_gets_its_weights_back(monkeypatch):
     monkeypatch.setattr(random_models, "_OUTPUTS", ("o_proj",))
     model = tiny_model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(UsageError, match="layer 4 still changes its input with .*o_proj"):
+    with pytest.raises(UsageError, match=r"layer 4 still changes its input with o_proj zeroed"):
         zero_tail(model, 3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -17,8 +17,8 @@ def document() -> Evaluation:
 
 def test_saved_is_loaded(tmp_path):
     document().save(tmp_path / "new")
-    assert Evaluation.load(tmp_path / "new") == document()
-    assert Evaluation.load(tmp_path / "new" / Evaluation.FILE) == document()
+    assert Evaluation.read(tmp_path / "new") == document()
+    assert Evaluation.read(tmp_path / "new" / Evaluation.FILE) == document()
     assert [item.name for item in (tmp_path / "new").iterdir()] == [Evaluation.FILE]
 
 
@@ -36,9 +36,9 @@ def test_damage_is_named(tmp_path, change, said):
     path = tmp_path / Evaluation.FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DataError, match=said):
-        Evaluation.load(path)
+        Evaluation.read(path)
 
 
 def test_no_document(tmp_path):
     with pytest.raises(DataError, match="dynamax eval"):
-        Evaluation.load(tmp_path)
+        Evaluation.read(tmp_path)

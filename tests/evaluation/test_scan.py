@@ -187,16 +187,16 @@ def test_the_bar_names_what_it_does(monkeypatch):
 def test_documents_and_files(pair, tmp_path):
     model, found = pair
     written = write_scan(found, tmp_path / {"llama": "folder", "mamba2": "scan-a.json"}[model.config.model_type])
-    assert Scan.load(written[0]) == found
+    assert Scan.read(written[0]) == found
     assert [path.suffix for path in written] == [".json", ".svg", ".png"]
     assert b"agreement" in written[1].read_bytes()
     later = json.loads(written[0].read_text()) | {"version": 99}
     written[0].write_text(json.dumps(later))
     with pytest.raises(DataError, match="version 99"):
-        Scan.load(written[0])
+        Scan.read(written[0])
     written[0].write_text("{}")
     with pytest.raises(DataError, match=r"run: Field required.*dynamax scan again"):
-        Scan.load(written[0])
+        Scan.read(written[0])
     with pytest.raises(UsageError, match="is a file"):
         check_target(written[0] / "below")
 
@@ -244,7 +244,7 @@ def test_the_command_prints_tables_or_the_document(capsys, tmp_path):
         assert text.lower() in printed.lower()
     assert cli.run([*arguments, "--seq-length", "64", "--json"]) == 0
     shown = Scan.model_validate_json(capsys.readouterr().out)
-    assert shown.layers == Scan.load(tmp_path / "found" / "scan.json").layers
+    assert shown.layers == Scan.read(tmp_path / "found" / "scan.json").layers
     assert shown.exits == (2, 3)
 
 

@@ -36,7 +36,7 @@ def test_tables_and_document(tmp_path, capsys, monkeypatch):
         assert text in printed.out
     assert "no speed-up" in printed.out
     assert printed.err == ""
-    found = Evaluation.load(tmp_path)
+    found = Evaluation.read(tmp_path)
     assert len(found.cells) == 9
     assert cli.run([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cells"] == found.model_dump(mode="json")["cells"]
@@ -45,7 +45,7 @@ def test_tables_and_document(tmp_path, capsys, monkeypatch):
 def test_places_need_a_measure_and_no_heads(tmp_path, capsys):
     options = ("--exits", "1,3", "--measure", "entropy", "--no-baselines", "--policy", "defer")
     assert cli.run(command(tmp_path, *options, exits=False)) == 0
-    settings = Evaluation.load(tmp_path).settings["llama-0"]
+    settings = Evaluation.read(tmp_path).settings["llama-0"]
     assert [(item.id, item.layers, item.policy) for item in settings[1:]] == [("entropy@0.9", (1, 3), "defer")]
     assert cli.run(command(tmp_path, "--exits", "1,3", exits=False)) == 2
     assert "name who judges there: --measure" in capsys.readouterr().err

@@ -32,7 +32,7 @@ def test_one_command_makes_the_grid_and_the_same_command_again_repeats_nothing(t
     capsys.readouterr()
     assert cli.run(words) == 0, capsys.readouterr().err
     assert capsys.readouterr().err == ""
-    found = Evaluation.load(tmp_path)
+    found = Evaluation.read(tmp_path)
     assert [item.name for item in found.backbones] == ["llama-0", "mamba2-0"]
     kinds = [setting.kind for setting in found.settings["llama-0"]]
     assert {kind: kinds.count(kind) for kind in kinds} == {"full": 1, "measure": 1, "head": 1, "static": 3, "pruned": 3}
@@ -49,7 +49,7 @@ def test_one_command_makes_the_grid_and_the_same_command_again_repeats_nothing(t
     monkeypatch.setattr(module._Cells, "_answer", lambda *_: pytest.fail("a finished cell was answered again"))
     assert cli.run(grid(tmp_path)) == 0, capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in heads} == heads
-    again = Evaluation.load(tmp_path)
+    again = Evaluation.read(tmp_path)
     assert again.cells == found.cells
     assert again.examples == found.examples
 

@@ -1,10 +1,10 @@
-"""What a benchmark measured, as one JSON document.
+"""The results of a benchmark as one JSON document.
 
     Bench
-    ├── run, backbone, place   which command, who, on what; the device's copy bandwidth, measured in the same run
+    ├── run, backbone, place   which command, model and device; its copy bandwidth, measured in the same run
     ├── load                   prompt, new tokens, repeats, seed
-    ├── rows                   one per setting and batch size: time, bytes, what happened
-    ├── sameness               do the engines say the same tokens
+    ├── rows                   one per setting and batch size: time, bytes, depth
+    ├── parity                 whether the engines give the same tokens
     └── missing                what could not be measured, and why
 
 Times are seconds unless a name says ms; bytes are counted from weight shapes, not measured. ``speed_up`` is wall clock
@@ -49,7 +49,7 @@ class Place(Part):
 
 
 class Load(Part):
-    """What every setting was given; ``baseline_new``: new tokens where decoding is slow (eager, transformers)."""
+    """The work of every setting; ``baseline_new``: new tokens where decoding is slow (eager, transformers)."""
 
     prompt: int
     new: int
@@ -62,8 +62,8 @@ class Load(Part):
 class Row(Part):
     """One setting at one batch size.
 
-    ``kind``: "full" (no exit is asked), "exit" (every token leaves at ``exits``), "spread" (rows leave by themselves),
-    "checks" (exits are asked and no token leaves), "stock" (transformers' own generate).
+    ``kind``: "full" (no exit is checked), "exit" (every token leaves at ``exits``), "spread" (rows leave on their own),
+    "checks" (exits are checked and no token leaves), "stock" (transformers' own generate).
     """
 
     label: str
@@ -82,7 +82,7 @@ class Row(Part):
     ms_per_token: Spread  # of one row, after the first token
     tokens_per_second: Spread  # of all rows
     speed_up: Spread | None  # against full depth of the same engine and batch size, wall clock
-    first_token: Spread  # seconds from the call to its end where one token is asked for
+    first_token: Spread  # seconds of a call that generates one token
     first_call: float  # seconds of the first call of this setting, programs and kernels built in it
     building: float  # what that took longer than the median of the later ones
     mean_depth: float | None = None  # share of the layers until a token was decided, after the first
@@ -97,8 +97,8 @@ class Row(Part):
     peak_memory: int | None = None  # bytes allocated at most, weights and other settings' programs included
 
 
-class Sameness(Part):
-    """Whether a setting says the tokens of a reference; ``of`` against ``reference``.
+class Parity(Part):
+    """Whether a setting gives the tokens of a reference; ``of`` against ``reference``.
 
     ``positions`` are compared given the same text so far: ``differing`` is the share whose likeliest token is another.
     ``equal``: share of tokens equal in free generation, ``first_difference`` the first new token that is not.
@@ -139,5 +139,6 @@ class Bench(Document):
     place: Place
     load: Load
     rows: tuple[Row, ...]
-    sameness: tuple[Sameness, ...] = ()
+    #: Written as "sameness" until 0.1.0.
+    parity: tuple[Parity, ...] = Field(default=(), validation_alias=AliasChoices("parity", "sameness"))
     missing: tuple[Missing, ...] = ()

@@ -74,7 +74,7 @@ class Document(Part):
         write_atomically(path, (self.model_dump_json(indent=1) + "\n").encode())
 
     @classmethod
-    def load(cls, place: str | Path) -> Self:
+    def read(cls, place: str | Path) -> Self:
         """Read what ``save`` wrote. Raises DataError naming the field at fault."""
         path = cls.path(place)
         try:

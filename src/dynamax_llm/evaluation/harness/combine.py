@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dynamax_llm.errors import DataError, UsageError
-from dynamax_llm.evaluation.harness.results import Evaluation
+from dynamax_llm.evaluation.harness.results import Cell, Evaluation, Example
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def check_addition(folder: Path, new: Evaluation) -> Evaluation | None:
     """
     if not Evaluation.path(folder).exists():
         return None
-    old = Evaluation.load(folder)
+    old = Evaluation.read(folder)
     settings = [(f"setting of {name}", old.settings.get(name, ()), items) for name, items in new.settings.items()]
     for what, before, now in (("backbone", old.backbones, new.backbones), ("task", old.tasks, new.tasks), *settings):
         known: dict[str, Any] = {_name(item): item.model_dump() for item in before}
@@ -145,7 +145,8 @@ def _agreed(what: str, parts: Sequence[Any], key: Callable[[Any], Hashable]) -> 
 def _check_names(document: Evaluation) -> None:
     backbones, tasks = {item.name for item in document.backbones}, {item.name for item in document.tasks}
     settings = {(name, item.id) for name, items in document.settings.items() for item in items}
-    for part in (*document.cells, *document.examples):
+    parts: list[Cell | Example] = [*document.cells, *document.examples]
+    for part in parts:
         for what, known in (
             (f"backbone {part.backbone!r}", part.backbone in backbones),
             (f"task {part.task!r}", part.task in tasks),

@@ -147,36 +147,28 @@ def verdict(depth: float, oracle: float, drift: Drift) -> Verdict:
     leaves."""
     head = f"A trained head should run {depth:.2f} of the depth at {VERDICT_AT:.0%} agreement"
     if 1.0 - oracle < LEAST_DEPTH_SAVED:
-        answer, reason = (
-            "not worth it",
-            (
-                f"Even an estimator that is always right would run {oracle:.2f} of the depth at these exits: the layers "
-                "agree with the last one too late. A backbone trained with a multi-exit loss would have to come first."
-            ),
+        answer = "not worth it"
+        reason = (
+            f"Even an estimator that is always right would run {oracle:.2f} of the depth at these exits: the layers "
+            "agree with the last one too late. A backbone trained with a multi-exit loss would have to come first."
         )
     elif 1.0 - depth < LEAST_DEPTH_SAVED:
-        answer, reason = (
-            "not worth it",
-            (
-                f"{head}, sparing less than {LEAST_DEPTH_SAVED:.0%}: tokens that could leave early (oracle {oracle:.2f}) "
-                "can hardly be told from those that could not."
-            ),
+        answer = "not worth it"
+        reason = (
+            f"{head}, sparing less than {LEAST_DEPTH_SAVED:.0%}: tokens that could leave early (oracle {oracle:.2f}) "
+            "can hardly be told from those that could not."
         )
     elif drift.counted_reduction < LEAST_COUNTED:
-        answer, reason = (
-            "only for layer passes",
-            (
-                f"{head} with states intact (defer, verify), which spares layer passes. Under propagate "
-                f"{drift.predicted:.2f}, and checks, readouts and state updates then leave a counted reduction of "
-                f"{drift.counted_reduction:.1%}: hardly any arithmetic less."
-            ),
+        answer = "only for layer passes"
+        reason = (
+            f"{head} with states intact (defer, verify), which spares layer passes. Under propagate "
+            f"{drift.predicted:.2f}, and checks, readouts and state updates then leave a counted reduction of "
+            f"{drift.counted_reduction:.1%}: hardly any arithmetic less."
         )
     else:
-        answer, reason = (
-            "worth it",
-            (
-                f"{head} with states intact (oracle {oracle:.2f}) and {drift.predicted:.2f} under propagate, for a counted "
-                f"reduction of {drift.counted_reduction:.1%}."
-            ),
+        answer = "worth it"
+        reason = (
+            f"{head} with states intact (oracle {oracle:.2f}) and {drift.predicted:.2f} under propagate, for a counted "
+            f"reduction of {drift.counted_reduction:.1%}."
         )
     return Verdict(answer=answer, reason=reason)

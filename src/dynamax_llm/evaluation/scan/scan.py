@@ -83,8 +83,8 @@ def scan(
         chunks = [Chunk(index, chunk.ids) for index, chunk in enumerate(chunks)]
     if len(chunks) < 2:
         raise DataError(
-            f"data {source.spec!r} has {sum(len(chunk.ids) for chunk in chunks)} tokens in {documents} documents, which "
-            "is too little. Give at least two documents, and better some thousand tokens."
+            f"data {source.spec!r} has {sum(len(chunk.ids) for chunk in chunks)} tokens in {documents} documents: too "
+            "little to estimate from. Give at least two documents, and better some thousand tokens."
         )
     scanned = read(backbone, readout, chunks, settings)
     data = Data(

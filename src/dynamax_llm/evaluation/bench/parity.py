@@ -1,4 +1,4 @@
-"""Do the engines say the same tokens: given the same text so far, and in free generation."""
+"""Whether engines give the same tokens: given the same text so far, and in free generation."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from transformers import PreTrainedModel
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.engines import pick_decoder
-from dynamax_llm.evaluation.bench.document import Sameness
+from dynamax_llm.evaluation.bench.document import Parity
 from dynamax_llm.evaluation.common.random_models import random_model
 from dynamax_llm.exits.artifact import Exits
 
-#: What stands for a family where exact equality is looked at in float32.
+#: The shape that stands for a family where exact equality is tested in float32.
 TWINS = {**dict.fromkeys(("llama", "mistral", "qwen2"), "tiny-transformer"), "mamba2": "tiny-mamba"}
-#: Prompt tokens, new tokens and rows of that look.
+#: Prompt tokens, new tokens and rows of that test.
 TWIN_LOAD = (24, 48, 2)
 
 
 @torch.no_grad()
 def forced(early: EarlyExit, model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
     """Full depth's likeliest tokens (B, T - prompt - 1) after each of ids (B, T) from the ``prompt``-th on, but the
-    last, one step at a time in ``early``'s engine. ``early`` asks no exit."""
+    last, one step at a time in ``early``'s engine. ``early`` checks no exit."""
     backbone, plan, _ = early.attach(model)
     decoder, _ = pick_decoder(backbone, plan, batch=len(ids), engine=early.engine)
     decoder.prefill(ids[:, :prompt])
@@ -31,7 +31,7 @@ def forced(early: EarlyExit, model: PreTrainedModel, ids: Tensor, prompt: int) -
 
 
 @torch.no_grad()
-def at_once(model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
+def one_pass(model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
     """The same by the stock model, in one pass over all tokens."""
     return model(ids[:, :-1], logits_to_keep=ids.shape[1] - 1 - prompt).logits.argmax(-1)
 
@@ -49,26 +49,17 @@ def compared(one: Tensor, other: Tensor) -> tuple[float, int | None]:
     return float(same.double().mean()), int(places[0]) if len(places) else None
 
 
-def free(one: Tensor, other: Tensor, of: str, reference: str, model: str, dtype: str) -> Sameness:
-    """Free generations (B, T), new tokens only."""
+def free(one: Tensor, other: Tensor, **facts: str) -> Parity:
+    """Of free generations (B, T), new tokens only; ``facts`` are of, reference, model and dtype."""
     equal, first = compared(one, other)
-    length = min(one.shape[1], other.shape[1])
-    return Sameness(
-        of=of,
-        reference=reference,
-        model=model,
-        dtype=dtype,
-        batch=len(one),
-        positions=len(one) * length,
-        differing=None,
-        equal=equal,
-        first_difference=first,
-    )
+    positions = len(one) * min(one.shape[1], other.shape[1])
+    counts = {"batch": len(one), "positions": positions}
+    return Parity.model_validate({**facts, **counts, "differing": None, "equal": equal, "first_difference": first})
 
 
-def twins(device: torch.device, model_type: str, engine: str) -> list[Sameness]:
+def twins(device: torch.device, model_type: str, engine: str) -> list[Parity]:
     """A tiny float32 model of the family on ``engine`` against the eager engine: full depth, and ``verify`` whose
-    drafts are mostly wrong. None for a family without a stand-in."""
+    drafts are mostly wrong. Empty for a family without a stand-in."""
     shape = TWINS.get(model_type)
     if shape is None:
         return []
@@ -78,15 +69,16 @@ def twins(device: torch.device, model_type: str, engine: str) -> list[Sameness]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, model.config.vocab_size, (batch, prompt), generator=generator).to(device)
 
-    def said(engine: str, policy: str, threshold: float | str) -> Tensor:
+    def generated(engine: str, policy: str, threshold: float | str) -> Tensor:
         early = EarlyExit(exits, measure="state_similarity", threshold=threshold, policy=policy, engine=engine)
         mask = torch.ones_like(ids)
         out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, custom_generate=early)
         return out.sequences[:, prompt:]
 
-    expected = said("eager", "propagate", "never")
+    expected = generated("eager", "propagate", "never")
+    facts = {"reference": "eager, full depth", "model": shape, "dtype": "float32"}
     runs = (("full depth", "propagate", "never"), ("verify", "verify", 0.0))
     return [
-        free(said(engine, policy, bar), expected, f"{engine}, {name}", "eager, full depth", shape, "float32")
-        for name, policy, bar in runs
+        free(generated(engine, policy, threshold), expected, of=f"{engine}, {name}", **facts)
+        for name, policy, threshold in runs
     ]
