@@ -107,5 +107,5 @@ def test_missing_exits_need_text():
     plan = PaperPlan(train_data=None)
     from dynamax_llm.paper.heads import exits_of
 
-    with pytest.raises(UsageError, match="--train-data"):
+    with pytest.raises(UsageError, match="train_data"):
         exits_of("elsewhere", None, None, plan.heads, plan.train_data, plan.training, Path("/nowhere"))

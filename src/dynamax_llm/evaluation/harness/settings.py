@@ -80,35 +80,30 @@ def by_head(
     exits: Exits,
     threshold: Threshold | Sequence[Threshold],
     *,
+    measure: str | None = None,
     family: str | None = None,
     policy: str = "propagate",
     window: int = DEFAULT_WINDOW,
     promise: str | None = None,
 ) -> Variant:
-    """The trained heads of ``exits`` at a threshold, one or one per exit. ``promise`` is its text, if it keeps one."""
-    exits.estimator()
-    values = _values(subject, exits, threshold, policy)
+    """The trained heads of ``exits``, or ``measure`` in their place, at a threshold, one or one per exit.
+
+    ``promise`` is the text of the promise that the thresholds keep, if any.
+    """
+    exits.estimator(measure)
+    backbone = _ready(subject, exits).drive(subject.model)
+    POLICIES.lookup(policy).check(backbone, exits.readout(backbone))
+    values = Thresholds.parse(threshold, len(exits.config.layers)).values
+    kind, family = ("measure", family or measure) if measure else ("head", family or f"{exits.config.head} head")
     options: dict[str, Any] = {"policy": policy, "window": window, "promise": promise}
-    return _variant(subject, exits, "head", family or f"{exits.config.head} head", values, **options)
+    return _variant(subject, exits, kind, str(family), values, measure=measure, **options)
 
 
 def by_measure(
-    subject: Subject,
-    exits: Exits | None,
-    measure: str,
-    threshold: Threshold | Sequence[Threshold],
-    *,
-    family: str | None = None,
-    policy: str = "propagate",
-    window: int = DEFAULT_WINDOW,
-    promise: str | None = None,
+    subject: Subject, exits: Exits | None, measure: str, threshold: Threshold | Sequence[Threshold], **options: Any
 ) -> Variant:
-    """A confidence measure at a threshold, at the layers of ``exits`` and with their readout."""
-    exits = _ready(subject, exits)
-    exits.estimator(measure)
-    values = _values(subject, exits, threshold, policy)
-    options: dict[str, Any] = {"policy": policy, "window": window, "promise": promise}
-    return _variant(subject, exits, "measure", family or measure, values, measure=measure, **options)
+    """A confidence measure at a threshold, at the layers of ``exits`` and with their readout; see ``by_head``."""
+    return by_head(subject, _ready(subject, exits), threshold, measure=measure, **options)
 
 
 def by_promise(subject: Subject, exits: Exits, promise: str) -> Variant:
@@ -116,9 +111,8 @@ def by_promise(subject: Subject, exits: Exits, promise: str) -> Variant:
     record = exits.promise(promise)
     thresholds = [NEVER if value is None else value for value in record.thresholds]
     options: dict[str, Any] = {"policy": record.policy, "window": record.window, "promise": record.text}
-    if record.estimator == exits.config.head:
-        return by_head(subject, exits, thresholds, **options)
-    return by_measure(subject, exits, record.estimator, thresholds, **options)
+    measure = None if record.estimator == exits.config.head else record.estimator
+    return by_head(subject, exits, thresholds, measure=measure, **options)
 
 
 def static(subject: Subject, layer: int, policy: str = "propagate") -> Variant:
@@ -161,19 +155,19 @@ def grid(
     """
     places = at if at is not None else next(iter(heads.values()), None)
     places = _ready(subject, places)
-    found = [full(subject, places)]
+    variants = [full(subject, places)]
     for name in measures:
         options: dict[str, Any] = {"policy": policy, "window": window}
-        found += [by_measure(subject, places, name, value, **options) for value in measure_thresholds or thresholds]
+        variants += [by_measure(subject, places, name, value, **options) for value in measure_thresholds or thresholds]
     if baselines:
-        found += [static(subject, layer) for layer in places.config.layers]
+        variants += [static(subject, layer) for layer in places.config.layers]
     for name, exits in heads.items():
-        found += [by_head(subject, exits, value, family=name, policy=policy, window=window) for value in thresholds]
+        variants += [by_head(subject, exits, value, family=name, policy=policy, window=window) for value in thresholds]
     if baselines:
         n_layers = places.config.n_layers
         removed = sorted({n_layers - layer for layer in places.config.layers} & set(range(1, n_layers - 1)))
-        found += [pruned(subject, count) for count in removed]
-    return check_ids(found)
+        variants += [pruned(subject, count) for count in removed]
+    return check_ids(variants)
 
 
 def check_ids(variants: list[Variant]) -> list[Variant]:
@@ -185,15 +179,6 @@ def check_ids(variants: list[Variant]) -> list[Variant]:
     if not variants or variants[0].facts.kind != "full":
         raise UsageError("an evaluation compares with the full model: let the first of its settings be full(…).")
     return variants
-
-
-def _values(
-    subject: Subject, exits: Exits, threshold: Threshold | Sequence[Threshold], policy: str
-) -> tuple[float | None, ...]:
-    """One threshold per exit, for exits and a policy that are checked against the subject's model."""
-    backbone = _ready(subject, exits).drive(subject.model)
-    POLICIES.lookup(policy).check(backbone, exits.readout(backbone))
-    return tuple(Thresholds.parse(threshold, len(exits.config.layers)).values)
 
 
 def _variant(

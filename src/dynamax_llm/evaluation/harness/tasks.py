@@ -2,7 +2,7 @@
 
 Prompts, filters, stop sequences and metrics are the harness's own configurations; only where the documents come from,
 the number of shots and the number of new tokens are set here. A local file is read whole, shuffled with the run's
-seed, and its first ``limit`` documents are asked; nothing is written to a dataset cache.
+seed, and its first ``limit`` documents are used; nothing is written to a dataset cache.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ LOCAL = {
 
 @dataclass(frozen=True)
 class Doc:
-    """One document: its number in the task, what the metrics read, and what is asked of the model."""
+    """One document: its number in the task, the fields that metrics read, and its requests to the model."""
 
     number: int
     fields: Mapping[str, Any]
@@ -67,7 +67,7 @@ class Doc:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """A task made ready: its requests are built once and asked under every setting."""
+    """A loaded task: its requests are built once and used under every setting."""
 
     facts: TaskFacts
     docs: tuple[Doc, ...]
@@ -82,14 +82,14 @@ class EvalTask:
         """The document's value of every metric under the harness's names, from one response per instance."""
         for instance, response in zip(doc.instances, responses, strict=True):
             instance.resps, instance.filtered_resps = [response], {}
-        found: dict[str, Any] = {}
+        scores: dict[str, Any] = {}
         with single_scores():
             for ensemble in self.task._filters:
                 ensemble.apply(list(doc.instances))
                 answers = [instance.filtered_resps[ensemble.name] for instance in doc.instances]
                 for metric, value in self.task.process_results(doc.fields, answers).items():
-                    found[f"{metric},{ensemble.name}"] = _plain(value)
-        return found
+                    scores[f"{metric},{ensemble.name}"] = _plain(value)
+        return scores
 
     def aggregate(self, metric: str, values: Sequence[Any]) -> float:
         """The task's figure from its documents' values, as the harness makes it."""
@@ -195,11 +195,11 @@ def _task(manager: Any, name: str, files: Mapping[str, Path], shots: int | None,
         }
     with squad_metrics():
         try:
-            # In a group the harness lays these changes over its own configuration of the task.
+            # In a group the harness applies these changes to its own configuration of the task.
             task = manager.load([{"group": "dynamax", "task": [changes]}])["tasks"][name]
         except DataError:
             raise
-        except Exception as error:  # the hub client, the builders and the harness each raise their own
+        except Exception as error:  # the hub client, the builders and the harness have different errors
             raise _unavailable(name, files, error) from error
     if task.config.num_fewshot is None:
         task.set_config(key="num_fewshot", value=0)
