@@ -149,7 +149,11 @@ def test_texts_are_compared():
     one, other = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]]), torch.tensor([[1, 2, 9, 4, 5], [1, 2, 3, 9, 5]])
     assert parity.compared(one, other) == (0.75, 2)
     assert parity.compared(one, one) == (1.0, None)
-    assert parity.differing(one, other[:, :4]) == 0.25
+    facts = dict.fromkeys(("of", "reference", "model", "dtype"), "-")
+    forced = parity.given_text(one, other[:, :4], facts)
+    assert (forced.differing, forced.positions, forced.equal) == (0.25, 8, None)
+    free = parity.free(one, other, facts)
+    assert (free.equal, free.first_difference, free.positions, free.differing) == (0.75, 2, 8, None)
     spread = Spread.of([3.0, 1.0, 2.0])
     assert (spread.median, spread.low, spread.high, spread.repeats) == (2.0, 1.0, 3.0, 3)
 

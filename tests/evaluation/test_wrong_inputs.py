@@ -42,6 +42,25 @@ def test_tables_and_document(tmp_path, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["cells"] == found.model_dump(mode="json")["cells"]
 
 
+def test_another_task_and_threshold_are_added(tmp_path, capsys):
+    """The folder's document keeps what was evaluated before, and a report shows both."""
+    assert cli.run(command(tmp_path, "--threshold", "0")) == 0
+    before = Evaluation.read(tmp_path)
+    assert cli.run(command(tmp_path, "--threshold", "never", "--tasks", "coqa", "--no-baselines")) == 0
+    found = Evaluation.read(tmp_path)
+    assert [item.name for item in found.tasks] == ["triviaqa", "coqa"]
+    assert found.cells[: len(before.cells)] == before.cells
+    assert [(cell.setting, cell.task) for cell in found.cells[len(before.cells) :]] == [
+        ("full", "coqa"),
+        ("mamba head@never", "coqa"),
+    ]
+    assert len(found.runs) == 2 and found.runs[0] == before.runs[0]
+    capsys.readouterr()
+    assert cli.run(command(tmp_path, "--threshold", "0.5", "--limit", "2")) == 2
+    assert "another task 'triviaqa': limit 1, now 2" in capsys.readouterr().err
+    assert Evaluation.read(tmp_path) == found
+
+
 def test_places_need_a_measure_and_no_heads(tmp_path, capsys):
     options = ("--exits", "1,3", "--measure", "entropy", "--no-baselines", "--policy", "defer")
     assert cli.run(command(tmp_path, *options, exits=False)) == 0

@@ -11,7 +11,8 @@ from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.state import DEFAULT_WINDOW
 from dynamax_llm.decoding.thresholds import NEVER
 from dynamax_llm.evaluation.bench.estimators import DrawnConfidence, draw
-from dynamax_llm.evaluation.bench.plan import FREE_MEASURE, BenchSettings, Setting
+from dynamax_llm.evaluation.bench.plan import BenchSettings, Setting
+from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS, ExitConfig
 from dynamax_llm.exits.heads import ExitHeads

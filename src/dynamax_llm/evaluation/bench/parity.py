@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -10,6 +12,7 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.engines import pick_decoder
 from dynamax_llm.evaluation.bench.document import Parity
+from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.evaluation.common.random_models import random_model
 from dynamax_llm.exits.artifact import Exits
 
@@ -36,11 +39,6 @@ def one_pass(model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
     return model(ids[:, :-1], logits_to_keep=ids.shape[1] - 1 - prompt).logits.argmax(-1)
 
 
-def differing(one: Tensor, other: Tensor) -> float:
-    """Share of tokens that are not the same."""
-    return float((one != other).double().mean())
-
-
 def compared(one: Tensor, other: Tensor) -> tuple[float, int | None]:
     """Of new tokens (B, T): the share that is equal, and the first place at which any row differs."""
     length = min(one.shape[1], other.shape[1])
@@ -49,12 +47,17 @@ def compared(one: Tensor, other: Tensor) -> tuple[float, int | None]:
     return float(same.double().mean()), int(places[0]) if len(places) else None
 
 
-def free(one: Tensor, other: Tensor, **facts: str) -> Parity:
-    """Of free generations (B, T), new tokens only; ``facts`` are of, reference, model and dtype."""
+def free(one: Tensor, other: Tensor, facts: dict[str, Any]) -> Parity:
+    """Of free generations (B, T), new tokens only; ``facts`` are the document's of, reference, model and dtype."""
     equal, first = compared(one, other)
     positions = len(one) * min(one.shape[1], other.shape[1])
-    counts = {"batch": len(one), "positions": positions}
-    return Parity.model_validate({**facts, **counts, "differing": None, "equal": equal, "first_difference": first})
+    return Parity(**facts, batch=len(one), positions=positions, differing=None, equal=equal, first_difference=first)
+
+
+def given_text(one: Tensor, other: Tensor, facts: dict[str, Any]) -> Parity:
+    """Of likeliest tokens (B, T) after the same text."""
+    share = float((one != other).double().mean())
+    return Parity(**facts, batch=len(one), positions=one.numel(), differing=share)
 
 
 def twins(device: torch.device, model_type: str, engine: str) -> list[Parity]:
@@ -70,7 +73,7 @@ def twins(device: torch.device, model_type: str, engine: str) -> list[Parity]:
     ids = torch.randint(1, model.config.vocab_size, (batch, prompt), generator=generator).to(device)
 
     def generated(engine: str, policy: str, threshold: float | str) -> Tensor:
-        early = EarlyExit(exits, measure="state_similarity", threshold=threshold, policy=policy, engine=engine)
+        early = EarlyExit(exits, measure=FREE_MEASURE, threshold=threshold, policy=policy, engine=engine)
         mask = torch.ones_like(ids)
         out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, custom_generate=early)
         return out.sequences[:, prompt:]
@@ -79,6 +82,6 @@ def twins(device: torch.device, model_type: str, engine: str) -> list[Parity]:
     facts = {"reference": "eager, full depth", "model": shape, "dtype": "float32"}
     runs = (("full depth", "propagate", "never"), ("verify", "verify", 0.0))
     return [
-        free(generated(engine, policy, threshold), expected, of=f"{engine}, {name}", **facts)
+        free(generated(engine, policy, threshold), expected, {**facts, "of": f"{engine}, {name}"})
         for name, policy, threshold in runs
     ]

@@ -9,14 +9,13 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.engines import check_engine
 from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.errors import PolicyMismatchError, UsageError
+from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.exits.config import HEADS, INPUTS, ExitConfig, place_exits
 from dynamax_llm.exits.features import MEASURES
 
 #: Settings that take turns with full depth: the GPU engine keeps the programs of four, and building is not timed.
 GROUP = 3
 EAGER, STOCK, COMPILED = "eager", "transformers", "transformers, compiled"
-#: A measure without cost that is never below 0: with a threshold of 0 every token leaves.
-FREE_MEASURE = "state_similarity"
 #: What can be checked so that no token leaves: heads, and measures that stay low for random weights.
 CHECKED = (*HEADS, *(name for name in MEASURES if name != FREE_MEASURE))
 

@@ -216,46 +216,33 @@ class _Run:
         same = engine == EAGER
         plain = full if same else Setting("full", full.batch, min(full.new, self.settings.baseline_new), EAGER)
         text = self.done[plain].sequences if plain in self.done else self.call(plain, plain.new)[1].sequences
-        facts = {"reference": f"{EAGER}, full depth", "model": self.facts.name, "dtype": self.place.dtype}
         others = {STOCK: Setting("stock", full.batch, plain.new, STOCK)}
         if not same:
             others[f"{engine}, full depth"] = full
         for of, setting in others.items():
             if setting in self.done:
                 new = self.done[setting].sequences[:, prompt:]
-                self.parity.append(parity.free(new, text[:, prompt:], of=of, **facts))
+                self.parity.append(parity.free(new, text[:, prompt:], self._facts(of, EAGER)))
         if not forced:
             return
         expected = parity.forced(self.early(plain), self.model, text, prompt)
         given = {"one pass of the stock model": parity.one_pass(self.model, text, prompt)}
         if not same:
             given[f"{engine}, full depth"] = parity.forced(self.early(full), self.model, text, prompt)
-        for of, tokens in given.items():
-            self._note_forced(of, facts["reference"], tokens, expected)
+        self.parity += [parity.given_text(tokens, expected, self._facts(of, EAGER)) for of, tokens in given.items()]
 
     def _compare_verify(self, setting: Setting, full: Setting) -> None:
+        """Given its own text, and in free generation, against full depth of the same engine."""
         prompt, text = self.settings.prompt, self.done[setting].sequences
         tokens = parity.forced(self.early(full), self.model, text, prompt)
         equal, first = parity.compared(text[:, prompt:], self.done[full].sequences[:, prompt:])
-        of = f"{self.done[setting].engine}, {setting.label}"
-        self._note_forced(of, f"{self.done[full].engine}, full depth", tokens, text[:, prompt + 1 :], equal, first)
+        facts = self._facts(f"{self.done[setting].engine}, {setting.label}", self.done[full].engine)
+        free = {"equal": equal, "first_difference": first}
+        self.parity.append(parity.given_text(tokens, text[:, prompt + 1 :], {**facts, **free}))
 
-    def _note_forced(
-        self, of: str, reference: str, one: Tensor, other: Tensor, equal: float | None = None, first: int | None = None
-    ) -> None:
-        self.parity.append(
-            Parity(
-                of=of,
-                reference=reference,
-                model=self.facts.name,
-                dtype=self.place.dtype,
-                batch=len(one),
-                positions=one.numel(),
-                differing=parity.differing(one, other),
-                equal=equal,
-                first_difference=first,
-            )
-        )
+    def _facts(self, of: str, engine: str) -> dict[str, Any]:
+        reference = f"{engine}, full depth"
+        return {"of": of, "reference": reference, "model": self.facts.name, "dtype": self.place.dtype}
 
     # the document
 

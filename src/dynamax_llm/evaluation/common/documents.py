@@ -81,7 +81,8 @@ class Document(Part):
             document = cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise DataError(
-                f"cannot read {str(path)!r} ({error.strerror}). Give the folder or the file that {cls.COMMAND} wrote."
+                f"cannot read {str(path)!r} ({error.strerror}). Give the folder that {cls.COMMAND} wrote, or the file "
+                f"{cls.FILE} in it."
             ) from error
         except ValidationError as error:
             first = error.errors()[0]

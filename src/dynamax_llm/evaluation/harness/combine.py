@@ -96,7 +96,9 @@ def add_to(folder: str | Path, new: Evaluation) -> Evaluation:
             "reliability": (),
         }
         order = [item.name for item in (*old.tasks, *new.tasks)]
-        new = combine([old.model_copy(update=kept), new], title=old.title)
+        widened = {item.name for item in old.backbones} <= {item.name for item in new.backbones}
+        title = new.title if widened else old.title
+        new = combine([old.model_copy(update=kept), new], title=title)
         ordered = sorted(new.cells, key=lambda item: order.index(item.task))
         new = new.model_copy(update={"cells": tuple(ordered), "reliability": tuple(curves.values())})
     new.save(folder)

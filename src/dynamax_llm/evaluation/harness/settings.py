@@ -20,14 +20,12 @@ from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.decoding.state import DEFAULT_WINDOW, POLICIES
 from dynamax_llm.decoding.thresholds import NEVER, Threshold, Thresholds
 from dynamax_llm.errors import UsageError
+from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.evaluation.harness.baselines import pruned as pruned_model
 from dynamax_llm.evaluation.harness.prompts import PromptSharing, SharedPrompts
 from dynamax_llm.evaluation.harness.results import Setting
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import PAPER_EXITS
-
-#: A measure without cost that is never below 0: for exits that all tokens take, and those that none takes.
-FREE_MEASURE = "state_similarity"
 
 
 @dataclass(frozen=True)

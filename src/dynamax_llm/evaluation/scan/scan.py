@@ -23,6 +23,7 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.state import POLICIES, StatePolicy
 from dynamax_llm.decoding.trace import TokenCosts
 from dynamax_llm.errors import DataError
+from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.evaluation.common.documents import Interval
 from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
 from dynamax_llm.evaluation.compare.heads import Candidate, compare
@@ -56,7 +57,7 @@ MARGIN = "softmax_margin"
 #: Tokens decoded under propagate, several times over: enough for a ratio.
 DRIFT_TOKENS = 5_000
 #: An estimator without cost: what is counted with it are layers, states and the token's own readout.
-_FREE = measure("state_similarity")
+_FREE = measure(FREE_MEASURE)
 
 
 def scan(
