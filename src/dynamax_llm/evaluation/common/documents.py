@@ -81,7 +81,7 @@ class Document(Part):
             document = cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise DataError(
-                f"cannot read {str(path)!r} ({error.strerror}). Give the folder that {cls.COMMAND} wrote, or the file "
+                f"cannot read {str(Path(place))!r} ({error.strerror}). Give the folder that {cls.COMMAND} wrote, or "
                 f"{cls.FILE} in it."
             ) from error
         except ValidationError as error:
