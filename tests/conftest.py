@@ -22,6 +22,7 @@ CHECKED = (
     "dynamax_llm.exits.features",
     "dynamax_llm.exits.readout",
     "dynamax_llm.decoding.decoder",
+    "dynamax_llm.engines.eager",
     "dynamax_llm.traces.teacher_forced",
 )
 install_import_hook(CHECKED, "beartype.beartype")

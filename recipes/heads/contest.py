@@ -38,7 +38,7 @@ from transformers.utils import logging
 
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.loading import REFERENCE_FOLDER, load
-from dynamax_llm.decoding.loop import EarlyExit
+from dynamax_llm.decoding.generate import EarlyExit
 from dynamax_llm.evaluation.common.bootstrap import interval
 from dynamax_llm.evaluation.compare.contest import TARGETS, Contest, Points, Standing
 from dynamax_llm.evaluation.compare.heads import Candidate

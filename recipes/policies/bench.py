@@ -12,7 +12,7 @@ from torch import Tensor
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load, shipped_exits
 from dynamax_llm.decoding import POLICIES, EarlyExit, EarlyExitOutput
-from dynamax_llm.decoding.state import DEFAULT_WINDOW
+from dynamax_llm.engines.plan import DEFAULT_WINDOW
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS
 from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced

@@ -167,7 +167,7 @@ class Group:
             "depth": _mean([out.trace.mean_depth for out in outs]),
             "counted_reduction": _mean([out.trace.counted_reduction for out in outs]),
             "pass_reduction": _mean([out.trace.pass_reduction for out in outs]),
-            "window_bytes": max(out.trace.spent.window_bytes for out in outs),
+            "window_bytes": max(out.trace.stats.window_bytes for out in outs),
         }
         return {**row, **self._checked(outs)} if exact else row
 
@@ -182,7 +182,7 @@ class Group:
             "tokens": pack(new),
             "full": pack(full),
             "gaps": [self._gap(i, first) for i, first in enumerate(firsts) if first < self.settings.new_tokens],
-            "replayed": sum(out.trace.spent.replayed for out in outs),
+            "replayed": sum(out.trace.stats.replayed for out in outs),
             "verification": {name: sum(fact[name] for fact in facts) for name in facts[0]},
         }
 

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A read-only view of named things of one kind; ``lookup`` refuses unknown names with a suggestion."""
+    """Named things of one kind; ``lookup`` refuses unknown names with a suggestion, ``register`` adds one."""
 
     def __init__(self, kind: str, entries: Mapping[str, T]) -> None:
         self.kind = kind
@@ -26,6 +26,12 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def register(self, name: str, entry: T) -> None:
+        """Add an entry. Raises UsageError if the name belongs to another object."""
+        if self._entries.get(name, entry) is not entry:
+            raise UsageError(f"the {self.kind} {name!r} exists already. Choose another name.")
+        self._entries[name] = entry
 
     def lookup(self, name: str) -> T:
         """The entry called ``name``. Raises UsageError naming the value, the nearest entry and all of them."""

@@ -119,7 +119,7 @@ def summary(*, tokens: int, mean_depth: float, n_layers: int, counted_reduction:
 def exactness(trace: Trace, verification: Verification | None) -> str | None:
     """One line on a generation with exact state or output; None for the approximate policies."""
     saved = f"layer passes saved {percent(trace.pass_reduction)}"
-    waiting = f"at most {trace.spent.window_bytes / 1e6:.2f} MB waited"
+    waiting = f"at most {trace.stats.window_bytes / 1e6:.2f} MB waited"
     if verification is not None:
         checked = verification.accepted + verification.corrected
         return (

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dynamax_llm.decoding.cuda import new_decoder as new_cuda_decoder
+from dynamax_llm.decoding.deferred import new_decoder
 from transformers import PreTrainedModel
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit, cuda, engines
-from dynamax_llm.decoding.cuda import new_decoder as new_cuda_decoder
-from dynamax_llm.decoding.decoder import ExitPlan
-from dynamax_llm.decoding.deferred import new_decoder
-from dynamax_llm.decoding.loop import EarlyExitOutput
-from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.decoding.generate import EarlyExitOutput
+from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
@@ -64,7 +63,7 @@ def test_same_tokens_depths_and_counts_as_eager(family: str, batch: int, policy:
     assert (eager.engine, cuda.engine) == ("eager", "cuda")
     assert torch.equal(eager.sequences, cuda.sequences)
     assert torch.equal(eager.exit_layers, cuda.exit_layers)
-    assert eager.trace.spent.passes == cuda.trace.spent.passes
+    assert eager.trace.stats.passes == cuda.trace.stats.passes
     assert eager.verification == cuda.verification
 
 

@@ -13,7 +13,7 @@ import dynamax_llm as dx
 from dynamax_llm import cli
 from dynamax_llm.backbones import adapt
 from dynamax_llm.cli.scan import scan as scan_command
-from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.errors import BackboneError, DataError, ExitPlacementError, UsageError
 from dynamax_llm.evaluation.scan import collect
 from dynamax_llm.evaluation.scan.collect import gather

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone, adapt
-from dynamax_llm.decoding.decoder import ExitPlan
-from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.heads import ExitHeads

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from dynamax_llm.backbones import adapt
-from dynamax_llm.decoding.decoder import Decoder, ExitPlan
-from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.features import MEASURES
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.testing import ScriptedConfidence, random_ids
 from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
 from tests.laws.conftest import Case, left_padding, pattern, random_heads, scripted
+from tests.stepping import Stepper
 
 PROMPT, STEPS = 6, 9
 
@@ -101,10 +101,11 @@ def test_update_state_leaves_what_layer_leaves(case: Case, first: int) -> None:
     backbone, ids = case.backbone, random_ids(3, 8)
     after = []
     for advance in ("layer", "single", "stacked"):
-        decoder = Decoder(backbone, case.plan(MEASURES["softmax_max"]))
+        decoder = Stepper(backbone, case.plan(MEASURES["softmax_max"]), batch=3)
         with torch.no_grad():
             decoder.prefill(ids[:, :7])
-            h, ctx = decoder.engine.enter(ids[:, 7:])
+            h = backbone.embed(ids[:, 7:])
+            ctx = backbone.context(h, past=7)
             cache = decoder.engine.cache
             if advance == "stacked":
                 backbone.update_states(first, backbone.n_layers, h, cache, ctx)
@@ -142,7 +143,7 @@ def test_every_layer_advances_once_per_token(case: Case, monkeypatch: pytest.Mon
 def test_snapshot_junk_restore_is_untouched(case: Case) -> None:
     """Law 5: state put back is state that was never changed."""
     ids, plan = random_ids(2, PROMPT + 4), case.plan(scripted(2, 8, len(case.exits)))
-    decoder = Decoder(case.backbone, plan)
+    decoder = Stepper(case.backbone, plan, batch=2)
     with torch.no_grad():
         decoder.prefill(ids[:, :PROMPT])
         kept = decoder.engine.snapshot()
@@ -153,27 +154,6 @@ def test_snapshot_junk_restore_is_untouched(case: Case) -> None:
         decoder.engine.restore(kept)
         again = decoder.step(ids[:, PROMPT : PROMPT + 1], never).logits
     assert torch.equal(again, expected)
-
-
-@pytest.mark.parametrize("kind", ["transformer", "mamba"])
-def test_reordered_rows_go_on_as_if_they_had_always_been_there(case: Case, kind: str) -> None:
-    """Caches, padding and the recurrent heads' own states move together."""
-    estimator = random_heads(case, kind, 0)
-    config = ExitConfig(case.exits, case.backbone.n_layers, head=kind, candidates=0)
-    plan = ExitPlan(case.exits, estimator, Readout(case.backbone, config), POLICIES["propagate"])
-    ids, padding, rows = random_ids(3, PROMPT + 6), left_padding(3, PROMPT), torch.tensor([2, 0, 2])
-    moved, straight = (Decoder(case.backbone, plan, part) for part in (padding, padding[rows]))
-    with torch.no_grad():
-        moved.prefill(ids[:, :PROMPT])
-        straight.prefill(ids[rows, :PROMPT])
-        for place in range(PROMPT, PROMPT + 6):
-            if place == PROMPT + 3:
-                moved.reorder(rows)
-            there = moved.step(ids[:, [place]] if place < PROMPT + 3 else ids[rows][:, [place]], half(plan))
-            expected = straight.step(ids[rows][:, [place]], half(plan))
-            if place >= PROMPT + 3:
-                assert there.exit_index.tolist() == expected.exit_index.tolist()
-                assert (there.logits - expected.logits).abs().max() < 1e-4
 
 
 def test_cheap_policies_differ_from_propagate(cheap_case: Case) -> None:
@@ -196,10 +176,11 @@ def test_half_precision_updates_round_like_the_layer(case: Case) -> None:
     half_case, ids = Case(backbone, case.exits), random_ids(2, 8)
     after = []
     for advance in ("layer", "stacked"):
-        decoder = Decoder(backbone, half_case.plan(MEASURES["softmax_max"]))
+        decoder = Stepper(backbone, half_case.plan(MEASURES["softmax_max"]), batch=2)
         with torch.no_grad():
             decoder.prefill(ids[:, :7])
-            h, ctx = decoder.engine.enter(ids[:, 7:])
+            h = backbone.embed(ids[:, 7:])
+            ctx = backbone.context(h, past=7)
             if advance == "stacked":
                 backbone.update_states(1, backbone.n_layers, h, decoder.engine.cache, ctx)
             for index in range(1, backbone.n_layers) if advance == "layer" else ():

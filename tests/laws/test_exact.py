@@ -8,9 +8,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.decoding.decoder import ExitPlan
-from dynamax_llm.decoding.deferred import DeferredDecoder, new_decoder
-from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.errors import PolicyMismatchError, UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
@@ -18,6 +16,7 @@ from dynamax_llm.exits.readout import Readout
 from dynamax_llm.testing import ScriptedConfidence, random_ids, tiny_model, zero_tail
 from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
 from tests.laws.conftest import EACH_CASES, Case, left_padding, make_case, pattern, random_heads
+from tests.stepping import Stepper
 
 PROMPT, STEPS = 6, 10
 PATTERNS = ["always", "never", "alternating", "random"]
@@ -53,18 +52,17 @@ def test_deferred_state_is_the_state_of_never_leaving(case: Case, kind: str, win
     ids, padding = random_ids(3, PROMPT + STEPS), left_padding(3, PROMPT)
     states = []
     for moves in (script(kind, 3, STEPS, len(case.exits)), script("never", 3, STEPS, len(case.exits))):
-        decoder = new_decoder(case.backbone, deferred(case, ScriptedConfidence(moves), window), padding)
-        assert isinstance(decoder, DeferredDecoder)
+        decoder = Stepper(case.backbone, deferred(case, ScriptedConfidence(moves), window), padding)
         with torch.no_grad():
             decoder.prefill(ids[:, :PROMPT])
-            assert decoder.engine.pending == 0  # the prompt never waits
+            assert decoder.engine.pending() == 0  # the prompt never waits
             for place in range(PROMPT, PROMPT + STEPS):
                 decoder.step(ids[:, [place]], [0.5] * len(case.exits))
-                assert decoder.engine.pending < window
-            if decoder.engine.pending:
+                assert decoder.engine.pending() < window
+            if decoder.engine.pending():
                 decoder.engine.catch_up()
         states.append(decoder.engine.cache.snapshot())
-        assert decoder.engine.ledger.window_bytes <= (window + 1) * 3 * case.backbone.width * 4 * 2
+        assert decoder.engine.stats().window_bytes <= (window + 1) * 3 * case.backbone.width * 4 * 2
     assert states[0].lengths == states[1].lengths
     for tensor, expected in zip(states[0].tensors, states[1].tensors, strict=True):
         assert (tensor - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
@@ -237,8 +235,8 @@ def test_a_zero_tail_is_accepted_and_saves_passes(some_case: Case) -> None:
     zero_tail(case.backbone.model, depth)
     out = greedy(case, random_ids(1, PROMPT), verifying(case, 5, FirstExit()), new=21)
     assert (out.verification.acceptance_rate, out.verification.windows) == (1.0, 4)
-    assert out.trace.spent.passes == 20 * depth + 4 * (n_layers - depth)
-    assert out.trace.pass_reduction == pytest.approx(1 - out.trace.spent.passes / (20 * n_layers))
+    assert out.trace.stats.passes == 20 * depth + 4 * (n_layers - depth)
+    assert out.trace.pass_reduction == pytest.approx(1 - out.trace.stats.passes / (20 * n_layers))
     assert out.exit_layers[0].tolist() == [n_layers] + [depth, depth, depth, depth, n_layers] * 4
     assert out.trace.counted_reduction < 0  # nothing is computed less often: only weights are read less often
 
@@ -252,7 +250,7 @@ def test_verified_drafts_are_what_defer_would_do(head_case: Case) -> None:
     early = verifying(case, 64, estimator, threshold=0.5)
     early.exits.config = config
     out = greedy(case, random_ids(1, PROMPT), early, new=24)
-    assert out.verification.corrected >= 3 and out.trace.spent.taken is not None
+    assert out.verification.corrected >= 3 and out.trace.stats.left_at is not None
     plan = ExitPlan(case.exits, estimator, Readout(case.backbone, config), POLICIES["defer"])
     forced = teacher_forced(case.backbone, plan, out.sequences, [0.5] * len(case.exits), prompt_length=PROMPT)
     depths = torch.tensor([*case.exits, case.backbone.n_layers])

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.decoding.decoder import ExitPlan
-from dynamax_llm.decoding.deferred import DeferredDecoder
-from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.testing import TINY, ScriptedConfidence, random_ids, tiny_model
+from tests.stepping import Stepper
 
 #: Draws per family: over 200 in all.
 DRAWS = 15
@@ -84,12 +83,12 @@ def test_deferred_state_is_that_of_never_leaving(family: str, draw: dict) -> Non
         plan = ExitPlan(
             draw["exits"], ScriptedConfidence(moves), Readout(backbone, config), POLICIES["defer"], draw["window"]
         )
-        decoder = DeferredDecoder(backbone, plan, mask)
+        decoder = Stepper(backbone, plan, mask, batch=len(ids))
         with torch.no_grad():
             decoder.prefill(ids[:, : draw["prompt"]])
             for place in range(draw["prompt"], count):
                 step = decoder.step(ids[:, [place]], half)
-        assert decoder.engine.pending == 0
+        assert decoder.engine.pending() == 0
         found.append((step.logits, decoder.engine.cache.snapshot()))
     (logits, state), (expected, intact) = found
     assert (logits - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))

@@ -11,16 +11,18 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
 from dynamax_llm.backbones.base import Backbone, Context, Costs, LayerCost
-from dynamax_llm.decoding.decoder import Decoder, ExitPlan
-from dynamax_llm.decoding.deferred import DeferredDecoder, VerifyingDecoder, new_decoder
 from dynamax_llm.decoding.request import Request
-from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.decoding.sampler import RequestSampler
+from dynamax_llm.decoding.session import Session
 from dynamax_llm.decoding.thresholds import Thresholds
-from dynamax_llm.decoding.verify import VerifiedRun
+from dynamax_llm.engines.eager import EagerEngine
+from dynamax_llm.engines.eager.session import EagerSession
+from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.testing import ScriptedConfidence
 from tests.laws.conftest import left_padding, pattern
+from tests.stepping import Stepper
 
 LAYERS, EXITS, VOCAB, PROMPT = 6, (1, 3, 5), 53, 4
 
@@ -94,10 +96,10 @@ def plan(policy: str, moves: torch.Tensor, backbone: Memory, window: int) -> Exi
     return ExitPlan(EXITS, ScriptedConfidence(moves), readout, POLICIES[policy], window)
 
 
-def check(decoder: Decoder, texts: list[list[int]]) -> None:
+def check(engine: EagerSession, texts: list[list[int]]) -> None:
     """Every layer remembers exactly the rows' texts."""
-    cache, padding = decoder.engine.cache, decoder.engine.padding
-    for index, kind in enumerate(decoder.backbone.kinds):
+    cache, padding = engine.cache, engine.padding
+    for index, kind in enumerate(engine.backbone.kinds):
         for row, text in enumerate(texts):
             if kind in ("attention", "hybrid"):
                 layer = cache.layers[index]
@@ -123,13 +125,13 @@ def prompts(batch: int) -> tuple[torch.Tensor, torch.Tensor, list[list[int]]]:
 def test_every_token_once(policy: str, batch: int) -> None:
     ids, padding, texts = prompts(batch)
     backbone, more = Memory(Model()), torch.arange(1, 31).expand(batch, -1)
-    decoder = new_decoder(backbone, plan(policy, pattern(batch, 30, 3, seed=batch), backbone, 7), padding)
+    decoder = Stepper(backbone, plan(policy, pattern(batch, 30, 3, seed=batch), backbone, 7), padding)
     decoder.prefill(ids)
     for place in range(30):
         decoder.step(more[:, [place]], [0.5] * 3)
-    if isinstance(decoder, DeferredDecoder) and decoder.engine.pending:
+    if policy == "defer" and decoder.engine.pending():
         decoder.engine.catch_up()
-    check(decoder, [text + more[0].tolist() for text in texts])
+    check(decoder.engine, [text + more[0].tolist() for text in texts])
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -141,29 +143,29 @@ def test_every_kept_token_once_under_verify(
     """After every window, in every row: its accepted text up to the newest token, which has not been read yet; with
     a copy of the state before every drafted token, and with one per window."""
     if not copies:
-        monkeypatch.setattr("dynamax_llm.engines.journal.COPY_LIMIT", 0)
+        monkeypatch.setattr("dynamax_llm.engines.eager.journal.COPY_LIMIT", 0)
     ids, padding, texts = prompts(batch)
     backbone = Memory(Model())
     moves = torch.where(pattern(batch, 200, 9, seed=3) < 8, pattern(batch, 200, 2, seed=4), 3)  # mostly drafts
-    decoder = VerifyingDecoder(backbone, plan("verify", moves, backbone, window), padding)
+    engine = EagerEngine().open(backbone, plan("verify", moves, backbone, window), batch)
     criteria = StoppingCriteriaList([MaxLengthCriteria(PROMPT + 40)])
     request = Request(ids, LogitsProcessorList(), criteria, GenerationConfig(do_sample=False))
-    run = VerifiedRun(decoder, request, Thresholds.parse(0.5, 3))
-    windows, keep = [], decoder.keep
+    run = Session(engine, Thresholds.parse(0.5, 3), RequestSampler(request))
+    windows, keep = [], engine.keep
 
-    def keep_and_check(counts: torch.Tensor) -> None:
+    def keep_and_check(counts: list[int]) -> None:
         keep(counts)
-        accepted = [row[0, PROMPT:].tolist() for row in run.rows]
-        live = [row for row in range(batch) if not run.ended[row]]
-        if len(live) == batch:
-            check(decoder, [text + new[:-1] for text, new in zip(texts, accepted, strict=True)])
-            windows.append(counts.tolist())
+        if not any(row.ended for row in run.rows):
+            check(engine, [text + row.tokens[:-1] for text, row in zip(texts, run.rows, strict=True)])
+            windows.append(list(counts))
 
-    monkeypatch.setattr(decoder, "keep", keep_and_check)
-    run.run()
-    assert len(windows) >= 3 and run.stats.corrected >= 3
-    assert window == 2 or decoder.engine.ledger.replayed > 0
+    monkeypatch.setattr(engine, "keep", keep_and_check)
+    run.fill(ids, padding, engine.prefill(ids, padding), 40)
+    while run.live:
+        run.step()
+    assert len(windows) >= 3 and run.verification.corrected >= 3
+    assert window == 2 or engine.stats().replayed > 0
     assert batch == 1 or window == 2 or any(len(set(counts)) > 1 for counts in windows)  # rows out of step
     for row in run.rows:
-        new = row[0, PROMPT - 1 :].tolist()
+        new = row.ids[0, PROMPT - 1 :].tolist()
         assert [(token * 7 + 3) % VOCAB for token in new[:-1]] == new[1:]

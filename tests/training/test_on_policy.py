@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from dynamax_llm.backbones import adapt
-from dynamax_llm.decoding.decoder import ExitPlan
-from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Readout

@@ -169,9 +169,9 @@ class Backbone(abc.ABC):
         """What the stock model does to the LM head's output, elementwise; nothing in most families."""
         return logits
 
-    def new_cache(self) -> StackedCache:
-        """An empty cache for this backbone."""
-        return StackedCache(self.kinds, [next(layer.parameters()).device for layer in self.layers])
+    def new_cache(self, rows: int | None = None) -> StackedCache:
+        """An empty cache for this backbone; ``rows`` is needed only where ``put_row`` fills it."""
+        return StackedCache(self.kinds, [next(layer.parameters()).device for layer in self.layers], rows)
 
     @abc.abstractmethod
     def costs(self) -> Costs:

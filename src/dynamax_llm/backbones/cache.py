@@ -57,7 +57,12 @@ class KVStack:
             self.buffer[:, :, :, :, : old.shape[4]] = old
         return self.buffer
 
-    def reorder(self, index: Tensor) -> None:
+    def empty_like(self, other: KVStack, rows: int) -> None:
+        """Allocate ``rows`` empty rows of another stack's shape, unless there are some."""
+        if self.buffer is None and other.buffer is not None:
+            self.reserve(other.buffer[0, 0, :1].expand(rows, -1, -1, -1), 1)
+
+    def select_rows(self, index: Tensor) -> None:
         if self.buffer is not None:
             self.buffer = self.buffer.index_select(2, index)
 
@@ -107,13 +112,18 @@ class SSMStack:
         self.conv: Tensor | None = None
         self.ssm: Tensor | None = None
 
-    def reorder(self, layers: Sequence[SSMLayer], index: Tensor) -> None:
+    def empty_like(self, other: SSMStack, rows: int) -> None:
+        """Allocate ``rows`` zero rows of another stack's shape, unless there are some."""
+        for name in ("conv", "ssm"):
+            like = getattr(other, name)
+            if getattr(self, name) is None and like is not None:
+                setattr(self, name, like.new_zeros(like.shape[0], rows, *like.shape[2:]))
+
+    def select_rows(self, index: Tensor) -> None:
         for name in ("conv", "ssm"):
             old = getattr(self, name)
             if old is not None:
                 setattr(self, name, old.index_select(1, index))
-        for layer in layers:
-            layer.rebind()
 
 
 class SSMLayer(LinearAttentionLayer):
@@ -144,6 +154,18 @@ class SSMLayer(LinearAttentionLayer):
             self.is_recurrent_states_initialized[state_idx] = True
         self.rebind()
 
+    def initialize_like(self, other: SSMLayer) -> None:
+        """Count as a layer that has seen what ``other`` has; the stack's tensors must exist."""
+        self.dtype, self.device = other.dtype, other.device
+        for name in (
+            "conv_kernel_size",
+            "is_conv_states_initialized",
+            "is_recurrent_states_initialized",
+            "has_previous_state",
+        ):
+            setattr(self, name, dict(getattr(other, name)))
+        self.rebind()
+
     def rebind(self) -> None:
         """Point the views at the stack's present tensors."""
         if self.ssm.conv is not None and self.is_conv_states_initialized[0]:
@@ -165,9 +187,17 @@ class HybridLayer(SSMLayer, KVLayer):
 
 
 class StackedCache(Cache):
-    """All layers' state. ``kinds`` names each layer's (one of KINDS), ``devices`` where it lives."""
+    """All layers' state. ``kinds`` names each layer's (one of KINDS), ``devices`` where it lives.
 
-    def __init__(self, kinds: Sequence[str], devices: Sequence[torch.device] | None = None) -> None:
+    Rows are set by the first tokens that layers append, or, in a cache that is filled by ``put_row``, by ``rows``.
+    Row r of every layer belongs to one sequence. Attention layers have one length for all rows: where sequences
+    differ in length, the caller's padding mask says which slots of a row hold tokens.
+    """
+
+    def __init__(
+        self, kinds: Sequence[str], devices: Sequence[torch.device] | None = None, rows: int | None = None
+    ) -> None:
+        self.rows = rows
         places = list(devices) if devices is not None else [None] * len(kinds)
         kv_places = [place for kind, place in zip(kinds, places, strict=True) if kind in ("attention", "hybrid")]
         ssm_places = [place for kind, place in zip(kinds, places, strict=True) if kind in ("mamba", "hybrid")]
@@ -254,12 +284,69 @@ class StackedCache(Cache):
                 parts += [part[run] for part in (stack.conv, stack.ssm) if part is not None]
         return parts
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep rows ``beam_idx`` (B',) of the batch, in that order."""
-        for stack in self._kv.values():
-            stack.reorder(beam_idx)
+    def select_rows(self, index: Tensor) -> None:
+        """Keep rows ``index`` (B',) of the batch, in that order; a row may be repeated."""
+        for stack in self.stacks:
+            stack.select_rows(index)
+        self.rows = len(index)
+        self._rebind()
+
+    def put_row(self, row: int, other: StackedCache, other_row: int = 0, start: int = 0) -> None:
+        """Copy row ``other_row`` of another cache of the same backbone into row ``row``: K/V, conv and SSM states.
+
+        Its K/V entries go to slots ``start`` and after; layers grow as needed, and every attention layer's length
+        becomes at least ``start`` plus the entries copied. What the row held in other slots stays and must be masked.
+        """
+        for mine, theirs in zip(self.stacks, other.stacks, strict=True):
+            mine.empty_like(theirs, self._count_rows(row))  # type: ignore[arg-type]
+        for layer, source in zip(self.layers, other.layers, strict=True):
+            if isinstance(layer, KVLayer) and source.kv.buffer is not None:
+                end = start + source.length
+                buffer = layer.kv.reserve(layer.kv.buffer[0, 0], end)[layer.kv_slot]
+                buffer[:, row, :, start:end] = source.kv.buffer[source.kv_slot, :, other_row, :, : source.length]
+                layer.length, layer.is_initialized = max(layer.length, end), True
+            if isinstance(layer, SSMLayer):
+                layer.initialize_like(source)
+        for mine, theirs in zip(self._ssm.values(), other._ssm.values(), strict=True):
+            for part, source in ((mine.conv, theirs.conv), (mine.ssm, theirs.ssm)):
+                if part is not None and source is not None:
+                    part[:, row] = source[:, other_row]
+
+    def clear_row(self, row: int) -> None:
+        """Zero everything row ``row`` holds. Lengths stay: its slots must be masked until ``put_row`` fills them."""
+        for kv in self._kv.values():
+            if kv.buffer is not None:
+                kv.buffer[:, :, row] = 0
         for ssm in self._ssm.values():
-            ssm.reorder([i for i in self.layers if isinstance(i, SSMLayer) and i.ssm is ssm], beam_idx)
+            for part in (ssm.conv, ssm.ssm):
+                if part is not None:
+                    part[:, row] = 0
+
+    def compact(self, padding: Tensor) -> Tensor:
+        """Drop slots that rows do not use; returns the new padding (B, S'), S' = the longest row's tokens.
+
+        ``padding`` (B, S) is 1 where a slot of a row holds a token; all attention layers hold S entries. Each row's
+        tokens keep their order and end in the last slot; keys keep the positions by which they were rotated.
+        """
+        longest = int(padding.sum(1).max())
+        order = padding.bool().sort(dim=1, stable=True).indices[:, padding.shape[1] - longest :]  # (B, S')
+        for kv in self._kv.values():
+            if kv.buffer is not None:
+                n, pair, rows, heads, _, dim = kv.buffer.shape
+                index = order.to(kv.buffer.device)[None, None, :, None, :, None]
+                kept = kv.buffer.gather(4, index.expand(n, pair, rows, heads, longest, dim))
+                kv.buffer[:, :, :, :, :longest] = kept
+        self.set_length(0, len(self.layers), longest)
+        return padding.gather(1, order)
+
+    def _count_rows(self, row: int) -> int:
+        """Rows of this cache, at least ``row + 1`` where it was not told."""
+        return row + 1 if self.rows is None else self.rows
+
+    def _rebind(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, SSMLayer):
+                layer.rebind()
 
     def snapshot(self) -> Snapshot:
         """A copy of all state; ``restore`` puts it back. Recurrent state cannot be cropped, only restored."""

@@ -34,8 +34,8 @@ from dynamax_llm.calibration.risks import (
     inconsistency,
     shortfall,
 )
-from dynamax_llm.decoding.loop import DEFAULT_POLICY, EarlyExit
-from dynamax_llm.decoding.state import DEFAULT_WINDOW, POLICIES
+from dynamax_llm.decoding.generate import DEFAULT_POLICY, EarlyExit
+from dynamax_llm.engines.plan import DEFAULT_WINDOW, POLICIES
 from dynamax_llm.errors import PromiseError, UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.promise import METHODS, Promise, Target, digest

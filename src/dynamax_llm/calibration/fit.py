@@ -11,7 +11,7 @@ import torch
 from dynamax_llm.calibration.path import Path, Trace, learn_path, trace_of
 from dynamax_llm.calibration.prompts import Item
 from dynamax_llm.calibration.risks import AgreementRisk, Risk, TextRisk
-from dynamax_llm.decoding.loop import EarlyExit
+from dynamax_llm.decoding.generate import EarlyExit
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.text.batches import pad

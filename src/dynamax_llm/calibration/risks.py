@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.calibration.prompts import Item
-from dynamax_llm.decoding.loop import EarlyExit
+from dynamax_llm.decoding.generate import EarlyExit
 from dynamax_llm.errors import PolicyMismatchError
 from dynamax_llm.metrics import exact_match, f1, rouge_l
 from dynamax_llm.registry import Registry

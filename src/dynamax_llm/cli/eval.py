@@ -177,8 +177,8 @@ def _settings(
     window: int | None,
     baselines: bool,
 ) -> list[Variant]:
-    from dynamax_llm.decoding.loop import DEFAULT_POLICY
-    from dynamax_llm.decoding.state import DEFAULT_WINDOW
+    from dynamax_llm.decoding.generate import DEFAULT_POLICY
+    from dynamax_llm.engines.plan import DEFAULT_WINDOW
     from dynamax_llm.evaluation.harness.settings import grid
     from dynamax_llm.exits.artifact import Exits
 

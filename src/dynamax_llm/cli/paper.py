@@ -61,7 +61,7 @@ def paper(
 
     import torch
 
-    from dynamax_llm.decoding.loop import DEFAULT_POLICY
+    from dynamax_llm.decoding.generate import DEFAULT_POLICY
     from dynamax_llm.evaluation.harness.evaluate import Plan
     from dynamax_llm.paper import MODELS, PaperPlan, run
     from dynamax_llm.report import check_targets, write_report

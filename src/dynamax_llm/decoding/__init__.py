@@ -1,9 +1,27 @@
-"""Generation that runs as many layers as each token needs."""
+"""Generation that runs as many layers as each token needs.
 
-from dynamax_llm.decoding.loop import EarlyExit, EarlyExitOutput
-from dynamax_llm.decoding.state import POLICIES
+generate       ``EarlyExit``, the ``custom_generate`` of Hugging Face's ``generate``
+session        rows that are admitted, advance together, and are released
+decoder        one token per row, over any engine
+sampler        how tokens are chosen and rows end
+"""
+
+from dynamax_llm.decoding.generate import EarlyExit, EarlyExitOutput
+from dynamax_llm.decoding.rows import RowSettings
+from dynamax_llm.decoding.session import Event, Session
 from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.decoding.trace import Trace
-from dynamax_llm.decoding.verify import Verification
+from dynamax_llm.decoding.verification import Verification
+from dynamax_llm.engines.plan import POLICIES
 
-__all__ = ["POLICIES", "EarlyExit", "EarlyExitOutput", "Thresholds", "Trace", "Verification"]
+__all__ = [
+    "POLICIES",
+    "EarlyExit",
+    "EarlyExitOutput",
+    "Event",
+    "RowSettings",
+    "Session",
+    "Thresholds",
+    "Trace",
+    "Verification",
+]

@@ -14,7 +14,7 @@ from transformers.generation import (
     MinNewTokensLengthLogitsProcessor,
 )
 
-#: Processors that do nothing but put off the end.
+#: Processors that only postpone the end.
 _LENGTHS = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
 
 
@@ -50,28 +50,19 @@ class Request:
         return bool(self.config.do_sample)
 
     @property
+    def plain_criteria(self) -> bool:
+        """Whether rows end by an end-of-text token or by their length, and by nothing else."""
+        return all(type(item) in (MaxLengthCriteria, EosTokenCriteria) for item in self.criteria)
+
+    @property
     def is_plain(self) -> bool:
         """Whether every token is the likeliest one, but for ends that are too early, and only it is asked for."""
-        plain_processors = all(type(item) in _LENGTHS for item in self.processors)
-        plain_criteria = all(type(item) in (MaxLengthCriteria, EosTokenCriteria) for item in self.criteria)
         wanted = self.wants_scores or self.wants_logits
-        return plain_processors and plain_criteria and not self.sample and not wanted
+        return is_greedy(self.processors) and self.plain_criteria and not self.sample and not wanted
 
     def banned(self, length: int) -> tuple[int, ...]:
         """Tokens that a plain request does not allow after ``length`` tokens: ends that are too early."""
-        found: set[int] = set()
-        for item in self.processors:
-            assert isinstance(item, MinLengthLogitsProcessor | MinNewTokensLengthLogitsProcessor)
-            fresh = isinstance(item, MinNewTokensLengthLogitsProcessor)
-            short = length - item.prompt_length_to_skip < item.min_new_tokens if fresh else length < item.min_length
-            if short:
-                found |= set(torch.as_tensor(item.eos_token_id).flatten().tolist())
-        return tuple(sorted(found))
-
-    @property
-    def bans_throughout(self) -> bool:
-        """Whether what a plain request bans is the same from its first new token to its last."""
-        return self.banned(self.ids.shape[1]) == self.banned(self.max_length - 1)
+        return banned_by(self.processors, length)
 
     @property
     def max_length(self) -> int:
@@ -86,3 +77,20 @@ class Request:
     @property
     def wants_logits(self) -> bool:
         return bool(self.config.return_dict_in_generate and self.config.output_logits)
+
+
+def is_greedy(processors: LogitsProcessorList) -> bool:
+    """Whether these processors do nothing but forbid an end that is too early."""
+    return all(type(item) in _LENGTHS for item in processors)
+
+
+def banned_by(processors: LogitsProcessorList, length: int) -> tuple[int, ...]:
+    """Tokens that such processors do not allow after ``length`` tokens."""
+    found: set[int] = set()
+    for item in processors:
+        assert isinstance(item, MinLengthLogitsProcessor | MinNewTokensLengthLogitsProcessor)
+        fresh = isinstance(item, MinNewTokensLengthLogitsProcessor)
+        short = length - item.prompt_length_to_skip < item.min_new_tokens if fresh else length < item.min_length
+        if short:
+            found |= set(torch.as_tensor(item.eos_token_id).flatten().tolist())
+    return tuple(sorted(found))

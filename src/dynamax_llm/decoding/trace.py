@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Costs
-from dynamax_llm.decoding.spent import Spent
-from dynamax_llm.decoding.state import StatePolicy
-from dynamax_llm.exits.features import ConfidenceEstimator
-from dynamax_llm.exits.readout import Readout
+from dynamax_llm.engines.base import DecodeStats
+from dynamax_llm.engines.plan import ExitPlan
 
 
 @dataclass(frozen=True)
@@ -29,17 +27,10 @@ class TokenCosts:
     readout: int  # one complete readout
 
     @classmethod
-    def of(
-        cls,
-        costs: Costs,
-        exits: Sequence[int],
-        active: int,
-        estimator: ConfidenceEstimator,
-        policy: StatePolicy,
-        readout: Readout,
-    ) -> TokenCosts:
-        """``exits`` are depths; the first ``active`` of them are asked. Every cost is in: layers, skipped states,
-        each exit's check, state of recurrent heads at exits the token never reached, every readout."""
+    def of(cls, costs: Costs, plan: ExitPlan) -> TokenCosts:
+        """Every cost is in: layers, skipped states, each exit's check, state of recurrent heads at exits the token
+        never reached, every readout."""
+        exits, active, estimator, policy, readout = plan.layers, plan.active, plan.estimator, plan.policy, plan.readout
         n_layers, tail = len(costs.layers), readout.tail_layers
         by_exit, overhead = [], []
         for index, depth in enumerate((*exits, n_layers)):
@@ -74,7 +65,7 @@ class Trace:
     exit_index: Tensor
     costs: TokenCosts
     policy: str
-    spent: Spent
+    stats: DecodeStats
 
     @property
     def exit_layers(self) -> Tensor:
@@ -103,12 +94,12 @@ class Trace:
         Counted, not timed; negative when the checks cost more than the exits saved. Under ``defer`` and ``verify``
         nearly every layer runs for every token sooner or later: what they save is passes, not multiplications.
         """
-        if self.spent.layer_macs is None or self.spent.taken is None:
+        if self.stats.layer_macs is None or self.stats.left_at is None:
             spent = _total(self.exit_index, self.costs.by_exit)
         else:
             spent = len(self.exit_index) * self.costs.by_exit[-1]  # the first tokens, from the prompt's own pass
-            spent += self.spent.layer_macs + _total(self.spent.taken, self.costs.checks)
-            spent += self.spent.readouts * self.costs.readout
+            spent += self.stats.layer_macs + _total(self.stats.left_at, self.costs.checks)
+            spent += self.stats.readouts * self.costs.readout
         return 1.0 - spent / (max(self.n_tokens, 1) * self.costs.full)
 
     @property
@@ -119,7 +110,7 @@ class Trace:
         updates of skipped layers are not passes, though for Mamba layers they read a good third of the weights.
         """
         steps = self.exit_index.shape[1] - 1
-        return 1.0 - self.spent.passes / (steps * self.costs.depths[-1]) if steps else 0.0
+        return 1.0 - self.stats.passes / (steps * self.costs.depths[-1]) if steps else 0.0
 
 
 def _total(exit_index: Tensor, costs: Sequence[int]) -> int:

@@ -1,6 +1,8 @@
-"""Primitives of decoding: run layers, update skipped state, let tokens wait and catch up."""
+"""Engines: what runs layers and exits for the rows of a session, behind one interface.
 
-from dynamax_llm.engines.deferred import DeferredEngine, Ledger
-from dynamax_llm.engines.eager import EagerEngine
-
-__all__ = ["DeferredEngine", "EagerEngine", "Ledger"]
+base     the interface, and the registry of engines
+plan     what a session carries out: exits, estimator, readout, state policy
+eager    plain PyTorch, any device and family: the reference
+cuda     recorded programs of own kernels, on a CUDA device
+choose   which engine takes a plan
+"""

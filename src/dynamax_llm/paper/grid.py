@@ -16,8 +16,8 @@ from pathlib import Path
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load, peek
-from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.decoding.thresholds import Thresholds
+from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.harness.combine import add_to, combine
 from dynamax_llm.evaluation.harness.evaluate import OnProgress, Plan, evaluate

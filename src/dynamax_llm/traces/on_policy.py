@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.decoding.decoder import ExitPlan
-from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.exits.features import ConfidenceEstimator, ExitFeatures
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.text.batches import Batch

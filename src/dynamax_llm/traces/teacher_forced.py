@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone, Context
-from dynamax_llm.decoding.decoder import ExitPlan
-from dynamax_llm.decoding.deferred import new_decoder
+from dynamax_llm.decoding.decoder import Decoder
+from dynamax_llm.engines.eager import EagerEngine
+from dynamax_llm.engines.plan import ExitPlan
 from dynamax_llm.exits.features import ExitFeatures, exit_features, select
 from dynamax_llm.shapes import Ids, Logits
 
@@ -76,7 +77,7 @@ def visits(
     """Exit after exit of ``teacher_forced``, without the layers above the last. Thresholds may differ between rows:
     (B, 1)."""
     run = _Pass(backbone, plan, ids, prompt_length, None)
-    for index in range(len(plan.layers)):
+    for index in range(plan.active):
         yield run.visit(index, thresholds[index])
 
 
@@ -113,7 +114,7 @@ class _Pass:
         self, thresholds: Sequence[float | Tensor | None], keep_logits: bool, wanted: Tensor | None
     ) -> TeacherForced:
         backbone, plan = self.backbone, self.plan
-        for index in range(len(plan.layers)):
+        for index in range(plan.active):
             self.visit(index, thresholds[index])
         resumed = backbone.n_layers - plan.readout.tail_layers
         self._layers(self.depth, resumed)
@@ -179,13 +180,15 @@ def step_by_step(
     """
     batch, count = ids.shape
     assert not plan.policy.exact_output, "a forced text cannot be verified"
-    decoder = new_decoder(backbone, plan, None if padding is None else padding[:, :prompt_length])
+    session = EagerEngine().open(backbone, plan, batch)
+    decoder, limits = Decoder(session), [tuple(thresholds)] * batch
     logits = torch.zeros(batch, count, backbone.vocab_size, device=ids.device)
     exit_index = torch.full((batch, count), len(plan.layers), device=ids.device)
-    logits[:, prompt_length - 1] = decoder.prefill(ids[:, :prompt_length])
+    pads = None if padding is None else padding[:, :prompt_length]
+    logits[:, prompt_length - 1] = session.prefill(ids[:, :prompt_length], pads)
     for position in range(prompt_length, count):
-        step = decoder.step(ids[:, position : position + 1], thresholds)
-        logits[:, position], exit_index[:, position] = step.logits, step.exit_index
+        decoder.step(ids[:, position], limits)
+        logits[:, position], exit_index[:, position] = session.logits(), session.exits()
     tokens = logits.argmax(-1)
     tokens[:, : prompt_length - 1] = -1
     return TeacherForced(tokens, exit_index, logits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +25,15 @@ class AttentionLayers:
 
     kernels = ("qkv_kernel", "attend_kernel", "kv_kernel")
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    replays = False
+    replay_macs = 0
+
+    def __init__(
+        self, backbone: Backbone, batch: int, most: int = 1, buffers: int = 1, starts: Sequence[int] = (0,)
+    ) -> None:
+        """``most``, ``buffers`` and ``starts`` are for layers with recurrent state."""
+        self.backbone, self.batch = backbone, batch
+        self.no_index = torch.zeros(2, dtype=torch.int32, device=backbone.device)
         first = backbone.layers[0]
         config, attention = backbone.config, first.self_attn
         self.queries, self.groups = config.num_attention_heads, config.num_key_value_heads
@@ -58,10 +67,37 @@ class AttentionLayers:
         half = self.dim // 2
         return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
-    def adopt(self, cache: StackedCache, length: int) -> None:
+    def load(self, cache: StackedCache, length: int) -> None:
         """Go on from ``cache``, whose layers hold ``length`` slots."""
         self.cache = cache
         self._reserve(length)
+
+    def load_empty(self, like: StackedCache) -> None:
+        """Begin with rows that hold nothing; ``like`` is a cache of one row."""
+        self.cache = self.backbone.new_cache()
+        self.cache.rows = self.batch
+        self.cache.put_row(0, like)
+        self._reserve(1)
+
+    def load_row(self, row: int, cache: StackedCache, length: int) -> None:
+        """Row ``row`` begins with the ``length`` slots of ``cache``, a cache of one row."""
+        assert self.cache is not None
+        self.cache.put_row(row, cache)
+        self._reserve(max(length, self.room))
+
+    def buffer_index(self, segment: int) -> Tensor:
+        """Nothing is kept twice."""
+        return self.no_index
+
+    def commit(self, buffer: int) -> None:
+        """Nothing is kept twice."""
+
+    def replay(self, p: Pass) -> None:
+        """Keys and values rolled back are overwritten; nothing is computed again."""
+
+    def spare_bytes(self) -> int:
+        """Memory that rolling back takes."""
+        return 0
 
     def reserve(self, length: int) -> None:
         """Make room for ``length`` slots; programs find the cache wherever it then lies."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,33 +12,38 @@ from dynamax_llm.engines.cuda.fused import Rows, head_check
 from dynamax_llm.engines.cuda.kernels.rows import decide_kernel
 from dynamax_llm.engines.cuda.launch import overlaps, settings
 from dynamax_llm.engines.cuda.tiles import power_of_two
+from dynamax_llm.engines.plan import RowThresholds
 from dynamax_llm.exits.features import STATISTICS, ConfidenceEstimator, ExitFeatures, State, exit_features, select
 from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.state import ExitState
 
 #: Bits of a word below the number of the token it belongs to.
 NUMBER = 40
 #: Numbers go up to here, and begin again.
 NUMBERS = 2**22 - 1
 #: Looks at a word before the device is asked whether it still works.
-PATIENCE = 100_000
+POLLS = 100_000
 
 
-def words(count: int, device: torch.device) -> Tensor:
+def mailbox(count: int, device: torch.device) -> Tensor:
     """Memory of the host, (count,) int64, that kernels on ``device`` write into."""
     return torch.full((max(count, 1),), -1, dtype=torch.int64, pin_memory=device.type == "cuda")
 
 
-def heard(read: np.ndarray, number: int, device: torch.device) -> np.ndarray:
+def wait_for_step(read: np.ndarray, number: int, device: torch.device) -> np.ndarray:
     """The words ``read`` once all are of step ``number``. Raises RuntimeError if the device ends without them."""
-    turns = 0
+    polls = 0
     while (read >> NUMBER != number & NUMBERS).any():
-        turns += 1
-        if turns % PATIENCE and device.type == "cuda":
+        polls += 1
+        if polls % POLLS and device.type == "cuda":
             continue
         # Asking the stream raises what went wrong on the device; the words may have come while it was asked.
         over = device.type != "cuda" or torch.cuda.current_stream(device).query()
         if over and (read >> NUMBER != number & NUMBERS).any():
-            raise RuntimeError(f"the device ended step {number} without a word. Use engine='eager', and report this.")
+            raise RuntimeError(
+                f"CUDA engine: step {number} finished without reporting a result; this is a bug, please report it. "
+                "engine='eager' avoids it."
+            )
     return read
 
 
@@ -58,16 +63,17 @@ class Check:
         batch: int,
         device: torch.device,
         ticket: Tensor,
+        full: int,
         *,
         fuse: bool = True,
     ) -> None:
         self.estimator, self.readout, self.n_exits, self.batch = estimator, readout, n_exits, batch
         self.device, self.ticket = device, ticket
         self.left = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.exit_index = torch.full((batch,), n_exits, dtype=torch.int32, device=device)
-        self.thresholds = torch.full((max(n_exits, 1),), torch.inf, device=device)
-        self._thresholds: tuple[float | None, ...] = (None,) * n_exits
-        self.words = words(n_exits, device)
+        self.exit_index = torch.full((batch,), full, dtype=torch.int32, device=device)
+        self.thresholds = torch.full((max(n_exits, 1), batch), torch.inf, device=device)
+        self._thresholds: list[RowThresholds] = []
+        self.words = mailbox(n_exits, device)
         self._read = self.words.numpy()
         self.features: list[ExitFeatures | None] = [None] * n_exits
         self._nothing = ExitFeatures(torch.zeros(batch, 1, len(STATISTICS), device=device), None)
@@ -78,22 +84,36 @@ class Check:
         # Of all exits the estimator has, asked or not: a token that leaves is heard of by all later ones.
         self.states: list[State] | None = estimator.initial_state(batch, device) if n_exits else None
 
-    def adopt(self, states: Sequence[State] | None) -> None:
-        """Take over what recurrent heads remember of the prompt."""
-        if self.states is None or states is None:
-            return
-        for own, found in zip(self.states, states, strict=True):
-            for mine, theirs in zip(own, found, strict=True):
-                mine.copy_(theirs)
+    def load(self, states: ExitState) -> None:
+        """Take over what recurrent heads remember of every row."""
+        for mine, theirs in self._pairs(states):
+            mine.copy_(theirs)
 
-    def set_thresholds(self, thresholds: Sequence[float | None]) -> None:
-        """What every exit asks for from now on; None: no row leaves there."""
-        now = tuple(thresholds[: self.n_exits])
+    def load_row(self, row: int, states: ExitState) -> None:
+        """Take over what recurrent heads remember of one row, the only one of ``states``."""
+        for mine, theirs in self._pairs(states):
+            mine[row] = theirs[0]
+
+    def forget(self) -> None:
+        """Rows begin anew: recurrent heads remember nothing."""
+        for state in self.states or ():
+            for part in state:
+                part.zero_()
+
+    def _pairs(self, states: ExitState) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.states is not None and states.estimator is not None:
+            for own, found in zip(self.states, states.estimator, strict=True):
+                yield from zip(own, found, strict=True)
+
+    def set_thresholds(self, thresholds: Sequence[RowThresholds]) -> None:
+        """What every row needs at every exit from now on; None: the row may not leave there."""
+        now = list(thresholds)
         if now != self._thresholds:
             self._thresholds = now
             # Confidences are float32: so is the comparison in the eager engine.
-            values = [torch.inf if value is None else value for value in now]
-            self.thresholds[: self.n_exits] = torch.tensor(values, device=self.device)
+            values = [[torch.inf if row[e] is None else row[e] for row in now] for e in range(self.n_exits)]
+            if values:
+                self.thresholds.copy_(torch.tensor(values, dtype=torch.float32))
 
     def ask(self, index: int, h: Tensor, before: Tensor, live: Tensor | None) -> None:
         """Who leaves by exit ``index``, given h (B, d) and h before the last layer; launches only.
@@ -161,4 +181,4 @@ class Check:
 
     def running(self, index: int, number: int) -> int:
         """Rows that still run after exit ``index`` of step ``number``; waits until the device has said so."""
-        return int(heard(self._read[index : index + 1], number, self.device)[0]) & 0xFFFFFFFF
+        return int(wait_for_step(self._read[index : index + 1], number, self.device)[0]) & 0xFFFFFFFF

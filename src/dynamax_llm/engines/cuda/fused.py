@@ -37,7 +37,7 @@ SLICE = 4096
 
 @dataclass(frozen=True)
 class Rows:
-    """What the exits of a batch of B rows read and write: ``thresholds`` (E,), ``ticket`` (1,) the number of the step,
+    """What the exits of a batch of B rows read and write: ``thresholds`` (E, B), ``ticket`` (1,) the step's number,
     ``left`` (B,) 1 for rows that have left, ``exit_index`` (B,) where, ``words`` (E,) in the host's memory."""
 
     thresholds: Tensor

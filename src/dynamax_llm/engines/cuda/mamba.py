@@ -25,15 +25,16 @@ CHANNELS = 32
 class Mamba2Layers:
     """The layers of a mamba2 model, on states that the stock prompt pass left.
 
-    ``most`` is the largest number of tokens in a pass. With ``homes`` 2 states can be read in one place and written in
-    the other, so that the older ones are there to go back to: ``turn`` (segments, 2) names, for the layers from each of
-    ``starts``, the home to read and the home to write.
+    ``most`` is the largest number of tokens in a pass. With ``buffers`` 2 states are read in one buffer and written in
+    the other, so that the older ones remain to roll back to: ``index`` (segments, 2) names, for the layers from each of
+    ``starts``, the buffer to read and the buffer to write.
     """
 
+    replays = True
     kernels = ("mamba_in_kernel", "convolve_kernel", "mamba_cell_kernel", "norm_groups_kernel")
 
     def __init__(
-        self, backbone: Backbone, batch: int, most: int = 1, homes: int = 1, starts: Sequence[int] = (0,)
+        self, backbone: Backbone, batch: int, most: int = 1, buffers: int = 1, starts: Sequence[int] = (0,)
     ) -> None:
         self.backbone, self.batch = backbone, batch
         mixer = backbone.layers[0].mixer
@@ -46,9 +47,9 @@ class Mamba2Layers:
         device, n = backbone.device, backbone.n_layers
         self.ring = torch.zeros(n, batch, self.ring_size, self.width, dtype=backbone.dtype, device=device)
         # float32, as the stock prompt pass leaves them.
-        self.states = torch.zeros(homes, n, batch, self.heads, self.dim, self.size, device=device)
+        self.states = torch.zeros(buffers, n, batch, self.heads, self.dim, self.size, device=device)
         self.starts = tuple(starts)
-        self.turn = torch.zeros(len(self.starts), 2, dtype=torch.int32, device=device)
+        self.index = torch.zeros(len(self.starts), 2, dtype=torch.int32, device=device)
         self.table = torch.tensor([self._addresses(layer) for layer in backbone.layers], device=device)
         self._stack_small_weights([layer.mixer for layer in backbone.layers])
 
@@ -69,21 +70,47 @@ class Mamba2Layers:
         self.decay = -torch.exp(torch.stack([mixer.A_log.float() for mixer in mixers]))
         self.skip = torch.stack([mixer.D.float() for mixer in mixers])
 
-    def adopt(self, cache: StackedCache, length: int) -> None:
-        """Go on from ``cache``, whose layers have seen ``length`` slots."""
-        layer = cache.layers[0]
-        assert isinstance(layer, SSMLayer)
-        conv, ssm = layer.ssm.conv, layer.ssm.ssm  # (n, B, C, K), (n, B, H, P, N)
-        assert conv is not None and ssm is not None
-        times = torch.arange(length - self.taps, length, device=conv.device) % self.ring_size
-        self.ring[:, :, times, : self.channels] = conv.transpose(2, 3).to(self.ring.dtype)
+    def load(self, cache: StackedCache, length: int) -> None:
+        """Go on from ``cache``, whose layers have read ``length`` slots."""
+        conv, ssm = _states(cache)
+        self.ring[:, :, self._times(length), : self.channels] = conv.transpose(2, 3).to(self.ring.dtype)
         self.states[0] = ssm
         self.commit(0)
 
-    def commit(self, home: int) -> None:
-        """The states in ``home`` are those of every token so far; what comes next is written into the other home."""
-        self.turn[:, 0] = home
-        self.turn[:, 1] = 1 - home if len(self.states) > 1 else home
+    def load_empty(self, like: StackedCache) -> None:
+        """Begin with rows that hold nothing."""
+        self.commit(0)
+
+    def load_row(self, row: int, cache: StackedCache, length: int) -> None:
+        """Row ``row`` begins with the states of ``cache``, a cache of one row after ``length`` slots."""
+        conv, ssm = _states(cache)
+        self.ring[:, row, self._times(length), : self.channels] = conv[:, 0].transpose(1, 2).to(self.ring.dtype)
+        self.states[self.committed, :, row] = ssm[:, 0]
+
+    def _times(self, length: int) -> Tensor:
+        """Places in the ring of the last inputs of the convolution before slot ``length``."""
+        return torch.arange(length - self.taps, length, device=self.ring.device) % self.ring_size
+
+    def commit(self, buffer: int) -> None:
+        """The states in ``buffer`` are those of every token so far; what comes next is written into the other."""
+        self.committed = buffer
+        self.index[:, 0] = buffer
+        self.index[:, 1] = 1 - buffer if len(self.states) > 1 else buffer
+
+    def buffer_index(self, segment: int) -> Tensor:
+        """(2,) the buffers that a segment's states are read from and written to."""
+        return self.index[segment]
+
+    def spare_bytes(self) -> int:
+        """Memory that rolling back takes."""
+        return self.states[0].nbytes if len(self.states) > 1 else 0
+
+    @property
+    def replay_macs(self) -> int:
+        """Multiply-accumulates of replaying one token in one layer: convolution and state, of what in_proj had made."""
+        mixer = self.backbone.layers[0].mixer
+        state = 2 * mixer.intermediate_size * mixer.ssm_state_size
+        return state + mixer.conv_dim * mixer.conv_kernel_size
 
     def reserve(self, length: int) -> None:
         """Nothing grows."""
@@ -181,7 +208,7 @@ class Mamba2Layers:
             self.decay,
             self.skip,
             self.states,
-            self.turn[bisect_right(self.starts, first) - 1],
+            self.index[bisect_right(self.starts, first) - 1],
             p.slot,
             self.skip if ready is None else ready,
             z if out is None else out,
@@ -226,3 +253,10 @@ class Mamba2Layers:
             **settings(ready.device, 4),
         )
         return ready
+
+
+def _states(cache: StackedCache) -> tuple[Tensor, Tensor]:
+    """Conv windows (n, B, C, K) and SSM states (n, B, H, P, N) of all layers."""
+    layer = cache.layers[0]
+    assert isinstance(layer, SSMLayer) and layer.ssm.conv is not None and layer.ssm.ssm is not None
+    return layer.ssm.conv, layer.ssm.ssm

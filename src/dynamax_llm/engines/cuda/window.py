@@ -26,14 +26,12 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.backbones.cache import StackedCache
-from dynamax_llm.engines.cuda.attention import AttentionLayers
-from dynamax_llm.engines.cuda.check import heard, words
+from dynamax_llm.engines.cuda.check import mailbox, wait_for_step
 from dynamax_llm.engines.cuda.kernels.rows import move_kernel, settle_kernel, show_kernel
 from dynamax_llm.engines.cuda.launch import overlaps, settings
-from dynamax_llm.engines.cuda.machine import Machine, residual_dtype
-from dynamax_llm.engines.cuda.mamba import Mamba2Layers
+from dynamax_llm.engines.cuda.layers import LAYERS, Layers
 from dynamax_llm.engines.cuda.passes import Pass
+from dynamax_llm.engines.cuda.runner import GraphRunner, residual_dtype
 from dynamax_llm.engines.cuda.tiles import power_of_two
 from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.readout import Readout
@@ -47,10 +45,10 @@ class Waiting:
     count: Tensor  # (1,) int32
 
 
-class WaitingMachine(Machine):
-    """A Machine whose layers may have seen different numbers of tokens; at most ``most`` wait per sequence."""
+class WindowRunner(GraphRunner):
+    """A GraphRunner whose layers may have seen different numbers of tokens; at most ``most`` wait per sequence."""
 
-    rides = True
+    updates_exited_rows = True
 
     def __init__(
         self,
@@ -59,6 +57,7 @@ class WaitingMachine(Machine):
         estimator: ConfidenceEstimator,
         readout: Readout,
         batch: int,
+        full: int,
         most: int,
         *,
         journal: bool = False,
@@ -81,14 +80,12 @@ class WaitingMachine(Machine):
         self.no_turn = torch.zeros(2, dtype=torch.int32, device=device)
         vocabulary = len(backbone.model.get_output_embeddings().weight)
         self.window_logits = torch.zeros(batch * most if journal else 0, vocabulary, device=device)
-        self.window_words = words(2 * batch * most, device)
+        self.window_words = mailbox(2 * batch * most, device)
         self.replayed = waiting(most, 0)
-        super().__init__(backbone, exits, estimator, readout, batch, most)
+        super().__init__(backbone, exits, estimator, readout, batch, full, most)
 
-    def _family(self, batch: int, most: int) -> AttentionLayers | Mamba2Layers:
-        if self.backbone.kinds[0] == "mamba":
-            return Mamba2Layers(self.backbone, batch, most, 1 + self.journal, self.starts)
-        return AttentionLayers(self.backbone)
+    def _family(self, batch: int, most: int) -> Layers:
+        return LAYERS[self.backbone.kinds[0]](self.backbone, batch, most, 1 + self.journal, self.starts)
 
     def _add_programs(self) -> None:
         # One token's own rows, and padding, are shared with the passes of waiting tokens.
@@ -110,13 +107,14 @@ class WaitingMachine(Machine):
         add("speak", lambda: self._choose(self._read_out(speaker, self.logits)))
         if self.journal:
             add("window", self._window)
-            if isinstance(self.layers, Mamba2Layers):
+            if self.layers.replays:
                 add("replay", self._replay)
 
-    def adopt(self, cache: StackedCache, length: int, padding: Tensor | None, states: list | None) -> None:
-        super().adopt(cache, length, padding, states)
+    def _reset(self) -> None:
+        super()._reset()
         self.committed = 0
         self.counts = [0] * self.n_exits
+        self.joined = self.steps
         for item in self.waiting:
             item.count.zero_()
             item.rows.slot.fill_(-1)
@@ -151,9 +149,9 @@ class WaitingMachine(Machine):
         here = self.waiting[segment - 1]
         self._layers(segment, here.rows, here)
         if segment < self.n_exits:
-            self._move(here, self.waiting[segment], turn=self._turns(segment))
+            self._move(here, self.waiting[segment], turn=self.layers.buffer_index(segment))
         else:
-            self._settle(here, None, self._turns(segment), keep=self.journal)
+            self._settle(here, None, self.layers.buffer_index(segment), keep=self.journal)
 
     def _leave(self, index: int) -> None:
         self.check.advance(index, self.shown)
@@ -167,7 +165,6 @@ class WaitingMachine(Machine):
         self._settle(here, None, self.no_turn)
 
     def _replay(self) -> None:
-        assert isinstance(self.layers, Mamba2Layers)
         self.layers.replay(self.replayed.rows)
 
     # small kernels
@@ -226,41 +223,39 @@ class WaitingMachine(Machine):
             **settings(device, 1),
         )
 
-    def _turns(self, segment: int) -> Tensor:
-        """Which homes a segment's states are read from and written to."""
-        return self.layers.turn[segment] if isinstance(self.layers, Mamba2Layers) else self.no_turn
-
     def _turn(self, segment: int) -> None:
         """A segment's states have been written: they are the ones to read."""
-        if self.journal and isinstance(self.layers, Mamba2Layers):
-            self._settle(self.newest, None, self._turns(segment), keep=True)
+        if self.journal and self.layers.replays:
+            self._settle(self.newest, None, self.layers.buffer_index(segment), keep=True)
 
     # what the host does
 
     def window_bytes(self) -> int:
         """Memory of what waits and of what is kept for taking tokens back."""
         held = sum(item.rows.h.nbytes for item in self.waiting)
-        spare = self.layers.states[0].nbytes if self.journal and isinstance(self.layers, Mamba2Layers) else 0
-        return held + spare
+        return held + (self.layers.spare_bytes() if self.journal else 0)
 
     def window_choices(self, count: int) -> list[list[int]]:
         """The likeliest tokens of the last window, per row, of ``count`` tokens each; waits for them."""
-        read = heard(self.window_words.numpy().reshape(2, -1)[self.steps & 1], self.steps, self.ids.device)
+        read = wait_for_step(self.window_words.numpy().reshape(2, -1)[self.steps & 1], self.steps, self.ids.device)
         return (read & 0xFFFFFFFF).reshape(self.batch, self.most)[:, :count].tolist()
 
     def keep(self, width: int, counts: Sequence[int]) -> None:
-        """Of the ``width`` tokens since the last call, all seen by every layer, keep each row's first ``counts``."""
+        """Of the ``width`` tokens since the last call, all read by every layer, keep each row's first ``counts``."""
         if min(counts) < width:
             kept = torch.tensor(counts, dtype=torch.int32, device=self.length.device)
             start = self.length - width
-            if isinstance(self.layers, Mamba2Layers):
+            if self.layers.replays:
                 at = torch.arange(self.most, dtype=torch.int32, device=kept.device)
                 slots = torch.where(at < kept.unsqueeze(1), start.unsqueeze(1) + at, -1)
                 self.replayed.rows.slot.copy_(slots.flatten().to(torch.int32))
                 self.layers.commit(self.committed)
                 self.programs.run("replay")
             self.length.copy_(start + kept)
-            self.slots = int(self.slots - width + max(counts))
-        if isinstance(self.layers, Mamba2Layers):
-            self.committed = 1 - self.committed
-            self.layers.commit(self.committed)
+            self.lengths = [length - width + count for length, count in zip(self.lengths, counts, strict=True)]
+        self.committed = 1 - self.committed
+        self.layers.commit(self.committed)
+
+    def replay_tokens(self, counts: Sequence[int]) -> int:
+        """Tokens, times layers, that ``keep`` computes again where some row keeps less than the window."""
+        return sum(counts) * self.backbone.n_layers if self.layers.replays else 0

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.cache import KVStack, SSMStack
 from dynamax_llm.decoding import EarlyExitOutput
-from dynamax_llm.engines import EagerEngine
 from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.readout import Readout
 
@@ -39,10 +38,12 @@ class Counted:
         )
         head = backbone.model.get_output_embeddings().weight
         embedding = backbone.model.get_input_embeddings().weight
-        engine = EagerEngine(backbone)
-        engine.run(0, backbone.n_layers, *engine.enter(ids[:1]))
+        cache, h = backbone.new_cache(), backbone.embed(ids[:1])
+        context = backbone.context(h)
+        for index in range(backbone.n_layers):
+            h = backbone.layer(index, h, cache, context)
         kv = recurrent = 0
-        for stack in engine.cache.stacks:
+        for stack in cache.stacks:
             if isinstance(stack, KVStack) and stack.buffer is not None:
                 kv += stack.buffer[:, :, :1, :, :1].nbytes
             elif isinstance(stack, SSMStack):
@@ -66,7 +67,7 @@ class Counted:
     ) -> tuple[float, float]:
         """The same for a generation: tokens left after ``first`` layers or later, ``checked`` exits were checked."""
         batch, steps = len(out.exit_layers), out.exit_layers.shape[1] - 1
-        n, per_step = len(self.layers), out.trace.spent.passes / steps
+        n, per_step = len(self.layers), out.trace.stats.passes / steps
         # Layers up to the first exit run at every step; the rest of the passes are the later layers' alike.
         early = min(float(first), per_step)
         later = max(per_step - early, 0.0)
@@ -74,8 +75,8 @@ class Counted:
         updated = n - per_step if out.trace.policy == "propagate" else 0.0
         weights += _mean(self.updates[first:]) * updated
         readouts = 1.0
-        if out.verification is not None and out.trace.spent.taken is not None:
-            readouts = len(out.trace.spent.taken) / steps  # one per step, of a draft or of a whole window
+        if out.verification is not None and out.trace.stats.left_at is not None:
+            readouts = len(out.trace.stats.left_at) / steps  # one per step, of a draft or of a whole window
         if estimator.needs_logits:  # an exit that reads everything reads the LM head once more, unless the token leaves
             leaves = float((out.exit_layers[:, 1:] < n).float().mean())
             readouts += sum(readout.reads_all(index) for index in range(checked)) * (1.0 - leaves)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.decoding.state import DEFAULT_WINDOW
 from dynamax_llm.decoding.thresholds import NEVER
+from dynamax_llm.engines.plan import DEFAULT_WINDOW
 from dynamax_llm.evaluation.bench.estimators import DrawnConfidence, draw
 from dynamax_llm.evaluation.bench.plan import BenchSettings, Setting
 from dynamax_llm.evaluation.common import FREE_MEASURE

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.decoding.engines import pick_decoder
+from dynamax_llm.decoding.decoder import Decoder
+from dynamax_llm.engines.choose import open_session
 from dynamax_llm.evaluation.bench.document import Parity
 from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.evaluation.common.random_models import random_model
@@ -27,10 +28,14 @@ def forced(early: EarlyExit, model: PreTrainedModel, ids: Tensor, prompt: int) -
     """Full depth's likeliest tokens (B, T - prompt - 1) after each of ids (B, T) from the ``prompt``-th on, but the
     last, one step at a time in ``early``'s engine. ``early`` checks no exit."""
     backbone, plan, _ = early.attach(model)
-    decoder, _ = pick_decoder(backbone, plan, batch=len(ids), engine=early.engine)
-    decoder.prefill(ids[:, :prompt])
-    steps = range(prompt, ids.shape[1] - 1)
-    return torch.stack([decoder.step(ids[:, [at]], ()).logits.argmax(-1) for at in steps], dim=1)
+    session, _ = open_session(backbone, plan, len(ids), early.engine)
+    decoder, never, tokens = Decoder(session), [(None,) * plan.full] * len(ids), []
+    session.prefill(ids[:, :prompt])
+    for at in range(prompt, ids.shape[1] - 1):
+        decoder.step(ids[:, at], never)
+        tokens.append(session.logits().argmax(-1))
+    session.close()
+    return torch.stack(tokens, dim=1)
 
 
 @torch.no_grad()

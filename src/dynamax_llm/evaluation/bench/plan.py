@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.decoding.engines import check_engine
-from dynamax_llm.decoding.state import POLICIES
+from dynamax_llm.engines.choose import check_engine
+from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.errors import PolicyMismatchError, UsageError
 from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.exits.config import HEADS, INPUTS, ExitConfig, place_exits

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.decoding.loop import EarlyExit
-from dynamax_llm.decoding.spent import Spent
+from dynamax_llm.decoding.generate import EarlyExit
 from dynamax_llm.decoding.thresholds import NEVER
 from dynamax_llm.decoding.trace import Trace
+from dynamax_llm.engines.base import DecodeStats
 from dynamax_llm.evaluation.common.bootstrap import draws, ends
 from dynamax_llm.evaluation.compare.heads import Candidate, full_depth_tokens
 from dynamax_llm.evaluation.harness.results import Interval
@@ -176,7 +176,7 @@ class Contest:
             agree.append(np.concatenate([row[0] for row in rows]))
             depth.append(np.concatenate([row[1] for row in rows]))
             index = torch.cat(left).unsqueeze(0)
-            spent = Spent(passes=int(costs.layers(index).sum()))
+            spent = DecodeStats(passes=int(costs.layers(index).sum()))
             saved.append(Trace(index, costs, early.policy.name, spent).counted_reduction)
         names = tuple(each if isinstance(each, float) else float(place) for place, each in enumerate(settings))
         return Points(names, np.stack(agree), np.stack(depth), self.tokens, tuple(saved))

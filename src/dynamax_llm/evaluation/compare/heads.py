@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.decoding.loop import EarlyExit
-from dynamax_llm.decoding.spent import Spent
+from dynamax_llm.decoding.generate import EarlyExit
 from dynamax_llm.decoding.trace import Trace
+from dynamax_llm.engines.base import DecodeStats
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.features import ConfidenceEstimator, exit_features
 from dynamax_llm.text.batches import Batch
@@ -111,7 +111,7 @@ def outcome(
         agree += int(((found.tokens == tokens) & mask).sum())
         left.append(found.exit_index[mask])
     exit_index = torch.cat(left).unsqueeze(0)
-    trace = Trace(exit_index, costs, early.policy.name, Spent(passes=int(costs.layers(exit_index).sum())))
+    trace = Trace(exit_index, costs, early.policy.name, DecodeStats(passes=int(costs.layers(exit_index).sum())))
     counts = tuple(trace.histogram.values())
     return Outcome(threshold, agree / trace.n_tokens, trace.mean_depth, trace.counted_reduction, counts)
 

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM, Mamba2Config, MistralConfig, PreTrainedConfig
 
 from dynamax_llm.backbones import Backbone, adapt
-from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.decoding.trace import TokenCosts
+from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.evaluation.compare.heads import Candidate, Outcome
 from dynamax_llm.exits.heads import ExitHeads
 from dynamax_llm.exits.readout import Readout
@@ -67,7 +67,7 @@ def token_costs(name: str, candidate: Candidate) -> TokenCosts:
         with torch.device("meta"):
             estimator = ExitHeads(scaled, backbone.width)
     readout = Readout(backbone, scaled)
-    return TokenCosts.of(backbone.costs(), layers, len(layers), estimator, POLICIES["propagate"], readout)
+    return TokenCosts.of(backbone.costs(), ExitPlan(layers, estimator, readout, POLICIES["propagate"]))
 
 
 def projected(name: str, candidate: Candidate, points: Sequence[Outcome]) -> list[Outcome]:

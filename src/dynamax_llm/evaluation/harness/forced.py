@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dynamax_llm.decoding.deferred import new_decoder
+from dynamax_llm.decoding.decoder import Decoder
+from dynamax_llm.engines.eager import EagerEngine
 from dynamax_llm.evaluation.harness.prompts import PromptSharing
 from dynamax_llm.evaluation.harness.settings import Variant
 from dynamax_llm.exits.features import ConfidenceEstimator, ExitFeatures, State
@@ -32,23 +33,25 @@ class Prompted:
         return max(map(len, self.answers))
 
     def fed(self, step: int) -> tuple[Tensor, Tensor]:
-        """Tokens (B, 1) at a step, 0 after an answer's end, and which rows (B,) are past it."""
+        """Tokens (B,) at a step, 0 after an answer's end, and which rows (B,) are past it."""
         column = [answer[step] if step < len(answer) else 0 for answer in self.answers]
         over = [step + 1 >= len(answer) for answer in self.answers]  # nothing is compared after the last token
-        return torch.tensor(column, device=self.ids.device).unsqueeze(1), torch.tensor(over, device=self.ids.device)
+        return torch.tensor(column, device=self.ids.device), torch.tensor(over, device=self.ids.device)
 
 
 @torch.no_grad()
 def forced(variant: Variant, early: PromptSharing, batch: Prompted) -> list[list[int]]:
     """Per row, the setting's own token at every place of the answer, given the answer before it."""
     backbone, plan, _ = early.attach(variant.model)
-    decoder = new_decoder(backbone, plan, batch.mask)
-    tokens = [early.prompts.prefill(decoder, batch.ids).argmax(-1)]
+    session = EagerEngine().open(backbone, plan, len(batch.ids))
+    decoder, limits = Decoder(session), [early.thresholds.values] * len(batch.ids)
+    tokens = [early.prompts.prefill(session, batch.ids, batch.mask).argmax(-1)]
     for step in range(batch.steps - 1):
         fed, over = batch.fed(step)
         if bool(over.all()):
             break
-        tokens.append(decoder.step(fed, early.thresholds.values, over).logits.argmax(-1))
+        decoder.step(fed, limits, over)
+        tokens.append(session.logits().argmax(-1))
     table = torch.stack(tokens, dim=1).tolist()
     return [row[: len(answer)] for row, answer in zip(table, batch.answers, strict=True)]
 
@@ -66,15 +69,15 @@ def confidences(variant: Variant, early: PromptSharing, batch: Prompted) -> list
     token is known only once the tail has run.
     """
     backbone, plan, _ = early.attach(variant.model)
-    decoder = new_decoder(backbone, plan, batch.mask)
-    early.prompts.prefill(decoder, batch.ids)
     recorder = _Recorder(plan.estimator, plan.readout)
-    decoder.plan = replace(plan, estimator=recorder)
+    session = EagerEngine().open(backbone, replace(plan, estimator=recorder), len(batch.ids))
+    early.prompts.prefill(session, batch.ids, batch.mask)
+    decoder, never = Decoder(session), [(None,) * plan.full] * len(batch.ids)
     rows: list[list[list[tuple[float, bool]]]] = [[[] for _ in plan.layers] for _ in batch.answers]
     for step in range(batch.steps - 1):
         fed, over = batch.fed(step)
         recorder.recorded = []
-        decoder.step(fed, [None] * len(plan.layers))
+        decoder.step(fed, never)
         for exit, (confidence, token) in enumerate(recorder.recorded):
             for row, answer in enumerate(batch.answers):
                 if not bool(over[row]):

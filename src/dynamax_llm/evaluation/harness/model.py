@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.decoding.loop import EarlyExitOutput
-from dynamax_llm.decoding.state import InPlace
+from dynamax_llm.decoding.generate import EarlyExitOutput
 from dynamax_llm.decoding.trace import TokenCosts
 from dynamax_llm.errors import UsageError
 from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
@@ -139,7 +138,7 @@ class DynamaxLM(HFLM):
     def _in_place(self) -> bool:
         """Whether a token's whole cost is known when it leaves, so that every row has a cost of its own."""
         early = self.early_exit
-        return early is None or not early.thresholds.active or isinstance(early.policy, InPlace)
+        return early is None or not early.thresholds.active or not early.policy.exact_state
 
     def _saved(self, costs: TokenCosts, left: Sequence[int]) -> float:
         """Share of the full model's multiply-accumulates that tokens which left by these exits did not take."""

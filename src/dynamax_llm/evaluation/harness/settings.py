@@ -17,8 +17,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dynamax_llm.backbones import Backbone, adapt
-from dynamax_llm.decoding.state import DEFAULT_WINDOW, POLICIES
 from dynamax_llm.decoding.thresholds import NEVER, Threshold, Thresholds
+from dynamax_llm.engines.plan import DEFAULT_WINDOW, POLICIES
 from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.evaluation.harness.baselines import pruned as pruned_model

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.decoding.state import POLICIES, StatePolicy
 from dynamax_llm.decoding.trace import TokenCosts
+from dynamax_llm.engines.plan import POLICIES, ExitPlan, StatePolicy
 from dynamax_llm.errors import DataError
 from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.evaluation.common.documents import Interval
@@ -227,7 +227,7 @@ class _Analysis:
 
     def _by_exit(self, policy: StatePolicy, places: tuple[int, ...], estimator: ConfidenceEstimator) -> tuple[int, ...]:
         """Multiply-accumulates of a token by exit. Under an exact state every layer runs sooner or later."""
-        costs = TokenCosts.of(self.costs, places, len(places), estimator, policy, self.readout)
+        costs = TokenCosts.of(self.costs, ExitPlan(places, estimator, self.readout, policy))
         whole = self.costs.depth(self.n_layers)
         return tuple(whole + check for check in costs.checks) if policy.exact_state else costs.by_exit
 

@@ -215,7 +215,7 @@ def _up(up, start, W: tl.constexpr, BW: tl.constexpr, BU: tl.constexpr):
 def _decide(sure, b, thresholds, index, ticket, live, left, exit_index, word, counter, B, BB: tl.constexpr,
             RIDE: tl.constexpr):  # fmt: skip
     """Row b leaves if it is sure enough; the last row to come tells the host how many run on."""
-    if (tl.load(left + b) == 0) & (sure >= tl.load(thresholds + index)):
+    if (tl.load(left + b) == 0) & (sure >= tl.load(thresholds + index * B + b)):
         tl.store(exit_index + b, index)
         tl.store(left + b, 1)
         if not RIDE:

@@ -16,7 +16,7 @@ NUMBERS: tl.constexpr = tl.constexpr(2**22 - 1)
 
 
 @triton.jit
-def enter_kernel(ids, embedding, idle, pad, length, ticket, h, slot, place, live, left, exit_index, EXITS,
+def enter_kernel(ids, embedding, idle, pad, length, ticket, h, slot, place, live, left, exit_index, FULL,
                  D: tl.constexpr, BD: tl.constexpr, RIDE: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One token per sequence enters: h (B, D) its embedding, slot its place in the caches; ``length`` (B,) grows, and
     ``ticket``, the number of the step, by one.
@@ -39,7 +39,7 @@ def enter_kernel(ids, embedding, idle, pad, length, ticket, h, slot, place, live
     else:
         tl.store(live + b, 1 - resting)
     tl.store(left + b, resting)
-    tl.store(exit_index + b, EXITS)
+    tl.store(exit_index + b, FULL)
     if b == 0:
         tl.store(ticket, tl.load(ticket) + 1)
 
@@ -104,7 +104,8 @@ def decide_kernel(confidence, thresholds, index, ticket, live, left, exit_index,
     b = tl.arange(0, BB)
     known = b < B
     gone = tl.load(left + b, mask=known, other=1) != 0
-    sure = tl.load(confidence + b, mask=known, other=0.0) >= tl.load(thresholds + index)
+    limit = tl.load(thresholds + index * B + b, mask=known, other=float("inf"))
+    sure = tl.load(confidence + b, mask=known, other=0.0) >= limit
     leaving = known & sure & (gone == 0)
     now = gone | leaving
     tl.store(exit_index + b, tl.full([BB], 0, tl.int32) + index, mask=leaving)

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.cache import StackedCache
-from dynamax_llm.engines.cuda.attention import AttentionLayers
-from dynamax_llm.engines.cuda.check import Check, heard, words
+from dynamax_llm.engines.cuda.check import Check, mailbox, wait_for_step
 from dynamax_llm.engines.cuda.graphs import Programs
 from dynamax_llm.engines.cuda.kernels.rows import choose_kernel, enter_kernel
 from dynamax_llm.engines.cuda.launch import overlaps, settings
-from dynamax_llm.engines.cuda.mamba import Mamba2Layers
+from dynamax_llm.engines.cuda.layers import LAYERS, Layers
 from dynamax_llm.engines.cuda.passes import Pass
 from dynamax_llm.engines.cuda.readout import read_out
 from dynamax_llm.engines.cuda.tiles import blocks, power_of_two
 from dynamax_llm.exits.features import ConfidenceEstimator
 from dynamax_llm.exits.readout import Readout
+from dynamax_llm.exits.state import ExitState
 
 #: A length at which nothing is written: programs are tried out with it.
 NOWHERE = -(1 << 20)
@@ -37,10 +37,10 @@ CHOOSERS = 32
 LEAST_SHARE = 512
 
 
-class Machine:
+class GraphRunner:
     """Programs for ``batch`` sequences of one backbone, exits after ``exits`` layers, and one judge."""
 
-    rides = False  # whether layers go on changing h of rows that left
+    updates_exited_rows = False  # whether layers go on changing h of rows that left
 
     def __init__(
         self,
@@ -49,11 +49,14 @@ class Machine:
         estimator: ConfidenceEstimator,
         readout: Readout,
         batch: int,
+        full: int,
         most: int = 1,
     ) -> None:
+        """``exits``: the depths of the active exits; ``full``: the exit index of full depth; ``most``: tokens of the
+        largest pass."""
         self.backbone, self.batch = backbone, batch
         self.starts, self.stops = (0, *exits), (*exits, backbone.n_layers)
-        self.n_exits = len(exits)
+        self.n_exits, self.full = len(exits), full
         device, head = backbone.device, backbone.model.get_output_embeddings().weight
         self.layers = self._family(batch, most)
         self.pad = torch.zeros(batch, dtype=torch.int32, device=device)
@@ -66,22 +69,20 @@ class Machine:
         self.logits = torch.zeros(batch, len(head), dtype=torch.float32, device=device)
         self.ticket = torch.zeros(1, dtype=torch.int32, device=device)
         self.steps = 0  # the host's own count of what ``ticket`` counts; never reset, so that no word is mistaken
-        self.check = Check(estimator, readout, self.n_exits, batch, device, self.ticket)
+        self.check = Check(estimator, readout, self.n_exits, batch, device, self.ticket, full)
         self.idle = torch.zeros(batch, dtype=torch.int32, device=device)
         self.resting = False  # whether any row is
         self.bias = torch.zeros(len(head), dtype=torch.float32, device=device)
         self._banned: tuple[int, ...] = ()
-        self.words = words(2 * batch, device)
+        self.words = mailbox(2 * batch, device)
         self._read = self.words.numpy().reshape(2, batch)
-        self.slots = 0  # entered so far, as the host counts
+        self.lengths = [0] * batch  # slots entered per row, as the host counts
         self.programs = Programs(device)
         self._add_programs()
 
-    def _family(self, batch: int, most: int) -> AttentionLayers | Mamba2Layers:
+    def _family(self, batch: int, most: int) -> Layers:
         """What drives this backbone's layers, in passes of at most ``most`` tokens."""
-        if self.backbone.kinds[0] == "mamba":
-            return Mamba2Layers(self.backbone, batch, most)
-        return AttentionLayers(self.backbone)
+        return LAYERS[self.backbone.kinds[0]](self.backbone, batch, most)
 
     def _add_programs(self) -> None:
         for index in range(len(self.starts)):
@@ -106,16 +107,41 @@ class Machine:
         self.programs.record()
         self.steps = int(self.ticket)  # trying programs out counts as steps
 
-    def adopt(self, cache: StackedCache, length: int, padding: Tensor | None, states: list | None) -> None:
-        """Go on from the prompt: ``cache`` holds ``length`` slots, ``padding`` (B, length) is 0 at left pads."""
-        self.slots = length
-        if padding is None:
-            self.pad.zero_()
-        else:
+    def load_prompts(self, cache: StackedCache, length: int, padding: Tensor | None, states: ExitState) -> None:
+        """All rows go on from prompts: ``cache`` holds ``length`` slots, ``padding`` (B, length) is 0 at left pads."""
+        self._reset()
+        self.lengths = [length] * self.batch
+        if padding is not None:
             self.pad.copy_((padding == 0).sum(1))
         self.length.fill_(length)
-        self.layers.adopt(cache, length)
-        self.check.adopt(states)
+        self.layers.load(cache, length)
+        self.check.load(states)
+
+    def load_empty(self, like: StackedCache) -> None:
+        """Begin with rows that hold nothing; ``like`` is the cache of one row."""
+        self._reset()
+        self.lengths = [0] * self.batch
+        self.length.zero_()
+        self.layers.load_empty(like)
+
+    def load_row(self, row: int, cache: StackedCache, length: int, states: ExitState) -> None:
+        """Row ``row`` goes on from a prompt of ``length`` tokens, the only row of ``cache``."""
+        self.layers.load_row(row, cache, length)
+        self._set_row(row, length)
+        self.check.load_row(row, states)
+
+    def clear_row(self, row: int) -> None:
+        """Row ``row`` holds nothing: its slots begin again at 0."""
+        self._set_row(row, 0)
+
+    def _set_row(self, row: int, length: int) -> None:
+        self.lengths[row], self.length[row], self.pad[row] = length, length, 0
+
+    def _reset(self) -> None:
+        """Forget the rows of the session before."""
+        self.pad.zero_()
+        self.check.forget()
+        self.ban(())
 
     def enter(self, ids: Tensor | None, idle: Tensor | None) -> None:
         """The next token (B,) of every sequence, None for those that were chosen last; ``idle`` (B,) bool rows need no
@@ -127,9 +153,9 @@ class Machine:
         elif self.resting:
             self.idle.zero_()
         self.resting = idle is not None
-        self.slots += 1
+        self.lengths = [length + 1 for length in self.lengths]
         self.steps += 1
-        self.layers.reserve(self.slots)
+        self.layers.reserve(max(self.lengths))
 
     def _enter(self) -> None:
         p, width = self.now, self.backbone.width
@@ -146,10 +172,10 @@ class Machine:
             p.live,
             self.check.left,
             self.check.exit_index,
-            self.n_exits,
+            self.full,
             width,
             power_of_two(width),
-            self.rides,
+            self.updates_exited_rows,
             overlaps(p.h.device),
             **settings(p.h.device, 8),
         )
@@ -173,7 +199,7 @@ class Machine:
         early = self.check.logits if index == 0 else None
         self._choose(self._read_out(self.now.h, self.logits) if early is None else early)
 
-    def spoken(self, skipped: int | None) -> Tensor:
+    def newest_logits(self, skipped: int | None) -> Tensor:
         """Logits (B, V) of the token: ``skipped`` is the exit by which the last row left, None for full depth."""
         early = self.check.logits if skipped == 0 else None
         return self.logits if early is None else early
@@ -213,7 +239,7 @@ class Machine:
 
     def chosen(self, step: int) -> tuple[list[int], list[int]]:
         """Every row's token and exit index at step number ``step``, this one or the one before; waits for them."""
-        read = heard(self._read[step & 1], step, self.ids.device)
+        read = wait_for_step(self._read[step & 1], step, self.ids.device)
         return (read & 0xFFFFFFFF).tolist(), (read >> 32 & 0xFF).tolist()
 
 
