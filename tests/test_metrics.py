@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import sys
+
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
 
 from dynamax_llm.metrics import exact_match, f1, first_divergence, is_degenerate, rouge_l
 
@@ -12,6 +16,18 @@ def test_rouge_l_by_hand():
     assert rouge_l("", "a cat") == 0.0
     # The longest common subsequence is "the sat": precision 2/3, recall 2/4, F = 4/7.
     assert rouge_l("the dog sat", "the cat never sat") == pytest.approx(4 / 7)
+
+
+def test_rouge_l_is_the_packages_without_its_help(monkeypatch):
+    """Equal to rouge-score (lm-eval brings it) on words, case, punctuation, digits and other scripts; not imported."""
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    generator = random.Random(0)
+    words = ["the", "The", "cat", "cats", "sat,", "3", "4.5", "don't", "Zürich", "猫", "--", "mat."]
+    pairs = [tuple(" ".join(generator.choices(words, k=generator.randrange(14))) for _ in range(2)) for _ in range(300)]
+    monkeypatch.setitem(sys.modules, "rouge_score", None)
+    for text, reference in pairs:
+        expected = 1.0 if text == reference else scorer.score(reference, text)["rougeL"].fmeasure
+        assert rouge_l(text, reference) == expected, (text, reference)
 
 
 @pytest.mark.parametrize(

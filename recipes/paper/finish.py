@@ -26,7 +26,7 @@ def main() -> None:
     page, figures = options.out / "report.html", options.out / "figures"
     options.out.mkdir(parents=True, exist_ok=True)
     check_targets(page, figures)
-    found = joined(Evaluation.load(options.eval), dict(options.exits), options.shifts)
+    found = joined(Evaluation.read(options.eval), dict(options.exits), options.shifts)
     found.save(options.out)
     write_report([found], page, figures)
     (options.out / "summary.md").write_text(summary(found), encoding="utf-8")

@@ -65,7 +65,7 @@ def _short(document: Bench, full: float, propagate: float, defer: float, verify:
         assert row.speed_up is not None and row.acceptance is not None
         said = f"{row.speed_up.median:.3f}x ({row.acceptance:.1%} accepted)"
         yield f"3. {row.label}", f"{verify}x", said, row.speed_up.median >= verify
-    for same in document.sameness:
+    for same in document.parity:
         if same.differing is not None:
             yield f"3. {same.of}, against {same.reference}: likeliest differs", "", f"{same.differing:.2%}", None
     yield from _checks(document)
@@ -112,7 +112,7 @@ def _long(document: Bench, short: Bench | None, growth: float) -> Iterator[Line]
 
 
 def _exact(document: Bench) -> Iterator[Line]:
-    for same in document.sameness:
+    for same in document.parity:
         if same.equal is not None:
             what = f"6. {same.model}, {same.dtype}, {same.of} against {same.reference}, {same.positions:,} tokens"
             yield what, "all equal", f"{same.equal:.2%} equal", same.equal == 1.0

@@ -1,7 +1,7 @@
 """``dynamax demo``: both shipped backbones with all their exits, on real prompts and real text, in about a minute.
 
-Everything shown is measured here and now: depth and agreement on held-out text, teacher-forced with exits on; counted
-reduction from the same pass; wall-clock speed-up of generation against the same loop at full depth, run in pairs.
+Every figure is measured in this run: depth and agreement on held-out text, teacher-forced with exits on; counted
+reduction from the same pass; wall-clock speed-up of generation against the same loop at full depth, in pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.utils import logging
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.loading import DEFAULT_HEAD, REFERENCE_BACKBONES, load, shipped_exits
 from dynamax_llm.decoding import EarlyExit, EarlyExitOutput
-from dynamax_llm.evaluation import Candidate, Outcome
+from dynamax_llm.evaluation import Candidate
 from dynamax_llm.evaluation.compare.heads import full_depth_tokens, outcome
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.registries import HEADS
@@ -34,11 +34,11 @@ PROMPTS = (
     "User: Hi, I want to find a restaurant in San Francisco.\nAssistant:",
     '"I do not understand you," said the old man, and he',
 )
-#: What the table tries, as confidences.
+#: Of the table.
 THRESHOLDS = (0.8, 0.9, 0.95)
 SHOWN_THRESHOLD = 0.9
 NEW_TOKENS, TIMED_TOKENS = 40, 20
-#: Held-out documents judged, and tokens of each.
+#: Held-out documents of the table, and tokens of each.
 DOCUMENTS, DOCUMENT_TOKENS = 4, 160
 
 
@@ -50,7 +50,7 @@ def held_out_texts() -> list[str]:
 
 @dataclass(frozen=True)
 class _Stage:
-    """One backbone, ready to be shown."""
+    """One backbone with its tokenizer and held-out text."""
 
     name: str
     backbone: Backbone
@@ -78,29 +78,24 @@ class _Stage:
 
 
 def main() -> None:
-    """Show both backbones."""
+    """Run both backbones and print what their exits save."""
     console = Console(highlight=False, markup=False)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    # Models this small lose more to waiting for a second thread than they gain, the more so on a busy machine.
+    threads, started = torch.get_num_threads(), time.perf_counter()
+    # Models this small lose more by synchronising a second thread than they gain, the more so on a busy machine.
     torch.set_num_threads(1)
     try:
-        _show_all(console)
+        console.print(f"float32, 1 thread, torch {torch.__version__}, {platform.machine()}\n")
+        for name in REFERENCE_BACKBONES:
+            stage = _Stage.open(name)
+            exits = {head: Exits.from_pretrained(folder) for head in HEADS if (folder := shipped_exits(name, head))}
+            _continue_prompts(console, stage, exits[DEFAULT_HEAD])
+            _table(console, stage, exits)
+            _lossless(console, stage, exits[DEFAULT_HEAD])
+        console.print(f"demo: {time.perf_counter() - started:.0f} s")
     finally:
         torch.set_num_threads(threads)
-
-
-def _show_all(console: Console) -> None:
-    started = time.perf_counter()
-    console.print(f"float32, 1 thread, torch {torch.__version__}, {platform.machine()}\n")
-    for name in REFERENCE_BACKBONES:
-        stage = _Stage.open(name)
-        exits = {head: Exits.from_pretrained(folder) for head in HEADS if (folder := shipped_exits(name, head))}
-        _continue_prompts(console, stage, exits[DEFAULT_HEAD])
-        _table(console, stage, exits)
-        _lossless(console, stage, exits[DEFAULT_HEAD])
-    console.print(f"demo: {time.perf_counter() - started:.0f} s")
 
 
 def _continue_prompts(console: Console, stage: _Stage, exits: Exits) -> None:
@@ -118,13 +113,8 @@ def _continue_prompts(console: Console, stage: _Stage, exits: Exits) -> None:
             tinted(items, n_layers, exits.config.layers[0]) if console.color_system else marked(items), soft_wrap=True
         )
         trace = out.trace
-        line = summary(
-            tokens=trace.n_tokens,
-            mean_depth=trace.mean_depth,
-            n_layers=n_layers,
-            counted_reduction=trace.counted_reduction,
-            seconds=seconds,
-        )
+        saved = {"mean_depth": trace.mean_depth, "counted_reduction": trace.counted_reduction}
+        line = summary(tokens=trace.n_tokens, n_layers=n_layers, seconds=seconds, **saved)
         console.print(line, style="italic", end="\n\n", soft_wrap=True)
 
 
@@ -135,7 +125,8 @@ def _table(console: Console, stage: _Stage, exits: dict[str, Exits]) -> None:
     for head, trained in exits.items():
         for threshold, speed_up in zip(THRESHOLDS, _speed_ups(stage, trained), strict=True):
             found = outcome(stage.backbone, Candidate(head, trained), threshold, [stage.batch], [stage.truth])
-            table.add_row(head, f"{threshold:.2f}", *_cells(found), f"{speed_up:.2f}x")
+            figures = (percent(found.depth), f"{100 * found.agreement:.1f} %", percent(found.counted_reduction))
+            table.add_row(head, f"{threshold:.2f}", *figures, f"{speed_up:.2f}x")
     console.print(table)
     console.print(
         f"Agreement with the full model over {stage.batch.tokens:,} tokens. Counted reduction: multiply-accumulates "
@@ -165,10 +156,6 @@ def _lossless(console: Console, stage: _Stage, exits: Exits) -> None:
         style="dim",
         soft_wrap=True,
     )
-
-
-def _cells(found: Outcome) -> tuple[str, str, str]:
-    return percent(found.depth), f"{100 * found.agreement:.1f} %", percent(found.counted_reduction)
 
 
 def _speed_ups(stage: _Stage, exits: Exits) -> list[float]:

@@ -65,3 +65,8 @@ class ArtifactVersionError(ArtifactError):
 
 class ArtifactMismatchError(ArtifactError):
     """Made for another backbone."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, at most 200 characters, for use within a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".: ")

@@ -1,7 +1,4 @@
-"""Text in which every token shows how deep it went: tinted on a terminal, marked in plain text.
-
-Pure presentation: numbers and a tokenizer in, text out.
-"""
+"""Generated text with the depth of every token: tinted on a terminal, marked in plain text."""
 
 from __future__ import annotations
 
@@ -14,33 +11,33 @@ from rich.text import Text
 if TYPE_CHECKING:
     from dynamax_llm.decoding import Trace, Verification
 
-#: From blue (left early) over violet to orange (ran everything): told apart by colour-blind readers too, and of a
-#: middle luminance, so that each stays readable on a black and on a white terminal.
+#: From blue (left early) over violet to orange (full depth): distinct for colour-blind readers too, and of a middle
+#: luminance, so that each is readable on a black and on a white terminal.
 GRADIENT = ((26, 129, 196), (142, 105, 196), (199, 95, 22))
 
-#: Prompt tokens that are decoded along with the first new one, so that its leading space comes out right.
+#: Prompt tokens that are decoded along with the first new one, so that its leading space is right.
 CONTEXT = 6
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of text that one token (or the tokens of one character) added, and the layers that took."""
+    """The text of one token (or of the tokens of one character), and the layers run for it."""
 
     text: str
     depth: int
 
 
 class Pieces:
-    """Token ids to text, one at a time: holds a token back while its last character is incomplete."""
+    """Token ids to text, one at a time; a token is kept back while its last character is incomplete."""
 
     def __init__(self, tokenizer: Any, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids = list(context)[-CONTEXT:]
-        self._start, self._shown = 0, len(self._ids)
+        self._start, self._emitted = 0, len(self._ids)
         self._depth = 0
 
     def push(self, token: int, depth: int) -> Piece | None:
-        """The text that ``token`` completes, or None. Depth 0 marks a row that has ended: nothing is shown."""
+        """The text that ``token`` completes, or None; depth 0 marks a row that has ended and gives None."""
         if depth == 0:
             return None
         self._ids.append(token)
@@ -48,15 +45,15 @@ class Pieces:
         return self._emit(final=False)
 
     def flush(self) -> Piece | None:
-        """What is still held back at the end, incomplete character and all."""
-        return self._emit(final=True) if self._shown < len(self._ids) else None
+        """What is still kept back at the end, an incomplete character included."""
+        return self._emit(final=True) if self._emitted < len(self._ids) else None
 
     def _emit(self, *, final: bool) -> Piece | None:
-        before, now = self._decode(self._ids[self._start : self._shown]), self._decode(self._ids[self._start :])
+        before, now = self._decode(self._ids[self._start : self._emitted]), self._decode(self._ids[self._start :])
         if now.endswith("\ufffd") and not final:
             return None
         piece = Piece(now[len(before) :], self._depth)
-        self._start, self._shown, self._depth = self._shown, len(self._ids), 0
+        self._start, self._emitted, self._depth = self._emitted, len(self._ids), 0
         return piece if piece.text else None
 
     def _decode(self, ids: list[int]) -> str:
@@ -66,8 +63,8 @@ class Pieces:
 def pieces(tokenizer: Any, ids: Sequence[int], depths: Sequence[int], context: Sequence[int] = ()) -> list[Piece]:
     """The new tokens ``ids``, each with the layers it ran, as text; ``context`` are the prompt's ids."""
     stream = Pieces(tokenizer, context)
-    found = [stream.push(token, depth) for token, depth in zip(ids, depths, strict=True)]
-    return [piece for piece in (*found, stream.flush()) if piece is not None]
+    emitted = [stream.push(token, depth) for token, depth in zip(ids, depths, strict=True)]
+    return [piece for piece in (*emitted, stream.flush()) if piece is not None]
 
 
 def colour(share: float) -> str:
@@ -99,9 +96,9 @@ def marked(items: Iterable[Piece]) -> str:
 
 def legend(depths: Iterable[int], n_layers: int) -> Text:
     """One swatch per depth a token can have, in layers."""
-    text, known = Text("layers run:"), sorted(set(depths))
-    for depth in known:
-        text.append(f" {depth} ", style=f"bold {tint(depth, n_layers, known[0])}")
+    text, ordered = Text("layers run:"), sorted(set(depths))
+    for depth in ordered:
+        text.append(f" {depth} ", style=f"bold {tint(depth, n_layers, ordered[0])}")
     return text.append(f"of {n_layers}")
 
 
@@ -111,7 +108,7 @@ def percent(share: float) -> str:
 
 
 def summary(*, tokens: int, mean_depth: float, n_layers: int, counted_reduction: float, seconds: float) -> str:
-    """One line on a generation. ``mean_depth`` and ``counted_reduction`` are shares; the clock includes the prompt."""
+    """One line on a generation. ``mean_depth`` and ``counted_reduction`` are shares; ``seconds`` include the prompt."""
     rate = tokens / seconds if seconds > 0 else float("inf")
     return (
         f"{tokens} tokens, mean depth {mean_depth * n_layers:.1f} of {n_layers} layers ({percent(mean_depth)}), "
@@ -122,11 +119,11 @@ def summary(*, tokens: int, mean_depth: float, n_layers: int, counted_reduction:
 def exactness(trace: Trace, verification: Verification | None) -> str | None:
     """One line on a generation with exact state or output; None for the approximate policies."""
     saved = f"layer passes saved {percent(trace.pass_reduction)}"
-    waited = f"at most {trace.stats.window_bytes / 1e6:.2f} MB waited"
+    waiting = f"at most {trace.stats.window_bytes / 1e6:.2f} MB waited"
     if verification is not None:
         checked = verification.accepted + verification.corrected
         return (
             f"exact output (verify): {verification.accepted} of {checked} checked drafts accepted, "
-            f"{verification.corrected} corrected, {verification.rolled_back} more rolled back, {saved}, {waited}"
+            f"{verification.corrected} corrected, {verification.rolled_back} more rolled back, {saved}, {waiting}"
         )
-    return f"exact state (defer): {saved}, {waited}" if trace.policy == "defer" else None
+    return f"exact state (defer): {saved}, {waiting}" if trace.policy == "defer" else None

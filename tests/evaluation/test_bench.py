@@ -11,7 +11,7 @@ from dynamax_llm import cli
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.errors import DataError, PolicyMismatchError, UsageError
-from dynamax_llm.evaluation.bench import Bench, BenchSettings, agree, bench
+from dynamax_llm.evaluation.bench import Bench, BenchSettings, bench, parity
 from dynamax_llm.evaluation.bench import run as running
 from dynamax_llm.evaluation.bench.counted import Counted
 from dynamax_llm.evaluation.bench.document import Spread
@@ -59,9 +59,9 @@ def test_every_setting_is_measured_and_did_what_it_says(benched):
 
 def test_engines_say_the_same_in_float32(benched):
     _, found, _ = benched
-    assert {item.of for item in found.sameness} >= {"transformers", "one pass of the stock model"}
-    assert any("verify" in item.of for item in found.sameness)
-    assert all(item.equal in (None, 1.0) and item.differing in (None, 0.0) for item in found.sameness)
+    assert {item.of for item in found.parity} >= {"transformers", "one pass of the stock model"}
+    assert any("verify" in item.of for item in found.parity)
+    assert all(item.equal in (None, 1.0) and item.differing in (None, 0.0) for item in found.parity)
 
 
 def test_bytes_are_those_of_the_weights(benched):
@@ -100,10 +100,22 @@ def test_the_document_and_its_files(benched, tmp_path):
     with pytest.raises(DataError, match="version 9"):
         Bench.read(tmp_path / "other.json")
     (tmp_path / "broken.json").write_text("{}")
-    with pytest.raises(DataError, match="no benchmark that can be used: complete"):
+    with pytest.raises(DataError, match="is not a usable benchmark: complete"):
         Bench.read(tmp_path / "broken.json")
     with pytest.raises(DataError, match=r"cannot read .*nowhere\.json"):
         Bench.read(tmp_path / "nowhere.json")
+
+
+def test_documents_of_before_are_read(benched, tmp_path):
+    """Fields that had another name in 0.1.0: parity, and the estimator of a row."""
+    _, found, _ = benched
+    old = json.loads(found.model_dump_json())
+    old["sameness"] = old.pop("parity")
+    for row in old["rows"]:
+        row["judge"] = row.pop("estimator")
+    (tmp_path / "bench.json").write_text(json.dumps(old))
+    assert Bench.read(tmp_path) == found
+    assert found.parity and any(row.estimator for row in found.rows)
 
 
 def test_a_draw_has_the_shares_asked_for():
@@ -135,9 +147,13 @@ def test_rows_leave_where_they_were_drawn(shape, policy):
 
 def test_texts_are_compared():
     one, other = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 4]]), torch.tensor([[1, 2, 9, 4, 5], [1, 2, 3, 9, 5]])
-    assert agree.compared(one, other) == (0.75, 2)
-    assert agree.compared(one, one) == (1.0, None)
-    assert agree.differing(one, other[:, :4]) == 0.25
+    assert parity.compared(one, other) == (0.75, 2)
+    assert parity.compared(one, one) == (1.0, None)
+    facts = dict.fromkeys(("of", "reference", "model", "dtype"), "-")
+    forced = parity.given_text(one, other[:, :4], facts)
+    assert (forced.differing, forced.positions, forced.equal) == (0.25, 8, None)
+    free = parity.free(one, other, facts)
+    assert (free.equal, free.first_difference, free.positions, free.differing) == (0.75, 2, 8, None)
     spread = Spread.of([3.0, 1.0, 2.0])
     assert (spread.median, spread.low, spread.high, spread.repeats) == (2.0, 1.0, 3.0, 3)
 
@@ -153,7 +169,7 @@ def test_a_token_is_what_many_take_longer_than_one_and_turns_are_paired(monkeypa
         return 0.010 + (new - 1) * (0.004 if setting.kind == "full" else 0.001), out
 
     monkeypatch.setattr(running._Run, "call", told)
-    settings = BenchSettings(prompt=3, new=5, repeats=2, policies=("propagate",), baselines=False, sameness=False)
+    settings = BenchSettings(prompt=3, new=5, repeats=2, policies=("propagate",), baselines=False, parity=False)
     found = bench(model, settings)
     assert model.generation_config.eos_token_id == ends
     full, own = found.rows
@@ -161,7 +177,7 @@ def test_a_token_is_what_many_take_longer_than_one_and_turns_are_paired(monkeypa
     assert own.tokens_per_second.median == pytest.approx(1000.0)
     assert own.speed_up.median == pytest.approx(4.0) and own.speed_up.repeats == 2
     assert own.first_token.median == pytest.approx(0.010) and own.building == pytest.approx(0.0)
-    assert found.sameness == () and found.missing == ()
+    assert found.parity == () and found.missing == ()
 
 
 def test_a_moment_of_noise_makes_no_time_negative():
@@ -198,7 +214,7 @@ def test_counted_layers_of_a_mixed_depth():
     ("changes", "message"),
     [
         ({"policies": ("copy",)}, "'copy' is not defined for the mamba layers of 'mamba2'"),
-        ({"checks": 4}, "--checks 4: this backbone has 4 layers, so at most 3 exits"),
+        ({"checks": 4}, "checks 4: this backbone has 4 layers, so at most 3 exits"),
         ({"exit_at": "4"}, "exits may sit after layers 1 to 3"),
     ],
 )
@@ -214,13 +230,16 @@ def test_what_the_model_does_not_allow(changes, message):
         (("transformer-ee", "--shape", "tiny-mamba"), "give either a MODEL or --shape"),
         (("--shape", "tiny-mambo"), "unknown model shape 'tiny-mambo'. Did you mean 'tiny-mamba'?"),
         (("--shape", "tiny-mamba", "--batch", "1,x"), "--batch '1,x': give numbers separated by commas"),
-        (("--shape", "tiny-mamba", "--batch", "0"), "--batch 0: give whole numbers from 1"),
-        (("--shape", "tiny-mamba", "--new", "1"), "--new 1: give a whole number from 2"),
+        (("--shape", "tiny-mamba", "--batch", "0"), "batches 0: give whole numbers from 1"),
+        (("--shape", "tiny-mamba", "--new", "1"), "new 1: give a whole number from 2"),
         (("--shape", "tiny-mamba", "--policy", "verfy"), "unknown state policy 'verfy'. Did you mean 'verify'?"),
-        (("--shape", "tiny-mamba", "--spread", "2"), "share 2.0: --spread and --leave take shares between 0 and 1"),
-        (("--shape", "tiny-mamba", "--spread", "1", "--batch", "1"), "give a --batch above 1 too"),
+        (("--shape", "tiny-mamba", "--spread", "2"), "spread 2.0: give shares between 0 and 1"),
+        (("--shape", "tiny-mamba", "--spread", "1", "--batch", "1"), "give a batch size above 1 too"),
         (("--shape", "tiny-mamba", "--engine", "gpu"), "unknown engine 'gpu'"),
-        (("--shape", "tiny-mamba", "--checks", "2", "--head", "state_similarity"), "--head 'state_similarity': give"),
+        (
+            ("--shape", "tiny-mamba", "--checks", "2", "--head", "state_similarity"),
+            "estimator 'state_similarity': give",
+        ),
         (("--shape", "tiny-mamba", "--device", "cuda:9"), "device 'cuda:9' cannot be used here"),
         (("--shape", "tiny-mamba", "--engine", "cuda"), "engine 'cuda' cannot run this: the weights lie on 'cpu'"),
         (("--shape", "tiny-transformer", "--new", "9000"), "this backbone has 8192 positions"),

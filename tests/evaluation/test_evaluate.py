@@ -8,11 +8,13 @@ import pytest
 
 from dynamax_llm.errors import DataError, UsageError
 from dynamax_llm.evaluation.harness import evaluate as module
-from dynamax_llm.evaluation.harness.evaluate import Plan, evaluate, merge
+from dynamax_llm.evaluation.harness.combine import add_to, combine, difference
+from dynamax_llm.evaluation.harness.evaluate import Plan, evaluate
 from dynamax_llm.evaluation.harness.records import Records, cell_path
 from dynamax_llm.evaluation.harness.results import Evaluation
 from dynamax_llm.evaluation.harness.settings import Variant, by_head, by_measure, full, pruned, static
-from tests.evaluation.conftest import LIMIT, NEW, heads, subject, task
+from dynamax_llm.evaluation.harness.tasks import load_tasks
+from tests.evaluation.conftest import LIMIT, NEW, ROWS, heads, subject, task
 
 
 def settings(family: str) -> list[Variant]:
@@ -39,7 +41,7 @@ def run(family, out, names=("triviaqa",), chosen=slice(2, 4), **plan) -> Evaluat
 def test_cells_of_every_kind(family, tmp_path):
     found = run(family, tmp_path, ("triviaqa", "truthfulqa_mc1"), slice(None), timed=1)
     found.save(tmp_path)
-    assert Evaluation.load(tmp_path) == found
+    assert Evaluation.read(tmp_path) == found
     cells = {(cell.task, cell.setting): cell for cell in found.cells}
     assert len(cells) == 14
     for (name, setting), cell in cells.items():
@@ -102,7 +104,7 @@ def test_a_finished_run_is_only_read(tmp_path, monkeypatch):
     def never(*arguments, **options):
         raise AssertionError("worked again")
 
-    monkeypatch.setattr(module._Bench, "_answer", never)
+    monkeypatch.setattr(module._Cells, "_answer", never)
     monkeypatch.setattr(module, "pair", never)
     again = run("llama", tmp_path, timed=1)
     assert again.cells == first.cells
@@ -111,7 +113,7 @@ def test_a_finished_run_is_only_read(tmp_path, monkeypatch):
 
 def test_a_killed_run_goes_on_with_the_samples_it_lacks(tmp_path, monkeypatch):
     whole = run("llama", tmp_path / "whole", batch=1)
-    answer, calls = module._Bench._answer, []
+    answer, calls = module._Cells._answer, []
 
     def killed(self, task, variant, docs):
         if len(calls) == 4:
@@ -119,7 +121,7 @@ def test_a_killed_run_goes_on_with_the_samples_it_lacks(tmp_path, monkeypatch):
         calls.append(1)
         return answer(self, task, variant, docs)
 
-    monkeypatch.setattr(module._Bench, "_answer", killed)
+    monkeypatch.setattr(module._Cells, "_answer", killed)
     with pytest.raises(KeyboardInterrupt):
         run("llama", tmp_path / "cut", batch=1)
     path = cell_path(tmp_path / "cut", "llama", "triviaqa", "full")
@@ -139,14 +141,14 @@ def test_records_of_other_settings_are_refused_and_kept(tmp_path):
     changed[1] = Variant(
         changed[1].facts.model_copy(update={"id": "mamba head@0"}), changed[1].model, changed[1].exits, {}
     )
-    with pytest.raises(UsageError, match="holds records of another run: there exits is"):
+    with pytest.raises(UsageError, match="holds records of another run: head 'mamba', now 'mlp'"):
         evaluate(subject("llama"), changed, [task("triviaqa")], Plan(batch=2), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == before
 
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [("{broken", "no valid JSON"), ('{"kind": "sample"}', "no 'doc'"), ('{"kind": "other", "doc": 1}', "'other'")],
+    [("{broken", "not valid JSON"), ('{"kind": "sample"}', "no 'doc'"), ('{"kind": "other", "doc": 1}', "'other'")],
 )
 def test_a_damaged_line_is_named(line, said, tmp_path):
     path = tmp_path / "r.jsonl"
@@ -167,7 +169,7 @@ def test_records_come_back(tmp_path):
     kept.append({"kind": "timing", "doc": 3, "ratio": 1.5})
     again = Records(path, {"a": [1, 2]})
     assert (again.samples, again.timings) == (kept.samples, kept.timings)
-    with pytest.raises(UsageError, match="there a is \\[1, 2\\], here 5"):
+    with pytest.raises(UsageError, match="another run: a \\[1, 2\\], now 5"):
         Records(path, {"a": 5})
     path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
     with pytest.raises(DataError, match="version 9"):
@@ -176,15 +178,112 @@ def test_records_come_back(tmp_path):
 
 def test_two_backbones_in_one_document(tmp_path):
     parts = [run(name, tmp_path) for name in ("llama", "mamba2")]
-    both = merge(parts, title="pair", notes=["small"])
+    both = combine(parts, title="pair")
     assert [item.name for item in both.backbones] == ["llama", "mamba2"]
     assert len(both.cells) == 6 and len(both.tasks) == 1 and len(both.runs) == 2
-    assert (both.title, both.notes, set(both.settings)) == ("pair", ("small",), {"llama", "mamba2"})
+    assert (both.title, set(both.settings)) == ("pair", {"llama", "mamba2"})
     other = parts[1].model_copy(update={"tasks": (parts[1].tasks[0].model_copy(update={"shots": 9}),)})
-    with pytest.raises(UsageError, match="two different tasks are called 'triviaqa'"):
-        merge([parts[0], other])
-    with pytest.raises(UsageError, match="nothing to merge"):
-        merge([])
+    with pytest.raises(UsageError, match="disagree about the task 'triviaqa': its shots is 2 in one and 9 in another"):
+        combine([parts[0], other])
+    with pytest.raises(UsageError, match="at least one"):
+        combine([])
+
+
+def test_other_tasks_and_settings_are_added_to_the_document(tmp_path):
+    """What a folder's document holds is never lost: not by another task, another threshold, or the same again."""
+    first = add_to(tmp_path, run("llama", tmp_path, examples=1))
+    assert Evaluation.read(tmp_path) == first
+    second = add_to(tmp_path, run("llama", tmp_path, ("coqa",), slice(1, 2)))
+    places = {(cell.setting, cell.task) for cell in second.cells}
+    assert places == {
+        *((name, "triviaqa") for name in ("full", "mamba head@0", "mamba head@never")),
+        *((name, "coqa") for name in ("full", "static@2")),
+    }
+    assert second.cells[:3] == first.cells and second.examples == first.examples
+    assert [item.name for item in second.tasks] == ["triviaqa", "coqa"] and len(second.runs) == 2
+    assert second.reliability == first.reliability
+    third = add_to(tmp_path, run("llama", tmp_path, ("triviaqa",), slice(0, 1)))
+    assert {cell.setting for cell in third.cells if cell.task == "triviaqa"} == {
+        "full", "mamba head@0", "mamba head@never", "softmax_margin@0",
+    }  # fmt: skip
+    again = add_to(tmp_path, run("llama", tmp_path, ("triviaqa",), slice(2, 4), examples=1))
+    assert sorted(map(repr, again.cells)) == sorted(map(repr, third.cells))
+    assert [item.id for item in again.settings["llama"]] == [item.id for item in third.settings["llama"]]
+    other = add_to(tmp_path, run("mamba2", tmp_path))
+    assert [item.name for item in other.backbones] == ["llama", "mamba2"]
+    assert set(map(repr, again.cells)) < set(map(repr, other.cells))
+
+
+def changed(document: Evaluation, **changes: object) -> Evaluation:
+    """The document with fields of its first backbone, task and (full model's) setting changed where they have them."""
+    parts = {"backbones": document.backbones, "tasks": document.tasks, "settings": document.settings["llama"]}
+    for name, items in parts.items():
+        own = {key: value for key, value in changes.items() if key in type(items[0]).model_fields}
+        parts[name] = (items[0].model_copy(update=own), *items[1:])
+    parts["settings"] = {"llama": parts["settings"]}
+    return document.model_copy(update=parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"samples": 9}, "another task 'triviaqa': limit 2, now 9"),
+        ({"shots": 5}, "another task 'triviaqa': shots 2, now 5"),
+        ({"max_new_tokens": 64}, "another task 'triviaqa': max_new_tokens 6, now 64"),
+        ({"source": "hub"}, "another task 'triviaqa': source 'triviaqa_dev.jsonl.*, now 'hub'"),
+        ({"sha256": "00"}, "another task 'triviaqa': sha256 '.*, now '00'"),
+        ({"policy": "defer"}, "another setting of llama 'full': policy 'propagate', now 'defer'"),
+        ({"window": 4}, "another setting of llama 'full': window 16, now 4"),
+        ({"layers": (1,)}, r"another setting of llama 'full': layers \(2, 3\), now \(1,\)"),
+        ({"fingerprint": "00"}, "another backbone 'llama': fingerprint '.*, now '00'"),
+        ({"n_layers": 7, "fingerprint": "00"}, "another backbone 'llama': n_layers 5, now 7"),
+    ],
+)
+def test_a_document_that_contradicts_is_kept_and_the_difference_named(changes, said, tmp_path):
+    first = add_to(tmp_path, run("llama", tmp_path))
+    before = (tmp_path / "eval.json").read_bytes()
+    with pytest.raises(UsageError, match=f"{said}. Give another folder"):
+        add_to(tmp_path, changed(first, **changes))
+    assert (tmp_path / "eval.json").read_bytes() == before
+
+
+def test_another_limit_is_refused_before_any_work(tmp_path, monkeypatch):
+    """Also where the records would not tell: a setting that was not evaluated before."""
+    add_to(tmp_path, run("llama", tmp_path))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json*")}
+
+    def never(*arguments, **options):
+        raise AssertionError("worked")
+
+    monkeypatch.setattr(module._Cells, "_answer", never)
+    more = load_tasks(["triviaqa"], data_dir=ROWS, limit=LIMIT + 2, max_new_tokens=NEW)
+    variants = [settings("llama")[index] for index in (0, 1)]
+    with pytest.raises(UsageError, match=f"'triviaqa': limit {LIMIT}, now {LIMIT + 2}. Give another folder"):
+        evaluate(subject("llama"), variants, more, Plan(batch=2), tmp_path)
+    (tmp_path / "eval.json").unlink()  # then the records say it
+    with pytest.raises(UsageError, match=f"holds records of another run: limit {LIMIT}, now {LIMIT + 2}"):
+        evaluate(subject("llama"), variants, more, Plan(batch=2), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jsonl")} == {
+        path: content for path, content in before.items() if path.suffix == ".jsonl"
+    }
+
+
+def test_a_damaged_document_is_refused_and_kept(tmp_path):
+    first = add_to(tmp_path, run("llama", tmp_path))
+    (tmp_path / "eval.json").write_text("{")
+    with pytest.raises(DataError, match="not a usable evaluation"):
+        add_to(tmp_path, first)
+    with pytest.raises(DataError, match="not a usable evaluation"):
+        run("llama", tmp_path)
+    assert (tmp_path / "eval.json").read_text() == "{"
+
+
+def test_the_first_difference_is_the_telling_one():
+    assert difference({"a": 1}, {"a": 1}) == ""
+    assert difference({"asked": "x", "limit": 4}, {"asked": "y", "limit": 6}) == "limit 4, now 6"
+    assert difference({"asked": "x"}, {"asked": "y"}) == "asked 'x', now 'y'"
+    assert difference({"exits": {"head": "mlp"}}, {"exits": {"head": "linear"}}) == "head 'mlp', now 'linear'"
+    assert difference({"seed": 0}, {}) == "seed 0, now None"
 
 
 @pytest.mark.parametrize(("options", "said"), [({"batch": 0}, "batch 0"), ({"timed": -1}, "timed -1")])

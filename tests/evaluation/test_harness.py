@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import lm_eval
 import pytest
 import torch
@@ -12,11 +15,12 @@ from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.harness.evaluate import Plan, evaluate
 from dynamax_llm.evaluation.harness.model import DynamaxLM, StopAtText
+from dynamax_llm.evaluation.harness.records import cell_path
 from dynamax_llm.evaluation.harness.settings import by_head, full
-from dynamax_llm.evaluation.harness.tasks import LOCAL, _manager
+from dynamax_llm.evaluation.harness.tasks import LOCAL, EvalTask, _manager, load_tasks
 from dynamax_llm.testing import random_ids
 from dynamax_llm.traces.teacher_forced import step_by_step, teacher_forced
-from tests.evaluation.conftest import TASKS, heads, subject, task
+from tests.evaluation.conftest import ROWS, TASKS, heads, subject, task
 from tests.folders import byte_tokenizer
 
 #: One task that generates and one that scores continuations.
@@ -55,6 +59,39 @@ def test_never_leaving_scores_as_the_stock_class_does(family, name, tmp_path):
         }
         assert cell.mean_depth.value == 1.0
         assert cell.counted_reduction.value == 0.0
+
+
+def many_choices(length: int = 100) -> EvalTask:
+    """More documents than a batch holds, whose continuations fit the tiny models' context."""
+    (found,) = load_tasks(["truthfulqa_mc2"], data_dir=ROWS, limit=None)
+    docs = [doc for doc in found.docs if max(len(item.args[1].encode()) for item in doc.instances) < length]
+    assert len(docs) > 3
+    return dataclasses.replace(found, docs=tuple(docs[:5]))
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_likelihoods_are_the_stock_classs_whatever_the_batch(batch, family, tmp_path):
+    """Continuations of a whole task are one call, so that the same texts share a batch as in the harness."""
+    who, many = subject(family), many_choices()
+    stock = HFLM(pretrained=who.model, tokenizer=who.tokenizer, batch_size=batch)
+    requests = [instance for doc in many.docs for instance in doc.instances]
+    expected = [list(response) for response in stock.loglikelihood(requests, disable_tqdm=True)]
+    settings = [full(who, heads(family)), by_head(who, heads(family), "never")]
+    cells = evaluate(who, settings, [many], Plan(batch=batch, timed=0), tmp_path).cells
+    for variant in settings:
+        lines = cell_path(tmp_path, family, many.facts.name, variant.facts.id).read_text().splitlines()[1:]
+        assert [score for line in lines for score in json.loads(line)["scores"]] == expected
+    assert cells[0].metrics == cells[1].metrics
+
+
+def test_scores_hardly_depend_on_the_batch(family, tmp_path):
+    who, many = subject(family), many_choices()
+    settings = [full(who, heads(family)), by_head(who, heads(family), 0.5)]
+    found = [evaluate(who, settings, [many], Plan(batch=b, timed=0), tmp_path / str(b)).cells for b in (1, 8)]
+    for one, eight in zip(*found, strict=True):
+        assert one.histogram == eight.histogram
+        for name, metric in one.metrics.items():
+            assert metric.value == pytest.approx(eight.metrics[name].value, abs=1e-4)
 
 
 def score(family: str, **options: object) -> tuple[list[tuple[float, bool]], DynamaxLM]:

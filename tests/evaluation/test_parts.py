@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 import numpy as np
@@ -11,16 +12,18 @@ import torch
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.errors import UsageError
+from dynamax_llm.evaluation.common import random_models
 from dynamax_llm.evaluation.common.bootstrap import interval, median, weighted
+from dynamax_llm.evaluation.common.random_models import zero_tail
 from dynamax_llm.evaluation.harness.baselines import pruned
-from dynamax_llm.evaluation.harness.forced import Prompted, agreement, confidences, said
+from dynamax_llm.evaluation.harness.forced import Prompted, agreement, confidences, forced
+from dynamax_llm.evaluation.harness.patches import single_scores, squad_metrics
 from dynamax_llm.evaluation.harness.prompts import KEPT, PromptSharing, SharedPrompts
 from dynamax_llm.evaluation.harness.settings import by_head, by_measure, check_ids, full, grid, static
 from dynamax_llm.evaluation.harness.settings import pruned as pruned_setting
-from dynamax_llm.evaluation.harness.squad import stand_in
 from dynamax_llm.evaluation.harness.timing import pair
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.testing import random_ids, tiny_model
+from dynamax_llm.testing import TINY, random_ids, tiny_model
 from dynamax_llm.traces.teacher_forced import teacher_forced
 from tests.evaluation.conftest import heads, subject
 
@@ -74,6 +77,41 @@ def test_a_pruned_model_is_the_backbone_without_some_layers(model_type):
     assert new.shape == (2, 13)  # with a cache whose layers are numbered anew
 
 
+@pytest.mark.parametrize("model_type", TINY)
+def test_a_zero_tail_adds_nothing_and_leaves_the_layers_before(model_type):
+    model, ids = tiny_model(model_type), random_ids(2, 7)
+    backbone = adapt(model)
+    before = [parameter.clone() for parameter in backbone.layers[0].parameters()]
+    zero_tail(model, 3)
+    ctx, h = backbone.context(backbone.embed(ids)), backbone.embed(ids)
+    with torch.no_grad():
+        for index in range(3):
+            h = backbone.layer(index, h, None, ctx)
+        assert torch.allclose(model(ids).logits, backbone.readout(h), atol=1e-5)
+    if model_type != "zamba2":  # its attention block is shared by all layers
+        assert all(torch.equal(a, b) for a, b in zip(before, backbone.layers[0].parameters(), strict=True))
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_a_tail_that_still_adds_something_is_refused_and_unchanged(model_type, monkeypatch):
+    """A family that names its projections otherwise."""
+    monkeypatch.setattr(random_models, "_OUTPUTS", ("to_residual",))
+    model = tiny_model(model_type)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UsageError, match=f"'{model_type}' cannot be made to add nothing: layer 4 still changes"):
+        zero_tail(model, 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_tail_zeroed_in_part_gets_its_weights_back(monkeypatch):
+    monkeypatch.setattr(random_models, "_OUTPUTS", ("o_proj",))
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UsageError, match=r"layer 4 still changes its input with o_proj zeroed"):
+        zero_tail(model, 3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_a_stack_whose_layers_are_told_by_a_rule_is_refused():
     """Jamba's period puts attention at layers 1 and 4 of seven; of layers 0-3 and 6 the last is none, and would be."""
     with pytest.raises(UsageError, match=r"'jamba' cannot be pruned.*--no-baselines"):
@@ -109,12 +147,27 @@ def test_a_ratio_of_totals_weighs_samples_by_their_tokens():
 def test_the_stand_in_goes_as_it_came():
     name = "transformers.data.metrics.squad_metrics"
     before = name in sys.modules
-    with stand_in():
+    with squad_metrics():
         import transformers.data.metrics.squad_metrics as found
 
         assert found.compute_exact("A cat", "cat") == 1
         assert found.compute_f1("a black cat sat", "the black cat") == pytest.approx(0.8)
     assert (name in sys.modules) == before
+
+
+def test_a_single_score_needs_one_draw_and_the_harness_is_as_before():
+    from rouge_score import scoring
+
+    before = scoring.BootstrapAggregator
+    scores = {"rougeL": scoring.Score(0.5, 0.25, 1 / 3)}
+    found = []
+    for patch in (contextlib.nullcontext, single_scores):
+        with patch():
+            aggregator = scoring.BootstrapAggregator()
+            aggregator.add_scores(scores)
+            found.append(aggregator.aggregate())
+    assert found[0] == found[1]
+    assert scoring.BootstrapAggregator is before
 
 
 def test_a_forced_answer_is_judged_as_in_one_pass(family):
@@ -124,7 +177,7 @@ def test_a_forced_answer_is_judged_as_in_one_pass(family):
     ids = random_ids(2, 8, vocab=250)
     variant = by_head(who, heads(family), 0.5)
     early = variant.early_exit(SharedPrompts())
-    found = said(variant, early, Prompted(ids, torch.ones_like(ids), answers))
+    found = forced(variant, early, Prompted(ids, torch.ones_like(ids), answers))
     backbone, plan, _ = early.attach(who.model)
     for row, answer in enumerate(answers):
         text = torch.cat((ids[row : row + 1], torch.tensor([answer])), dim=1)[:, :-1]
@@ -172,7 +225,7 @@ def test_settings_that_make_no_evaluation():
     who = subject("llama")
     with pytest.raises(UsageError, match="compares with the full model"):
         check_ids([static(who, 2)])
-    with pytest.raises(UsageError, match="'full' is asked for twice"):
+    with pytest.raises(UsageError, match="'full' is given twice"):
         check_ids([full(who), full(who)])
     with pytest.raises(UsageError, match="no trained head"):
         by_head(who, Exits.untrained(who.backbone, (2,)), 0.5)

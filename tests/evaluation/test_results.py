@@ -7,7 +7,7 @@ import json
 import pytest
 
 from dynamax_llm.errors import DataError
-from dynamax_llm.evaluation.harness.results import DOCUMENT, Evaluation, Run
+from dynamax_llm.evaluation.harness.results import Evaluation, Run
 
 
 def document() -> Evaluation:
@@ -17,9 +17,9 @@ def document() -> Evaluation:
 
 def test_saved_is_loaded(tmp_path):
     document().save(tmp_path / "new")
-    assert Evaluation.load(tmp_path / "new") == document()
-    assert Evaluation.load(tmp_path / "new" / DOCUMENT) == document()
-    assert [item.name for item in (tmp_path / "new").iterdir()] == [DOCUMENT]
+    assert Evaluation.read(tmp_path / "new") == document()
+    assert Evaluation.read(tmp_path / "new" / Evaluation.FILE) == document()
+    assert [item.name for item in (tmp_path / "new").iterdir()] == [Evaluation.FILE]
 
 
 @pytest.mark.parametrize(
@@ -33,12 +33,12 @@ def test_saved_is_loaded(tmp_path):
 )
 def test_damage_is_named(tmp_path, change, said):
     document().save(tmp_path)
-    path = tmp_path / DOCUMENT
+    path = tmp_path / Evaluation.FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(DataError, match=said):
-        Evaluation.load(path)
+        Evaluation.read(path)
 
 
 def test_no_document(tmp_path):
     with pytest.raises(DataError, match="dynamax eval"):
-        Evaluation.load(tmp_path)
+        Evaluation.read(tmp_path)

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 
 import pytest
 import torch
+from dynamax_llm.exits.heads import ExitHeads
+from dynamax_llm.exits.readout import Readout
 
 import dynamax_llm as dx
 from dynamax_llm import cli
 from dynamax_llm.backbones import adapt
+from dynamax_llm.cli.scan import scan as scan_command
 from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.errors import BackboneError, DataError, ExitPlacementError, UsageError
+from dynamax_llm.evaluation.scan import collect
 from dynamax_llm.evaluation.scan.collect import gather
-from dynamax_llm.evaluation.scan.document import LEAST_COUNTED, Drift, Scan, judged
+from dynamax_llm.evaluation.scan.document import LEAST_COUNTED, Drift, Scan, verdict
 from dynamax_llm.evaluation.scan.estimator import cross_fitted, logistic
+from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.progress import TokenBar
 from dynamax_llm.report.scanned import check_target, write_scan
 from dynamax_llm.testing import tiny_model, zero_tail
 from dynamax_llm.traces.curves import auroc
@@ -119,12 +127,12 @@ def left_under_propagate(counted: float) -> Drift:
     ],
 )
 def test_the_verdict_follows_its_rule(depth, oracle, counted, answer, says):
-    verdict = judged(depth, oracle, left_under_propagate(counted))
-    assert verdict.answer == answer
-    assert says in verdict.reason
+    found = verdict(depth, oracle, left_under_propagate(counted))
+    assert found.answer == answer
+    assert says in found.reason
 
 
-def test_the_fitted_judge_never_sees_what_it_judges():
+def test_the_fitted_estimator_is_evaluated_on_other_text():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 600, 3, generator=generator)
     group = torch.arange(600) // 30
@@ -142,19 +150,53 @@ def test_the_fitted_judge_never_sees_what_it_judges():
     assert float(slope[1:].abs().max()) < 1e-4
 
 
+def test_checks_are_priced_as_training_builds_them():
+    """The default number of candidates is ExitConfig's, in the library and on the command line."""
+    model = tiny_model("llama", vocab=2000)
+    assert dx.ScanSettings().candidates == ExitConfig.candidates
+    assert inspect.signature(scan_command).parameters["candidates"].default in (None, ExitConfig.candidates)
+    default = dx.ScanSettings().candidates
+    tokenizer, source = byte_tokenizer(), dx.find_source(corpus())
+    settings = dataclasses.replace(SETTINGS, candidates=default, tokens=400)
+    found = dx.scan(adapt(model), tokenizer, source, "2,3,4", settings)
+    config = ExitConfig((2, 3, 4), 5)
+    head, readout = ExitHeads(config, adapt(model).width), Readout(adapt(model), config)
+    expected = [readout.read_macs(index) + head.macs(index) for index in range(3)]
+    assert [check.macs for check in found.checks] == expected
+    assert expected[0] > expected[1] == expected[2]
+    other = dx.scan(adapt(model), tokenizer, source, "2,3,4", dataclasses.replace(settings, candidates=64))
+    assert other.checks[1].macs < found.checks[1].macs
+
+
+def test_the_bar_names_what_it_does(monkeypatch):
+    titles = []
+
+    class Bar(TokenBar):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            titles.append(self._progress.tasks[0].description)
+
+        def show(self, tokens, note):
+            titles.append(note()[0])
+
+    monkeypatch.setattr(collect, "TokenBar", Bar)
+    scanned(backbone("llama"), tokens=200)
+    assert len(titles) > 1 and set(titles) == {"scanning"}
+
+
 def test_documents_and_files(pair, tmp_path):
     model, found = pair
     written = write_scan(found, tmp_path / {"llama": "folder", "mamba2": "scan-a.json"}[model.config.model_type])
-    assert Scan.load(written[0]) == found
+    assert Scan.read(written[0]) == found
     assert [path.suffix for path in written] == [".json", ".svg", ".png"]
     assert b"agreement" in written[1].read_bytes()
     later = json.loads(written[0].read_text()) | {"version": 99}
     written[0].write_text(json.dumps(later))
     with pytest.raises(DataError, match="version 99"):
-        Scan.load(written[0])
+        Scan.read(written[0])
     written[0].write_text("{}")
     with pytest.raises(DataError, match=r"run: Field required.*dynamax scan again"):
-        Scan.load(written[0])
+        Scan.read(written[0])
     with pytest.raises(UsageError, match="is a file"):
         check_target(written[0] / "below")
 
@@ -176,7 +218,7 @@ def test_numbers_that_are_none_are_refused():
     model = backbone("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(float("nan"))
-    with pytest.raises(BackboneError, match="no numbers in float32"):
+    with pytest.raises(BackboneError, match="not numbers in float32"):
         scanned(model)
 
 
@@ -202,7 +244,7 @@ def test_the_command_prints_tables_or_the_document(capsys, tmp_path):
         assert text.lower() in printed.lower()
     assert cli.run([*arguments, "--seq-length", "64", "--json"]) == 0
     shown = Scan.model_validate_json(capsys.readouterr().out)
-    assert shown.layers == Scan.load(tmp_path / "found" / "scan.json").layers
+    assert shown.layers == Scan.read(tmp_path / "found" / "scan.json").layers
     assert shown.exits == (2, 3)
 
 

@@ -72,7 +72,7 @@ def test_damaged_and_empty_files_are_named(tmp_path):
     shutil.copytree(ROWS, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "triviaqa_dev.jsonl"
     path.write_text(json.dumps({"question": "?"}) + "\n{\n")
-    with pytest.raises(DataError, match=r"triviaqa_dev.jsonl, line 2: no valid JSON"):
+    with pytest.raises(DataError, match=r"triviaqa_dev.jsonl, line 2: not valid JSON"):
         load_tasks(["triviaqa"], data_dir=tmp_path)
     path.write_text("\n")
     with pytest.raises(DataError, match="holds no document"):
@@ -86,5 +86,5 @@ def test_tasks_of_another_kind_are_refused():
     class Rolling:
         OUTPUT_TYPE = "loglikelihood_rolling"
 
-    with pytest.raises(UsageError, match="task 'wikitext' asks for loglikelihood_rolling"):
+    with pytest.raises(UsageError, match="task 'wikitext' requires loglikelihood_rolling"):
         tasks._ready("wikitext", Rolling(), {}, 1, 1, 0)

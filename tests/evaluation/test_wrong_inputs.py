@@ -36,16 +36,35 @@ def test_tables_and_document(tmp_path, capsys, monkeypatch):
         assert text in printed.out
     assert "no speed-up" in printed.out
     assert printed.err == ""
-    found = Evaluation.load(tmp_path)
+    found = Evaluation.read(tmp_path)
     assert len(found.cells) == 9
     assert cli.run([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cells"] == found.model_dump(mode="json")["cells"]
 
 
+def test_another_task_and_threshold_are_added(tmp_path, capsys):
+    """The folder's document keeps what was evaluated before, and a report shows both."""
+    assert cli.run(command(tmp_path, "--threshold", "0")) == 0
+    before = Evaluation.read(tmp_path)
+    assert cli.run(command(tmp_path, "--threshold", "never", "--tasks", "coqa", "--no-baselines")) == 0
+    found = Evaluation.read(tmp_path)
+    assert [item.name for item in found.tasks] == ["triviaqa", "coqa"]
+    assert found.cells[: len(before.cells)] == before.cells
+    assert [(cell.setting, cell.task) for cell in found.cells[len(before.cells) :]] == [
+        ("full", "coqa"),
+        ("mamba head@never", "coqa"),
+    ]
+    assert len(found.runs) == 2 and found.runs[0] == before.runs[0]
+    capsys.readouterr()
+    assert cli.run(command(tmp_path, "--threshold", "0.5", "--limit", "2")) == 2
+    assert "another task 'triviaqa': limit 1, now 2" in capsys.readouterr().err
+    assert Evaluation.read(tmp_path) == found
+
+
 def test_places_need_a_measure_and_no_heads(tmp_path, capsys):
     options = ("--exits", "1,3", "--measure", "entropy", "--no-baselines", "--policy", "defer")
     assert cli.run(command(tmp_path, *options, exits=False)) == 0
-    settings = Evaluation.load(tmp_path).settings["llama-0"]
+    settings = Evaluation.read(tmp_path).settings["llama-0"]
     assert [(item.id, item.layers, item.policy) for item in settings[1:]] == [("entropy@0.9", (1, 3), "defer")]
     assert cli.run(command(tmp_path, "--exits", "1,3", exits=False)) == 2
     assert "name who judges there: --measure" in capsys.readouterr().err
@@ -108,13 +127,13 @@ def test_damaged_records_and_other_settings_lose_nothing(tmp_path, capsys):
     arguments = command(tmp_path, "--no-baselines")
     assert cli.run(arguments) == 0
     assert cli.run([*arguments, "--max-new-tokens", "5"]) == 2
-    assert "holds records of another run: there asked is" in capsys.readouterr().err
+    assert "holds an evaluation with another task 'triviaqa': max_new_tokens 4, now 5" in capsys.readouterr().err
     path = next((tmp_path / "records").rglob("full.jsonl"))
     before = path.read_bytes()
     path.write_bytes(before.replace(b'"kind": "sample"', b'"kind": sample'))
     damaged, document = path.read_bytes(), (tmp_path / "eval.json").read_bytes()
     assert cli.run(arguments) == 2
-    assert "full.jsonl, line 2: no valid JSON" in capsys.readouterr().err
+    assert "full.jsonl, line 2: not valid JSON" in capsys.readouterr().err
     assert path.read_bytes() == damaged
     assert (tmp_path / "eval.json").read_bytes() == document
 

@@ -32,7 +32,7 @@ def test_one_command_makes_the_grid_and_the_same_command_again_repeats_nothing(t
     capsys.readouterr()
     assert cli.run(words) == 0, capsys.readouterr().err
     assert capsys.readouterr().err == ""
-    found = Evaluation.load(tmp_path)
+    found = Evaluation.read(tmp_path)
     assert [item.name for item in found.backbones] == ["llama-0", "mamba2-0"]
     kinds = [setting.kind for setting in found.settings["llama-0"]]
     assert {kind: kinds.count(kind) for kind in kinds} == {"full": 1, "measure": 1, "head": 1, "static": 3, "pruned": 3}
@@ -46,10 +46,10 @@ def test_one_command_makes_the_grid_and_the_same_command_again_repeats_nothing(t
     heads = {path: path.stat().st_mtime_ns for path in (tmp_path / "exits").rglob("exits.safetensors")}
     assert len(heads) == 2
     monkeypatch.setattr("dynamax_llm.report.write_report", lambda *_: [])  # drawn once is enough
-    monkeypatch.setattr(module._Bench, "_answer", lambda *_: pytest.fail("a finished cell was answered again"))
+    monkeypatch.setattr(module._Cells, "_answer", lambda *_: pytest.fail("a finished cell was answered again"))
     assert cli.run(grid(tmp_path)) == 0, capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in heads} == heads
-    again = Evaluation.load(tmp_path)
+    again = Evaluation.read(tmp_path)
     assert again.cells == found.cells
     assert again.examples == found.examples
 
@@ -107,5 +107,5 @@ def test_missing_exits_need_text():
     plan = PaperPlan(train_data=None)
     from dynamax_llm.paper.heads import exits_of
 
-    with pytest.raises(UsageError, match="--train-data"):
+    with pytest.raises(UsageError, match="train_data"):
         exits_of("elsewhere", None, None, plan.heads, plan.train_data, plan.training, Path("/nowhere"))

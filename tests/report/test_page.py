@@ -10,11 +10,11 @@ import pytest
 
 from dynamax_llm.evaluation.harness.results import Bin
 from dynamax_llm.report import write_report
-from dynamax_llm.report.canvas import clean, inline
-from dynamax_llm.report.depths import evidence, reliability
-from dynamax_llm.report.markup import Markup, slug, tag
-from dynamax_llm.report.numbers import difference, number, percent, spread, times
+from dynamax_llm.report.figures import evidence, fronts, reliability
+from dynamax_llm.report.numbers import difference, number, percent, slug, spread, times
 from dynamax_llm.report.palette import DARK, LIGHT, SENTINELS, mixed, step
+from dynamax_llm.report.plots import clean, inline
+from dynamax_llm.report.select import pairs
 from tests.report import synthetic
 from tests.report.reading import Element, read
 
@@ -190,12 +190,69 @@ def test_numbers():
     assert spread(synthetic.about(0.5, 0.1), percent) == "40.0 … 60.0\u00a0%" and spread(None) == ""
 
 
-def test_markup_escapes_and_nests():
-    assert tag("p", "<b>", ["&", None, Markup("<i>")], class_='"x"', hidden=True, title=None) == (
-        '<p class="&quot;x&quot;" hidden>&lt;b&gt;&amp;<i></p>'
-    )
+def test_names_of_files_and_text_in_figures():
     assert [slug("Mamba 7B", "f1,none"), slug("日本")] == ["mamba-7b-f1-none", "x"]
     assert clean("a\n b\x00c" + "d" * 90, 12) == "a b cdddddd…"
+
+
+def hostile(value: object, path: tuple[str, ...] = ()) -> object:
+    """The value with hostile text in place of every free text in it."""
+    kinds = ("kind", "format", "policy", "method", "measure")
+    if isinstance(value, dict):
+        return {key: hostile(item, (*path, str(key))) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [hostile(item, path) for item in value]
+    keep = not isinstance(value, str) or path[-1] in kinds
+    return value if keep else f"{value} {synthetic.HOSTILE}"
+
+
+def test_every_text_of_a_document_is_escaped(tmp_path):
+    """Names, labels, sources, commands, promises: whatever a document holds cannot become an element."""
+    whole = synthetic.evaluation(backbones=synthetic.BACKBONES[:1])
+    few = [item for item in whole.cells if item.setting in ("full", "mamba@0.8")]
+    document = whole.model_copy(update={"cells": tuple(few)}).model_dump()
+    changed = hostile(document)
+    for part in ("settings", "promises"):
+        changed[part] = {f"{name} {synthetic.HOSTILE}": items for name, items in changed[part].items()}
+    for cell in changed["cells"]:
+        cell["metrics"] = {f"{name} {synthetic.HOSTILE}": item for name, item in cell["metrics"].items()}
+    path = tmp_path / "hostile.html"
+    write_report([type(whole).model_validate(changed)], path)
+    text = path.read_text(encoding="utf-8")
+    root = read(text)
+    assert len(root.all("script")) == 1 and root.all("img") == []
+    assert not any(key.startswith("on") for item in root.inside for key in item.attributes)
+    assert root.text.count(synthetic.HOSTILE) > 50
+
+
+def test_scores_that_are_all_zero_are_said_not_drawn(tmp_path):
+    document = synthetic.evaluation(backbones=synthetic.BACKBONES[:1])
+    task = document.tasks[0]
+    cells = []
+    for cell in document.cells:
+        metrics = dict(cell.metrics)
+        if cell.task == task.name:
+            zero = synthetic.about(0.0, 0.0)
+            metrics[task.primary] = metrics[task.primary].model_copy(
+                update={"value": 0.0, "low": 0.0, "high": 0.0, "delta": zero}
+            )
+        cells.append(cell.model_copy(update={"metrics": metrics}))
+    changed = document.model_copy(update={"cells": tuple(cells)})
+    before, after = ({t.name: fronts(d, b, t, c) for b, t, c in pairs(d)} for d in (document, changed))
+    assert len(before[task.name]) == 4
+    assert [plot.name for plot in after[task.name]] == [
+        plot.name for plot in before[task.name] if "agreement" in plot.name
+    ]
+    assert {name: len(plots) for name, plots in after.items() if name != task.name} == {
+        name: len(plots) for name, plots in before.items() if name != task.name
+    }
+    path = tmp_path / "zero.html"
+    write_report([changed], path)
+    shown = words(read(path.read_text(encoding="utf-8")))
+    assert shown.count("are 0 here, so they are not drawn") == 1
+    assert "All scores of exact_match (remove_whitespace) are 0 here" in shown
+    write_report([document], path)
+    assert "are 0 here" not in words(read(path.read_text(encoding="utf-8")))
 
 
 def test_colours():

@@ -107,7 +107,7 @@ def test_what_clashes_is_named(part):
 
 
 def test_what_is_not_described_is_refused():
-    with pytest.raises(DataError, match="speaks of the task 'truthfulqa_mc2'"):
+    with pytest.raises(DataError, match="refers to the task 'truthfulqa_mc2'"):
         combine([synthetic.single().model_copy(update={"tasks": ()})])
     with pytest.raises(UsageError, match="at least one"):
         write_report([], "r.html")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dynamax_llm.evaluation.harness.results import Example
-from dynamax_llm.report.texts import chosen, texts
+from dynamax_llm.report.page import page
+from dynamax_llm.report.select import chosen
 from tests.report import synthetic
 
 
@@ -48,7 +49,12 @@ def test_without_a_close_setting_the_closest_is_shown():
 
 
 def test_the_page_says_how_many_are_left_out():
-    document, backbone = synthetic.evaluation(), synthetic.BACKBONES[0]
+    document = synthetic.evaluation()
     every = examples(family(document, "mamba"))
-    assert f"{len(every) - 2} texts of other settings" in str(texts(document, backbone, every))
-    assert "other settings" not in str(texts(document, backbone, every[:1]))
+    cells = tuple(family(document, "mamba").values())
+    changes = {"cells": cells, "reliability": (), "promises": {}, "examples": tuple(every)}
+    with_cells = document.model_copy(update=changes)
+    plots: list[object] = []
+    assert f"{len(every) - 2} texts of other settings" in page(with_cells, plots.append)
+    one = with_cells.model_copy(update={"examples": tuple(every[:1])})
+    assert "other settings" not in page(one, plots.append)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dynamax_llm.evaluation.harness.results import Evaluation, Interval, Metric
-from dynamax_llm.report.verdict import caution, sentences, verdicts
+from dynamax_llm.report.verdict import sentences, verdicts
 from tests.report import synthetic
 
 
@@ -99,4 +99,3 @@ def test_a_fall_in_quality_is_named():
 
 def test_no_agreement_no_verdict():
     assert verdicts(synthetic.single()) == []
-    assert "there is no verdict" in caution([])

@@ -118,7 +118,7 @@ def bench(
         leave=leave,
         engine=engine,
         baselines=baselines,
-        sameness=sameness,
+        parity=sameness,
         seed=seed,
     )
     if out is not None:
@@ -211,13 +211,13 @@ def _show(found: Bench) -> None:
             times.add_row(*_cells(row, wide)[: len(columns)])
         console.print(times)
     same = table("Same tokens?", "of, against", "batch", "tokens", "likeliest differs", "equal")
-    for item in found.sameness:
+    for item in found.parity:
         differing = "–" if item.differing is None else f"{item.differing:.2%}"
         equal = "–" if item.equal is None else f"{item.equal:.1%}"
         where = "" if item.model == found.backbone.name else f" ({item.model}, {item.dtype})"
         of = f"{item.of}, against {item.reference}{where}"
         same.add_row(of, str(item.batch), f"{item.positions:,}", differing, equal)
-    if found.sameness:
+    if found.parity:
         console.print(same)
     for lack in found.missing:
         console.print(f"Not measured, batch {lack.batch}: {lack.label}: {lack.reason}.", soft_wrap=True)

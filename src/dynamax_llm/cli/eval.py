@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 #: Layers or shares of the depth, where a folder of exits could stand.
 _PLACES = re.compile(r"[\d./, ]+")
 _DEFAULT_TASKS = "triviaqa,coqa,truthfulqa_gen"
-#: Columns of a task's table after its own metric.
-_COLUMNS = ("agreement", "ROUGE-L", "degenerate", "mean depth", "counted", "speed-up")
 
 
 def evaluate(
@@ -81,6 +79,7 @@ def evaluate(
     measures = _items("measure", measure) if measure else ["softmax_margin"] if baselines else []
     peek_backbone(model)
 
+    from dynamax_llm.evaluation.harness.combine import add_to
     from dynamax_llm.evaluation.harness.evaluate import Plan
     from dynamax_llm.evaluation.harness.evaluate import evaluate as run
     from dynamax_llm.evaluation.harness.settings import Subject, by_promise
@@ -99,8 +98,7 @@ def evaluate(
     with Bar() as bar:
         found = run(subject, settings, loaded, plan, out, command=command, on_progress=bar.show)
     kept = {subject.name: tuple(item.to_json() for exits in trained.values() for item in exits.promises)}
-    found = found.model_copy(update={"promises": kept})
-    found.save(out)
+    found = add_to(out, found.model_copy(update={"promises": kept}))
     typer.echo(found.model_dump_json(indent=1)) if as_json else show(found, out)
 
 

@@ -23,7 +23,7 @@ def report(
     from dynamax_llm.report import check_targets, write_report
 
     check_targets(out, figures)
-    written = write_report([Evaluation.load(path) for path in evaluations], out, figures)
+    written = write_report([Evaluation.read(path) for path in evaluations], out, figures)
     size = out.expanduser().stat().st_size / 1e6
     typer.echo(
         f"{out}: {size:.2f} MB, self-contained" + (f"; {len(written) - 1} figures in {figures}" if figures else "")

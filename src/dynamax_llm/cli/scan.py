@@ -39,8 +39,8 @@ def scan(
     seq_length: Annotated[int, typer.Option(help="Tokens of a chunk of text, at most.")] = 512,
     batch: Annotated[int, typer.Option(help="Tokens of a pass, padding included; at least one chunk.")] = 4096,
     candidates: Annotated[
-        int, typer.Option(help="Later exits look only at the first one's so many likeliest tokens; 0: at all.")
-    ] = 64,
+        int, typer.Option(help="Later exits read only this many of the first one's likeliest tokens; 0: all tokens.")
+    ] = 256,
     out: Annotated[
         Path | None,
         typer.Option(

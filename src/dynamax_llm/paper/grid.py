@@ -19,7 +19,8 @@ from dynamax_llm.backbones.loading import load, peek
 from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.errors import UsageError
-from dynamax_llm.evaluation.harness.evaluate import OnProgress, Plan, evaluate, merge
+from dynamax_llm.evaluation.harness.combine import add_to, combine
+from dynamax_llm.evaluation.harness.evaluate import OnProgress, Plan, evaluate
 from dynamax_llm.evaluation.harness.results import Evaluation
 from dynamax_llm.evaluation.harness.settings import Subject, grid
 from dynamax_llm.evaluation.harness.tasks import EvalTask, load_tasks
@@ -38,7 +39,7 @@ SMALL = 1_000_000_000
 
 @dataclass(frozen=True)
 class PaperPlan:
-    """What is run, on what, and how. ``train_data`` is needed only where trained exits are missing.
+    """Models, heads, tasks and settings of a grid. ``train_data`` is needed only where trained exits are missing.
 
     ``limit``: documents per task. ``data_dir``: local task files, for use offline. Raises UsageError.
     """
@@ -73,61 +74,48 @@ class PaperPlan:
 
     @property
     def names(self) -> dict[str, str]:
-        """What each model is called in the document: the end of its path, or all of it where two ends are the same."""
+        """Names in the document: the end of a model's path, or all of it where two ends are the same."""
         ends = [Path(model).name for model in self.models]
         short = len(set(ends)) == len(ends)
         return {model: end if short else model.replace("/", "--") for model, end in zip(self.models, ends, strict=True)}
 
 
 def run(plan: PaperPlan, out: str | Path, *, command: str = "", on_progress: OnProgress | None = None) -> Evaluation:
-    """Everything that ``plan`` asks for and ``out`` does not hold yet; the whole document, saved as ``out``/eval.json.
+    """Run everything of ``plan`` that ``out`` does not hold yet; the whole document, saved as ``out``/eval.json.
 
-    Trained exits are kept in ``out``/exits, records in ``out``/records: a killed run goes on where it stopped. One
+    Trained exits are kept in ``out``/exits, records in ``out``/records: a killed run continues where it stopped. One
     backbone is in memory at a time. Raises whatever loading, training and evaluating raise.
     """
     folder = Path(out).expanduser()
     for model in plan.models:
         peek(model)  # a wrong name is refused before the first backbone's hours
-    tasks = load_tasks(
-        plan.tasks,
-        data_dir=plan.data_dir,
-        shots=None,
-        limit=plan.limit,
-        max_new_tokens=plan.max_new_tokens,
-        seed=plan.how.seed,
-    )
+    options = {"limit": plan.limit, "max_new_tokens": plan.max_new_tokens, "seed": plan.how.seed}
+    tasks = load_tasks(plan.tasks, data_dir=plan.data_dir, **options)
     start = time.perf_counter()
     parts = [_backbone(plan, model, tasks, folder, command, on_progress) for model in plan.models]
-    found = merge(parts, title="The paper's grid: " + " and ".join(plan.names.values()))
-    whole = found.runs[0].model_copy(update={"seconds": time.perf_counter() - start})
-    found = found.model_copy(update={"runs": (whole,), "notes": tuple(notes(found))})
-    found.save(folder)
-    return found
+    document = combine(parts, title="The paper's grid: " + " and ".join(plan.names.values()))
+    whole = document.runs[0].model_copy(update={"seconds": time.perf_counter() - start})
+    return add_to(folder, document.model_copy(update={"runs": (whole,), "notes": tuple(notes(document))}))
 
 
 def _backbone(
-    plan: PaperPlan,
-    model: str,
-    tasks: Sequence[EvalTask],
-    folder: Path,
-    command: str,
-    on_progress: OnProgress | None,
+    plan: PaperPlan, model: str, tasks: Sequence[EvalTask], folder: Path, command: str, on_progress: OnProgress | None
 ) -> Evaluation:
     """One backbone under all settings on all tasks."""
     name = plan.names[model]
     lm, tokenizer = load(model, dtype=plan.dtype, device_map=plan.device)
-    place = folder / "exits" / name
-    exits = exits_of(model, adapt(lm), tokenizer, plan.heads, plan.train_data, plan.training, place)
+    data, settings = plan.train_data, plan.training
+    exits = exits_of(model, adapt(lm), tokenizer, plan.heads, data, settings, folder / "exits" / name)
     subject = Subject(name, lm, tokenizer)
-    families = {f"{head} head": found for head, found in exits.items()}
-    settings = grid(subject, families, plan.thresholds, measures=("softmax_margin",), policy=plan.policy)
+    families = {f"{head} head": trained for head, trained in exits.items()}
+    variants = grid(subject, families, plan.thresholds, measures=("softmax_margin",), policy=plan.policy)
 
-    def told(what: str, done: int, total: int) -> None:
+    def report(what: str, done: int, total: int) -> None:
         if on_progress is not None:
             on_progress(f"{name}: {what}", done, total)
 
-    found = evaluate(subject, settings, tasks, plan.how, folder, command=command, on_progress=told)
-    del lm, subject, settings, exits, families
+    found = evaluate(subject, variants, tasks, plan.how, folder, command=command, on_progress=report)
+    del lm, subject, variants, exits, families
     gc.collect()
     return found
 

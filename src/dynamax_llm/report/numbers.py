@@ -1,29 +1,28 @@
-"""Numbers as the report shows them: every kind in one way, and a dash where there is none."""
+"""Numbers as the report shows them: one form for every kind of figure, and a dash where there is none."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from dynamax_llm.evaluation.harness.results import Interval
-
 DASH, MINUS = "–", "−"
-#: Never at the beginning of a line.
+#: No-break space: the sign never begins a line.
 PERCENT = "\u00a0%"
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """``0.981``; scores on a scale of 0 to 100 get fewer digits; a dash for None and for what is no number."""
+    """``0.981``; values from 10 get two digits; a dash for None and whatever else is not a finite number."""
     if not is_number(value):
         return DASH
     return _signed(f"{value:.{digits if abs(value) < 10 else 2}f}")
 
 
 def difference(value: Any) -> str:
-    """``+0.012``, ``−0.003``, and ``0.000`` where nothing is left of it."""
-    shown = number(value)
-    return f"+{shown}" if is_number(value) and shown.strip("0.") and not shown.startswith(MINUS) else shown
+    """``+0.012``, ``−0.003``, and ``0.000`` where rounding leaves nothing."""
+    text = number(value)
+    return f"+{text}" if is_number(value) and text.strip("0.") and not text.startswith(MINUS) else text
 
 
 def percent(value: Any) -> str:
@@ -37,17 +36,16 @@ def times(value: Any) -> str:
 
 
 def share(value: Any) -> str:
-    """Layers or shares that need no more than three digits: ``0.5``, ``0.125``."""
+    """At most three significant digits: ``0.5``, ``0.125``."""
     return _signed(f"{value:.3g}") if is_number(value) else DASH
 
 
-def spread(interval: Interval | None, shown: Any = number) -> str:
-    """The two ends of an interval, ``0.97 to 0.99`` written short; empty where there are none."""
+def spread(interval: Any, form: Any = number) -> str:
+    """The ends of an interval with ``low`` and ``high``, as ``0.97 … 0.99``; empty where it has none."""
     if interval is None or interval.low is None or interval.high is None:
         return ""
-    low, high = shown(interval.low), shown(interval.high)
-    low = low.removesuffix(PERCENT).removesuffix("×") if low != DASH else low
-    return f"{low} … {high}"
+    low = form(interval.low)
+    return f"{low if low == DASH else low.removesuffix(PERCENT).removesuffix('×')} … {form(interval.high)}"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -55,11 +53,16 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+def slug(*words: str) -> str:
+    """Words as one name for ids and files: ``Mamba 7B``, ``f1`` is ``mamba-7b-f1``."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(words).lower()).strip("-") or "x"
+
+
 def is_number(value: Any) -> bool:
-    """A finite number; True and False are none."""
+    """Whether the value is a finite number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _signed(text: str) -> str:
-    """A real minus sign, and none before a zero."""
+    """With the typographic minus sign, and no sign before a zero."""
     return text.lstrip("-") if not text.strip("-0.") else text.replace("-", MINUS)

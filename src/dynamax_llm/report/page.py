@@ -1,4 +1,4 @@
-"""The page: sections in order, each of which says so when the document holds nothing for it."""
+"""The page: ``page.html.j2`` filled from a document; a section without data says so. Text from data is escaped."""
 
 from __future__ import annotations
 
@@ -8,85 +8,136 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
+from typing import Any
 
-from dynamax_llm.evaluation.harness.results import Evaluation
-from dynamax_llm.report import words
-from dynamax_llm.report.canvas import Plot, inline
-from dynamax_llm.report.depths import evidence, histogram, reliability
-from dynamax_llm.report.fronts import fronts
-from dynamax_llm.report.markup import Child, Markup, slug, tag
-from dynamax_llm.report.numbers import DASH, number, percent, times
-from dynamax_llm.report.palette import DARK, DEPTHS, LIGHT, variables
-from dynamax_llm.report.promises import card, shifts
-from dynamax_llm.report.select import label, pairs
-from dynamax_llm.report.tables import table
-from dynamax_llm.report.texts import texts
-from dynamax_llm.report.verdict import Verdict, caution, sentences, verdicts
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
 
-#: Called for every figure: keeps it for the files and gives its place in the page.
-Show = Callable[[Plot], Markup]
+from dynamax_llm.evaluation.harness.results import BackboneFacts, Cell, Evaluation, Example, TaskFacts
+from dynamax_llm.report import figures, numbers, select
+from dynamax_llm.report.palette import DARK, DEPTHS, LIGHT, step, variables
+from dynamax_llm.report.plots import Plot, inline
+from dynamax_llm.report.verdict import sentences, verdicts
+
+#: Characters shown of a prompt, its end; few-shot prompts are thousands of characters long.
+PROMPT = 420
+_CONSTANTS = {"CLOSE": select.CLOSE, "DASH": numbers.DASH, "PROMPT": PROMPT, "QUIET": select.QUIET}
+_FORMATS = (numbers.number, numbers.difference, numbers.percent, numbers.times, numbers.share, numbers.spread)
 
 
 def page(document: Evaluation, keep: Callable[[Plot], None]) -> str:
-    """The whole HTML document; ``keep`` is handed every plot that is in it."""
-
+    """The whole HTML document; ``keep`` is called with every plot in it, in order."""
     names: set[str] = set()
 
-    def show(plot: Plot) -> Markup:
-        alike = (f"{plot.name}-{count}" if count else plot.name for count in itertools.count())
-        own = replace(plot, name=next(name for name in alike if name not in names))
-        names.add(own.name)
-        keep(own)
-        return tag("figure", inline(own))
+    def figure(plot: Plot) -> Markup:
+        alternatives = (f"{plot.name}-{count}" if count else plot.name for count in itertools.count())
+        named = replace(plot, name=next(name for name in alternatives if name not in names))
+        names.add(named.name)
+        keep(named)
+        return Markup("<figure>") + Markup(inline(named)) + Markup("</figure>")
 
-    sections = {
-        "Fronts": ("Quality against cost", _fronts(document, show)),
-        "Tables": ("Every setting, every figure", _tables(document)),
-        "Depth": ("Where tokens leave", _depths(document, show)),
-        "Texts": ("Texts, token by token", _texts(document)),
-        "Reliability": ("Is a head that says p right?", _reliability(document, show)),
-        "Promises": ("Promises and their evidence", _promises(document, show)),
-        "Measured": ("How each number was measured", words.measured()),
-        "Runs": ("Runs", _runs(document)),
-    }
-    links = [tag("li", tag("a", name, href=f"#{slug(name)}")) for name in sections]
-    body = [tag("section", tag("h2", title), content, id=slug(name)) for name, (title, content) in sections.items()]
+    roles = select.colour_roles(document)
+    functions = [*_FORMATS, figure, select.label, select.metric_name, sentences, visible, threshold, brief]
+    names_of = {function.__name__: function for function in functions}
+    names_of["role"] = lambda setting: roles.get((setting.family, setting.kind), "ink")
+    names_of["setting_of"] = lambda part: select.setting_of(document, part)
+    environment = Environment(
+        loader=FunctionLoader(_file), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= names_of
+    environment.globals |= names_of | _CONSTANTS
     script = _file("page.js")
-    toggle = tag("button", "Dark", id="theme", type="button", aria_pressed="false", title="Light or dark")
-    return "<!doctype html>\n" + tag(
-        "html",
-        _head(document.title, script),
-        tag(
-            "body",
-            tag("a", "To the report", href="#report", class_="jump"),
-            tag("nav", tag("ul", links), toggle, aria_label="Sections"),
-            tag("main", _header(document), body, id="report"),
-            tag("div", id="tip", role="tooltip", hidden=True),
-            tag("script", Markup(script)),
-        ),
-        lang="en",
+    return environment.get_template("page.html.j2").render(
+        document=document,
+        overview=_overview(document),
+        verdicts=verdicts(document),
+        panels=[_panel(document, *pair) for pair in select.pairs(document)],
+        examples=[texts for backbone in document.backbones if (texts := _texts(document, backbone))["examples"]],
+        curves={item.name: plots for item in document.backbones if (plots := _curves(document, item))},
+        promises={name: _promises(name, group) for name, group in document.promises.items() if group},
+        layers={item.name: item.n_layers for item in document.backbones},
+        style=Markup(_styles()),
+        script=Markup(script),
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
 
 
-def _head(title: str, script: str) -> Markup:
-    """Its policy lets the browser load nothing at all, and run one script: the page's own."""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
-    return tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("link", rel="icon", href="data:,"),
-        tag("title", title),
-        tag("style", Markup(_styles())),
-    )
+def _overview(document: Evaluation) -> dict[str, str]:
+    samples = sorted({task.samples for task in document.tasks})
+    models = []
+    for item in document.backbones:
+        millions = item.parameters / 1e6
+        size = f"{millions / 1e3:.1f} B" if millions >= 1e3 else f"{millions:.1f} M"
+        models.append(f"{item.name} ({item.n_layers} layers, {size})")
+    return {
+        "backbones": ", ".join(models) or numbers.DASH,
+        "tasks": ", ".join(f"{task.name} ({task.shots}-shot)" for task in document.tasks) or numbers.DASH,
+        "samples per task": " to ".join(map(str, dict.fromkeys((*samples[:1], *samples[-1:])))) or numbers.DASH,
+        "settings": str(sum(map(len, document.settings.values()))),
+    }
+
+
+def _panel(document: Evaluation, backbone: BackboneFacts, task: TaskFacts, cells: list[Cell]) -> dict[str, Any]:
+    """One backbone on one task: its cells, their metrics (the primary one first), and the figures of both."""
+    metrics = {name for cell in cells for name in cell.metrics}
+    return {
+        "backbone": backbone,
+        "task": task,
+        "cells": cells,
+        "metrics": sorted(metrics, key=lambda name: (name != task.primary, name)),
+        "unscored": figures.unscored(task, cells),
+        "fronts": figures.fronts(document, backbone, task, cells),
+        "histogram": figures.histogram(document, backbone, task, cells),
+    }
+
+
+def _texts(document: Evaluation, backbone: BackboneFacts) -> dict[str, Any]:
+    """The examples of one backbone that are worth reading, and the number of those that are not shown."""
+    examples: list[Example] = [item for item in document.examples if item.backbone == backbone.name]
+    shown, first = select.chosen(document, examples), select.first_depth(document, backbone)
+    return {
+        "backbone": backbone,
+        "examples": shown,
+        "left_out": len(examples) - len(shown),
+        "depths": sorted({token.layers for item in shown for token in item.tokens}),
+        "step": lambda layers: step(layers, first, backbone.n_layers),
+    }
+
+
+def _curves(document: Evaluation, backbone: BackboneFacts) -> list[Plot]:
+    """Reliability plots of a backbone, one per family of heads."""
+    own = sorted((item for item in document.reliability if item.backbone == backbone.name), key=lambda c: c.layer)
+    families = dict.fromkeys(item.family for item in document.reliability if item.backbone == backbone.name)
+    return [
+        figures.reliability(document, backbone, family, [item for item in own if item.family == family])
+        for family in families
+    ]
+
+
+def _promises(backbone: str, group: tuple[dict[str, Any], ...]) -> list[tuple[dict[str, Any], Plot | None]]:
+    named = ((f"{backbone} {item.get('text')} {index}", item) for index, item in enumerate(group, start=1))
+    return [(item, figures.evidence(name, item)) for name, item in named]
+
+
+def visible(text: str) -> str:
+    """A token with its spaces and line ends made visible; ∅ for an empty one."""
+    return text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣") or "∅"
+
+
+def threshold(value: float | None) -> str:
+    """A threshold, "never" for None."""
+    return "never" if value is None else numbers.share(value)
+
+
+def brief(digest: object) -> str:
+    """The beginning of a long digest."""
+    text = str(digest or numbers.DASH)
+    return text if len(text) <= 14 else f"{text[:12]}…"
 
 
 def _styles() -> str:
     dark = f"color-scheme:dark;{variables(DARK)}"
-    tints = "".join(f".t.d{step}{{background:var(--t{step})}}" for step in range(DEPTHS))
+    tints = "".join(f".t.d{index}{{background:var(--t{index})}}" for index in range(DEPTHS))
     return (
         f":root{{color-scheme:light;{variables(LIGHT)}}}"
         f"@media screen and (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}"
@@ -96,174 +147,3 @@ def _styles() -> str:
 
 def _file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _header(document: Evaluation) -> Markup:
-    found = verdicts(document)
-    samples = sorted({task.samples for task in document.tasks})
-    who = ", ".join(f"{item.name} ({item.n_layers} layers, {_size(item.parameters)})" for item in document.backbones)
-    what = ", ".join(f"{task.name} ({task.shots}-shot)" for task in document.tasks)
-    facts = {
-        "backbones": who or DASH,
-        "tasks": what or DASH,
-        "samples per task": " to ".join(str(item) for item in dict.fromkeys((samples[0], samples[-1])))
-        if samples
-        else DASH,
-        "settings": str(sum(len(items) for items in document.settings.values())),
-    }
-    verdict = [tag("p", " ".join(sentences(item))) for item in found]
-    return tag(
-        "header",
-        tag("p", "DYNAMAX evaluation", class_="eyebrow"),
-        tag("h1", document.title),
-        tag("dl", [tag("div", tag("dt", key), tag("dd", value)) for key, value in facts.items()], class_="meta"),
-        tag(
-            "div",
-            tag("h2", "Verdict"),
-            verdict,
-            tag("p", caution(found), class_="aside"),
-            class_="verdict",
-            id="verdict",
-        ),
-        tag("div", [_tiles(item) for item in found], class_="boards") if found else None,
-        tag("div", [tag("p", note) for note in document.notes], class_="notes") if document.notes else None,
-    )
-
-
-def _tiles(found: Verdict) -> Markup:
-    """A verdict's figures side by side: what was counted never without what the clock said."""
-    reduction = " … ".join(percent(value) for value in found.reductions)
-    clock = " … ".join(times(value) for value in found.speed_ups) if found.speed_ups else "nothing was timed"
-    tiles = (
-        ("agreement", number(found.agreement), f"lowest of {found.tasks} tasks" if found.tasks > 1 else "one task"),
-        ("counted reduction", percent(found.reduction), reduction if found.tasks > 1 else "counted, not timed"),
-        ("speed-up", times(found.speed_up), clock),
-        (
-            "mean depth",
-            percent(found.depth),
-            f"{found.depth * found.backbone.n_layers:.1f} of {found.backbone.n_layers}",
-        ),
-    )
-    return tag(
-        "section",
-        tag("h3", found.backbone.name),
-        tag("p", label(found.setting), class_="aside"),
-        tag("dl", [tag("div", tag("dt", a), tag("dd", b, tag("small", c))) for a, b, c in tiles], class_="tiles"),
-        class_="board",
-        aria_label=f"best setting of {found.backbone.name}",
-    )
-
-
-def _fronts(document: Evaluation, show: Show) -> Child:
-    parts: list[Child] = []
-    for backbone, task, cells in pairs(document):
-        plots = fronts(document, backbone, task, cells)
-        parts.append(tag("h3", backbone.name, tag("span", " on "), task.name))
-        if not any(cell.speed_up for cell in cells):
-            parts.append(tag("p", "Nothing was timed here, so there is no front against wall clock.", class_="aside"))
-        parts.append(tag("div", [show(plot) for plot in plots], class_="grid") if plots else _nothing("front to draw"))
-    lead = (
-        "Up and to the right is better. The star is the full model, the dotted line its quality. Whiskers are "
-        "95\u00a0% intervals over samples, on a task's metric those of the paired difference to the full model. What "
-        "is counted and what the clock said are different figures: a line may go far to the right in one and nowhere "
-        "in the other. Baselines are drawn quieter, and frames around the rest: one that leaves its frame carries an "
-        "arrow, and its numbers stand in the tables."
-    )
-    return [tag("p", lead), parts] if parts else _nothing("results")
-
-
-def _tables(document: Evaluation) -> Child:
-    parts = [
-        (tag("h3", backbone.name, tag("span", " on "), task.name), table(document, backbone, task, cells))
-        for backbone, task, cells in pairs(document)
-    ]
-    lead = "Press a column's name to sort by it. Under a value: its 95\u00a0% interval over samples."
-    return [tag("p", lead), parts] if parts else _nothing("results")
-
-
-def _depths(document: Evaluation, show: Show) -> Child:
-    plots = [(backbone, histogram(document, backbone, task, cells)) for backbone, task, cells in pairs(document)]
-    parts: list[Child] = []
-    for backbone in document.backbones:
-        own = [plot for owner, plot in plots if plot and owner.name == backbone.name]
-        if own:
-            parts += [tag("h3", backbone.name), tag("div", [show(plot) for plot in own], class_="grid")]
-    lead = "One bar per setting, from shallow (blue) to full depth (orange); beside it, its mean depth in layers."
-    return [tag("p", lead), parts] if parts else _nothing("depth histograms")
-
-
-def _texts(document: Evaluation) -> Child:
-    parts = []
-    for backbone in document.backbones:
-        own = [item for item in document.examples if item.backbone == backbone.name]
-        if own:
-            parts.append((tag("h3", backbone.name), texts(document, backbone, own)))
-    return parts or _nothing("texts")
-
-
-def _reliability(document: Evaluation, show: Show) -> Child:
-    parts: list[Child] = []
-    for backbone in document.backbones:
-        own = [item for item in document.reliability if item.backbone == backbone.name]
-        families = dict.fromkeys(item.family for item in own)
-        plots = [
-            reliability(
-                document, backbone, family, sorted((i for i in own if i.family == family), key=lambda i: i.layer)
-            )
-            for family in families
-        ]
-        if plots:
-            parts += [tag("h3", backbone.name), tag("div", [show(plot) for plot in plots], class_="grid")]
-    lead = (
-        "On the dashed line, of all tokens given confidence p, a share p is right. Below it a head is too sure of "
-        "itself, above it too modest. Larger dots hold more tokens."
-    )
-    return [tag("p", lead), parts] if parts else _nothing("reliability curves")
-
-
-def _promises(document: Evaluation, show: Show) -> Child:
-    parts: list[Child] = []
-    for backbone, promises in document.promises.items():
-        if promises:
-            parts.append(tag("h3", backbone))
-        for index, promise in enumerate(promises):
-            plot = evidence(f"{backbone} {promise.get('text')} {index + 1}", promise)
-            parts.append(card(promise, show(plot) if plot else None))
-    moved = [tag("h3", "On other text"), shifts(document.shifts, document.backbones)] if document.shifts else []
-    return [parts or _nothing("promises"), moved or _nothing("measurements of a promise on other text")]
-
-
-def _runs(document: Evaluation) -> Child:
-    cards = []
-    for run in document.runs:
-        facts = {
-            "created": run.created,
-            "took": f"{run.seconds:,.0f} s",
-            "hardware": run.hardware,
-            "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()) or DASH,
-            "commit": run.commit or DASH,
-        }
-        rows = [tag("div", tag("dt", key), tag("dd", value)) for key, value in facts.items()]
-        cards.append(tag("article", tag("pre", run.command, tabindex=0), tag("dl", rows, class_="meta"), class_="run"))
-    sources = [
-        tag("li", f"{task.name}: {task.source}", f", sha256 {task.sha256}" if task.sha256 else None)
-        for task in document.tasks
-    ]
-    models = [
-        tag("li", f"{item.name}: {item.model_type}, fingerprint {item.fingerprint}") for item in document.backbones
-    ]
-    return [
-        cards or _nothing("runs"),
-        tag("h3", "Where documents came from") if sources else None,
-        tag("ul", sources, class_="sources"),
-        tag("h3", "Backbones") if models else None,
-        tag("ul", models, class_="sources"),
-    ]
-
-
-def _nothing(what: str) -> Markup:
-    return tag("p", f"This document holds no {what}.", class_="aside")
-
-
-def _size(parameters: int) -> str:
-    return f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"

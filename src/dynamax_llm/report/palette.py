@@ -15,6 +15,8 @@ DEPTHS = 9
 #: Roles of settings worth looking at, in the order in which they are given out; then those of baselines.
 CATEGORIES = ("c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7")
 BASELINES = ("b0", "b1")
+#: Markers of lines by role, so that colour is not all that tells them apart.
+MARKERS = dict(zip((*CATEGORIES, *BASELINES), "os^DvPXpos", strict=True))
 #: Families known by name keep their colour from report to report.
 KNOWN = {"mamba": "c0", "transformer": "c1", "linear": "c2", "mlp": "c3", "softmax_margin": "c4"}
 

@@ -1,102 +1,80 @@
-"""A scan as a picture, and its files: the document, SVG and PNG."""
+"""A scan's figure and files: the document, SVG and PNG."""
 
 from __future__ import annotations
 
-import tempfile
+import functools
 from pathlib import Path
 from typing import Any
 
-from dynamax_llm.errors import UsageError
-from dynamax_llm.evaluation.scan.document import VERDICT_AT, Scan
-from dynamax_llm.exits.files import write_atomically
-from dynamax_llm.report.canvas import Plot, clean, files
+from dynamax_llm.evaluation.scan.document import VERDICT_AT, Point, Scan
+from dynamax_llm.report import plots
 from dynamax_llm.report.palette import Palette
+from dynamax_llm.report.plots import Plot, clean, heading, save_with_plot
 
-DOCUMENT = "scan.json"
+#: The .json file that ``out``, a folder or that file, stands for. Raises UsageError, OSError if it cannot be.
+check_target = functools.partial(plots.check_target, document="scan.json")
 SIZE = (6.4, 3.6)
 
 
-def check_target(out: str | Path, document: str = DOCUMENT) -> Path:
-    """The .json file that ``out``, a folder (then ``document`` in it) or that file, stands for.
-
-    Raises UsageError, OSError if it cannot be.
-    """
-    given = Path(out).expanduser()
-    path = given if given.suffix == ".json" and not given.is_dir() else given / document
-    place = path.parent
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise UsageError(f"--out {str(out)!r}: {str(place)!r} is a file. Give a folder, or a file that ends in .json.")
-    with tempfile.TemporaryFile(dir=place):
-        pass
-    return path
-
-
 def write_scan(scan: Scan, out: str | Path) -> list[Path]:
-    """Write the document and, where matplotlib is installed, its plot as SVG and PNG; returns what was written.
+    """Write the document and, where matplotlib is installed, its plot; returns the paths.
 
     Raises UsageError for a place that cannot be, ArtifactError if a file cannot be written.
     """
     path = check_target(out)
-    try:
-        drawn = files(plot(scan, path.stem))
-    except UsageError:  # no matplotlib: the numbers are worth keeping all the same
-        drawn = {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scan.save(path)
-    for name, content in drawn.items():
-        write_atomically(path.with_name(name), content)
-    return [path, *(path.with_name(name) for name in drawn)]
+    return save_with_plot(scan, path, plot(scan, path.stem))
 
 
 def plot(scan: Scan, name: str = "scan") -> Plot:
-    """Agreement and settled share by depth, and where oracle, predicted head and margin rule lie at VERDICT_AT."""
-    last = scan.backbone.n_layers
+    """Agreement and settled share by depth, and the depths of oracle, predicted head and margin rule at VERDICT_AT."""
     marks = [
         ("oracle", scan.oracle.exits.value, "c2"),
-        ("predicted", _at(scan.predicted), "c0"),
-        ("margin", _at(tuple(point for point in scan.points if point.rule == "softmax_margin")), "c4"),
+        ("predicted", _depth(scan.predicted), "c0"),
+        ("margin", _depth(tuple(point for point in scan.points if point.rule == "softmax_margin")), "c4"),
     ]
 
     def draw(figure: Any, palette: Palette) -> None:
         axes = figure.add_axes((0.10, 0.15, 0.72, 0.66))
-        depths = [layer.depth / last for layer in scan.layers]
-        for values, role, label, shift in (
-            ([layer.settled for layer in scan.layers], "b0", "settled", (-44, 6)),
-            ([layer.agreement for layer in scan.layers], "c1", "agreement", (6, -16)),
-        ):
-            xs, ys = [*depths, 1.0], [*(value.value for value in values), 1.0]
-            axes.plot(xs, ys, color=palette[role], linewidth=1.9 if role == "c1" else 1.1, zorder=3)
-            middle = len(depths) // 3
-            axes.annotate(label, (xs[middle], ys[middle]), shift, textcoords="offset points", color=palette[role])
-        known = [(depth, layer.agreement) for depth, layer in zip(depths, scan.layers, strict=True)]
-        banded = [(depth, value.low, value.high) for depth, value in known if value.low is not None]
-        if banded:
-            axes.fill_between(*zip(*banded, strict=True), color=palette["c1"], alpha=0.2, linewidth=0)
-        for place in scan.exits:
-            axes.axvline(place / last, color=palette["grid"], linewidth=2.5, zorder=1)
+        _curves(axes, scan, palette)
+        beside: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False}
         for row, (label, depth, role) in enumerate(marks):
             axes.axvline(depth, color=palette[role], linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
-            text = f"{label} {depth:.2f}"
-            axes.annotate(text, (1.0, 0.62 - 0.13 * row), (8, 0), xycoords="axes fraction",
-                          textcoords="offset points", color=palette[role], annotation_clip=False)  # fmt: skip
-        axes.text(1.025, 0.75, f"mean depth at\n{VERDICT_AT:.0%} agreement", transform=axes.transAxes,
-                  color=palette["muted"], fontsize=8, va="bottom")  # fmt: skip
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1.02)
-        axes.set_xlabel("depth, share of the layers")
-        axes.set_ylabel("share of tokens")
-        figure.text(0.02, 0.92, f"{clean(scan.backbone.name, 40)}: {scan.verdict.answer}",
-                    color=palette["ink"], fontsize=10.5, weight="bold")  # fmt: skip
+            at = (1.0, 0.62 - 0.13 * row)
+            axes.annotate(f"{label} {depth:.2f}", at, (8, 0), xycoords="axes fraction", color=palette[role], **beside)
+        note = f"mean depth at\n{VERDICT_AT:.0%} agreement"
+        axes.text(1.025, 0.75, note, transform=axes.transAxes, color=palette["muted"], fontsize=8, va="bottom")
+        heading(figure, palette, f"{clean(scan.backbone.name, 40)}: {scan.verdict.answer}")
 
-    says = (
+    depths = ", ".join(f"{label} {depth:.2f}" for label, depth, _ in marks)
+    description = (
         f"{scan.backbone.name}: share of tokens by depth whose layer's own argmax is the full model's; mean depth of "
-        + ", ".join(f"{label} {depth:.2f}" for label, depth, _ in marks)
-        + "."
+        f"{depths}."
     )
-    return Plot(name, SIZE, says, draw)
+    return Plot(name, SIZE, description, draw)
 
 
-def _at(points: tuple[Any, ...]) -> float:
+def _curves(axes: Any, scan: Scan, palette: Palette) -> None:
+    last = scan.backbone.n_layers
+    depths = [layer.depth / last for layer in scan.layers]
+    middle = len(depths) // 3
+    for values, role, label, shift in (
+        ([layer.settled for layer in scan.layers], "b0", "settled", (-44, 6)),
+        ([layer.agreement for layer in scan.layers], "c1", "agreement", (6, -16)),
+    ):
+        xs, ys = [*depths, 1.0], [*(value.value for value in values), 1.0]
+        axes.plot(xs, ys, color=palette[role], linewidth=1.9 if role == "c1" else 1.1, zorder=3)
+        axes.annotate(label, (xs[middle], ys[middle]), shift, textcoords="offset points", color=palette[role])
+    agreements = [(depth, layer.agreement) for depth, layer in zip(depths, scan.layers, strict=True)]
+    banded = [(depth, value.low, value.high) for depth, value in agreements if value.low is not None]
+    if banded:
+        axes.fill_between(*zip(*banded, strict=True), color=palette["c1"], alpha=0.2, linewidth=0)
+    for exit in scan.exits:
+        axes.axvline(exit / last, color=palette["grid"], linewidth=2.5, zorder=1)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("depth, share of the layers")
+    axes.set_ylabel("share of tokens")
+
+
+def _depth(points: tuple[Point, ...]) -> float:
     return next(point.depth.value for point in points if point.target == VERDICT_AT)

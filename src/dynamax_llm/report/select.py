@@ -1,16 +1,26 @@
-"""What belongs together in a document: cells of one task, settings of one family, and how they are called."""
+"""Which parts of a document belong together: cells of one task, settings of one family, examples worth reading."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dynamax_llm.evaluation.harness.results import BackboneFacts, Cell, Evaluation, Interval, Setting, TaskFacts
+from dynamax_llm.evaluation.harness.results import (
+    BackboneFacts,
+    Cell,
+    Evaluation,
+    Example,
+    Interval,
+    Setting,
+    TaskFacts,
+)
 from dynamax_llm.report.numbers import DASH, share
 from dynamax_llm.report.palette import BASELINES, CATEGORIES, KNOWN
 
-#: Kinds of settings that a figure draws quieter.
+#: Kinds of settings that figures draw quieter.
 QUIET = ("static", "pruned")
+#: Agreement that a setting has to keep on every task to count as close to the full model.
+CLOSE = 0.98
 
 
 @dataclass(frozen=True)
@@ -22,66 +32,58 @@ class Line:
     role: str
     cells: tuple[Cell, ...]
 
+    @property
+    def quiet(self) -> bool:
+        return self.kind in QUIET
 
-def setting_of(document: Evaluation, cell: Cell) -> Setting:
-    """The setting that a cell was measured under."""
-    return next(item for item in document.settings[cell.backbone] if item.id == cell.setting)
 
-
-def cells_of(document: Evaluation, backbone: str, task: str) -> list[Cell]:
-    """All cells of a backbone on a task, in the order of the backbone's settings."""
-    order = [item.id for item in document.settings.get(backbone, ())]
-    found = [cell for cell in document.cells if (cell.backbone, cell.task) == (backbone, task)]
-    return sorted(found, key=lambda cell: order.index(cell.setting))
+def setting_of(document: Evaluation, part: Cell | Example) -> Setting:
+    """The setting that a cell or an example was made under."""
+    return next(item for item in document.settings[part.backbone] if item.id == part.setting)
 
 
 def pairs(document: Evaluation) -> list[tuple[BackboneFacts, TaskFacts, list[Cell]]]:
-    """Every backbone and task that has cells."""
-    all_pairs = (
-        (one, task, cells_of(document, one.name, task.name)) for one in document.backbones for task in document.tasks
-    )
-    return [(backbone, task, cells) for backbone, task, cells in all_pairs if cells]
-
-
-def full_cell(document: Evaluation, cells: Sequence[Cell]) -> Cell | None:
-    """The stock model's own cell among these."""
-    return next((cell for cell in cells if setting_of(document, cell).kind == "full"), None)
+    """Every backbone and task that has cells; these are in the order of the backbone's settings."""
+    result = []
+    for backbone in document.backbones:
+        order = [item.id for item in document.settings.get(backbone.name, ())]
+        for task in document.tasks:
+            cells = [cell for cell in document.cells if (cell.backbone, cell.task) == (backbone.name, task.name)]
+            if cells:
+                result.append((backbone, task, sorted(cells, key=lambda cell: order.index(cell.setting))))
+    return result
 
 
 def lines(document: Evaluation, cells: Sequence[Cell]) -> list[Line]:
-    """Families of these cells; what is worth looking at first, baselines last."""
+    """Families of these cells, baselines last."""
     families: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         setting = setting_of(document, cell)
         if setting.kind != "full":
             families.setdefault((setting.family, setting.kind), []).append(cell)
     roles = colour_roles(document)
-    found = [
-        Line(family, kind, roles[family, kind], tuple(sorted(group, key=lambda cell: cell.mean_depth.value)))
-        for (family, kind), group in families.items()
+    result = [
+        Line(*key, roles[key], tuple(sorted(group, key=lambda cell: cell.mean_depth.value)))
+        for key, group in families.items()
     ]
-    return sorted(found, key=lambda line: line.kind in QUIET)
+    return sorted(result, key=lambda line: line.quiet)
 
 
 def colour_roles(document: Evaluation) -> dict[tuple[str, str], str]:
     """A colour role for every family and kind: one family has one colour in the whole report."""
-    found = {
-        (setting.family, setting.kind): ""
-        for settings in document.settings.values()
-        for setting in settings
-        if setting.kind != "full"
-    }
-    known = {key: KNOWN.get(key[0].removesuffix(" head")) for key in found if key[1] not in QUIET}
-    named = {key: role for key, role in known.items() if role}
-    spare = [role for role in CATEGORIES if role not in named.values()] or list(CATEGORIES)
-    loud = [key for key in found if key[1] not in QUIET and key not in named]
-    quiet = [key for key in found if key[1] in QUIET]
-    given = {key: spare[index % len(spare)] for index, key in enumerate(loud)}
-    return named | given | {key: BASELINES[QUIET.index(key[1])] for key in quiet}
+    settings = [item for group in document.settings.values() for item in group if item.kind != "full"]
+    families = list(dict.fromkeys((item.family, item.kind) for item in settings))
+    loud = [key for key in families if key[1] not in QUIET]
+    known = {key: KNOWN.get(key[0].removesuffix(" head")) for key in loud}
+    roles = {key: role for key, role in known.items() if role}
+    spare = [role for role in CATEGORIES if role not in roles.values()] or list(CATEGORIES)
+    others = [key for key in loud if key not in roles]
+    roles |= {key: spare[index % len(spare)] for index, key in enumerate(others)}
+    return roles | {key: BASELINES[QUIET.index(key[1])] for key in families if key[1] in QUIET}
 
 
 def label(setting: Setting) -> str:
-    """A setting in a few words: its promise, or its family and what sets it apart within it."""
+    """A setting in a few words: its promise, or its family and its thresholds."""
     if setting.kind == "full":
         return "full model"
     if setting.promise:
@@ -91,29 +93,53 @@ def label(setting: Setting) -> str:
     given = [value for value in setting.thresholds if value is not None]
     if not given:
         return f"{setting.family}, never"
-    if len(set(given)) == 1 and len(given) == len(setting.thresholds):
-        return f"{setting.family} ≥\u00a0{share(given[0])}"
-    each = " / ".join(DASH if value is None else share(value) for value in setting.thresholds)
-    return f"{setting.family} ≥\u00a0{each}"
+    alike = len(set(given)) == 1 and len(given) == len(setting.thresholds)
+    values = given[:1] if alike else setting.thresholds
+    return f"{setting.family} ≥\u00a0" + " / ".join(DASH if value is None else share(value) for value in values)
 
 
 def paired(cell: Cell, task: TaskFacts) -> Interval | None:
     """The task's primary metric, with the interval of its paired difference to the full model around it.
 
-    Two settings answer the same questions: what tells them apart is the difference, whose interval is much narrower
-    than that of either score. None where the cell has no such metric.
+    Two settings answer the same questions, so the interval of their difference is much narrower than that of either
+    score. None where the cell lacks the metric.
     """
     metric = cell.metrics.get(task.primary)
     if metric is None:
         return None
-    ends = (
-        None if end is None else metric.value + end - metric.delta.value
-        for end in (metric.delta.low, metric.delta.high)
-    )
-    return Interval(value=metric.value, low=next(ends), high=next(ends))
+    delta = metric.delta
+    low, high = (None if end is None else metric.value + end - delta.value for end in (delta.low, delta.high))
+    return Interval(value=metric.value, low=low, high=high)
 
 
 def metric_name(name: str) -> str:
-    """The harness's name for reading: its filter, if it says anything, in brackets."""
-    metric, _, chosen = name.partition(",")
-    return metric if chosen in ("", "none") else f"{metric} ({chosen})"
+    """The harness's name for reading: its filter, unless that is "none", in brackets."""
+    metric, _, filter_name = name.partition(",")
+    return metric if filter_name in ("", "none") else f"{metric} ({filter_name})"
+
+
+def first_depth(document: Evaluation, backbone: BackboneFacts) -> int:
+    """Where this backbone's depth scale begins: its first exit, or the shallowest token if that is lower."""
+    name = backbone.name
+    exits = [layer for setting in document.settings.get(name, ()) for layer in setting.layers]
+    counted = [depth for cell in document.cells if cell.backbone == name for depth in cell.histogram]
+    texts = [token.layers for item in document.examples if item.backbone == name for token in item.tokens]
+    return min([*exits, *counted, *texts, backbone.n_layers])
+
+
+def chosen(document: Evaluation, examples: Sequence[Example]) -> list[Example]:
+    """Of every prompt and family of settings one example, in the order given; a grid has hundreds.
+
+    It is the setting of least depth among those close to the full model on that task, or the closest one.
+    """
+    cells = {(cell.backbone, cell.setting, cell.task): cell for cell in document.cells}
+    best: dict[tuple[str, ...], tuple[tuple[float, float], int]] = {}
+    for place, item in enumerate(examples):
+        cell, setting = cells.get((item.backbone, item.setting, item.task)), setting_of(document, item)
+        agreement = cell.agreement.value if cell is not None and cell.agreement is not None else 0.0
+        depth = cell.mean_depth.value if cell is not None else 1.0
+        rank = (1.0, -depth) if agreement >= CLOSE else (0.0, agreement)
+        key = (item.task, item.prompt, item.full_text, setting.family, setting.kind)
+        if key not in best or rank > best[key][0]:
+            best[key] = (rank, place)
+    return [examples[place] for _, place in sorted(best.values(), key=lambda entry: entry[1])]

@@ -1,4 +1,4 @@
-"""Bytes that a decode step has to read, counted from weight shapes and from what a generation says it did."""
+"""Bytes that a decode step has to read, counted from weight shapes and the statistics of a generation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Counted:
     @classmethod
     @torch.no_grad()
     def of(cls, backbone: Backbone, ids: Tensor) -> Counted:
-        """``ids`` (B, T): a short text, run once to see what layers keep."""
+        """``ids`` (B, T): a short text, run once for the sizes of the layers' state."""
         size = backbone.dtype.itemsize
         layers = tuple(sum(weight.nbytes for weight in layer.parameters()) for layer in backbone.layers)
         updates = tuple(
@@ -63,24 +63,24 @@ class Counted:
         context: float,
         estimator: ConfidenceEstimator,
         readout: Readout,
-        asked: int,
+        checked: int,
     ) -> tuple[float, float]:
-        """The same for what a generation did: tokens left after ``first`` layers or later, ``asked`` exits judged."""
+        """The same for a generation: tokens left after ``first`` layers or later, ``checked`` exits were checked."""
         batch, steps = len(out.exit_layers), out.exit_layers.shape[1] - 1
         n, per_step = len(self.layers), out.trace.stats.passes / steps
         # Layers up to the first exit run at every step; the rest of the passes are the later layers' alike.
-        begun = min(float(first), per_step)
-        later = max(per_step - begun, 0.0)
-        weights = sum(self.layers[:first]) * begun / max(first, 1) + _mean(self.layers[first:]) * later
+        early = min(float(first), per_step)
+        later = max(per_step - early, 0.0)
+        weights = sum(self.layers[:first]) * early / max(first, 1) + _mean(self.layers[first:]) * later
         updated = n - per_step if out.trace.policy == "propagate" else 0.0
         weights += _mean(self.updates[first:]) * updated
         readouts = 1.0
         if out.verification is not None and out.trace.stats.left_at is not None:
-            readouts = len(out.trace.stats.left_at) / steps  # one a step, of a draft or of a whole window
+            readouts = len(out.trace.stats.left_at) / steps  # one per step, of a draft or of a whole window
         if estimator.needs_logits:  # an exit that reads everything reads the LM head once more, unless the token leaves
             leaves = float((out.exit_layers[:, 1:] < n).float().mean())
-            readouts += sum(readout.reads_all(index) for index in range(asked)) * (1.0 - leaves)
-        if isinstance(estimator, nn.Module) and asked:
+            readouts += sum(readout.reads_all(index) for index in range(checked)) * (1.0 - leaves)
+        if isinstance(estimator, nn.Module) and checked:
             weights += sum(weight.nbytes for weight in estimator.parameters())
         return self._step(batch, context, weights, per_step, updated, readouts)
 

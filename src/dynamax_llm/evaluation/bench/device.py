@@ -1,4 +1,4 @@
-"""The device: what it is called, how fast it copies, how much was allocated on it."""
+"""The device: its name, its copy bandwidth, how much was allocated on it."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    found = []
+    rates = []
     for _ in range(TRIALS):
         wait(device)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(COPIES):
             target.copy_(source)
         wait(device)
-        found.append(2 * size * COPIES / (time.perf_counter() - begun))
-    return statistics.median(found)
+        rates.append(2 * size * COPIES / (time.perf_counter() - started))
+    return statistics.median(rates)
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all it was asked to."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def forget_peak(device: torch.device) -> None:
-    """Count the peak of memory anew."""
+    """Reset the peak of memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -71,6 +71,6 @@ def _driver() -> str | None:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
-    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.split()
-    return found[0] if found else None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    versions = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return versions[0] if versions else None

@@ -1,10 +1,10 @@
-"""What a benchmark measured, as one JSON document.
+"""The results of a benchmark as one JSON document.
 
     Bench
-    ├── run, backbone, place   which command, who, on what; the device's copy bandwidth, measured in the same run
+    ├── run, backbone, place   which command, model and device; its copy bandwidth, measured in the same run
     ├── load                   prompt, new tokens, repeats, seed
-    ├── rows                   one per setting and batch size: time, bytes, what happened
-    ├── sameness               do the engines say the same tokens
+    ├── rows                   one per setting and batch size: time, bytes, depth
+    ├── parity                 whether the engines give the same tokens
     └── missing                what could not be measured, and why
 
 Times are seconds unless a name says ms; bytes are counted from weight shapes, not measured. ``speed_up`` is wall clock
@@ -15,18 +15,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
+from typing import ClassVar
 
 from pydantic import AliasChoices, Field
 
-from dynamax_llm.evaluation.common.documents import read_document
-from dynamax_llm.evaluation.harness.results import BackboneFacts, Run, _Part
-from dynamax_llm.exits.files import write_atomically
-
-FORMAT, VERSION = "dynamax-bench", 1
+from dynamax_llm.evaluation.common.documents import BackboneFacts, Document, Part, Run
 
 
-class Spread(_Part):
+class Spread(Part):
     """The median of some repeats, the least and the greatest of them."""
 
     median: float
@@ -40,7 +36,7 @@ class Spread(_Part):
         return cls(median=statistics.median(values), low=min(values), high=max(values), repeats=len(values))
 
 
-class Place(_Part):
+class Place(Part):
     """Where it ran. ``copy_bandwidth``: bytes/s read and written by a copy of ``copy_bytes`` within the device."""
 
     device: str
@@ -52,8 +48,8 @@ class Place(_Part):
     cuda: str | None = None
 
 
-class Load(_Part):
-    """What every setting was given; ``baseline_new``: new tokens where decoding is slow (eager, transformers)."""
+class Load(Part):
+    """The work of every setting; ``baseline_new``: new tokens where decoding is slow (eager, transformers)."""
 
     prompt: int
     new: int
@@ -63,11 +59,11 @@ class Load(_Part):
     zero_tail_from: int | None  # layers after this depth add nothing, so leaving there is always right
 
 
-class Row(_Part):
+class Row(Part):
     """One setting at one batch size.
 
-    ``kind``: "full" (no exit is asked), "exit" (every token leaves at ``exits``), "spread" (rows leave by themselves),
-    "checks" (exits are asked and no token leaves), "stock" (transformers' own generate).
+    ``kind``: "full" (no exit is checked), "exit" (every token leaves at ``exits``), "spread" (rows leave on their own),
+    "checks" (exits are checked and no token leaves), "stock" (transformers' own generate).
     """
 
     label: str
@@ -86,7 +82,7 @@ class Row(_Part):
     ms_per_token: Spread  # of one row, after the first token
     tokens_per_second: Spread  # of all rows
     speed_up: Spread | None  # against full depth of the same engine and batch size, wall clock
-    first_token: Spread  # seconds from the call to its end where one token is asked for
+    first_token: Spread  # seconds of a call that generates one token
     first_call: float  # seconds of the first call of this setting, programs and kernels built in it
     building: float  # what that took longer than the median of the later ones
     mean_depth: float | None = None  # share of the layers until a token was decided, after the first
@@ -101,8 +97,8 @@ class Row(_Part):
     peak_memory: int | None = None  # bytes allocated at most, weights and other settings' programs included
 
 
-class Sameness(_Part):
-    """Whether a setting says the tokens of a reference; ``of`` against ``reference``.
+class Parity(Part):
+    """Whether a setting gives the tokens of a reference; ``of`` against ``reference``.
 
     ``positions`` are compared given the same text so far: ``differing`` is the share whose likeliest token is another.
     ``equal``: share of tokens equal in free generation, ``first_difference`` the first new token that is not.
@@ -119,7 +115,7 @@ class Sameness(_Part):
     first_difference: int | None = None
 
 
-class Missing(_Part):
+class Missing(Part):
     """What could not be measured."""
 
     label: str
@@ -127,26 +123,22 @@ class Missing(_Part):
     reason: str
 
 
-class Bench(_Part):
+class Bench(Document):
     """The whole document; see the module. ``complete`` is False while a run is under way, or if it was cut off."""
 
-    format: str = FORMAT
-    version: int = VERSION
+    FORMAT: ClassVar[str] = "dynamax-bench"
+    FILE: ClassVar[str] = "bench.json"
+    WHAT: ClassVar[str] = "benchmark"
+    COMMAND: ClassVar[str] = "dynamax bench"
+
+    format: str = "dynamax-bench"
+    version: int = 1
     complete: bool
     run: Run
     backbone: BackboneFacts
     place: Place
     load: Load
     rows: tuple[Row, ...]
-    sameness: tuple[Sameness, ...] = ()
+    #: Written as "sameness" until 0.1.0.
+    parity: tuple[Parity, ...] = Field(default=(), validation_alias=AliasChoices("parity", "sameness"))
     missing: tuple[Missing, ...] = ()
-
-    def save(self, path: str | Path) -> None:
-        """Write the document to the file ``path``, whole or not at all. Raises ArtifactError."""
-        write_atomically(Path(path), (self.model_dump_json(indent=1) + "\n").encode())
-
-    @classmethod
-    def read(cls, path: str | Path) -> Bench:
-        """Read what ``save`` wrote. Raises DataError naming the field at fault."""
-        known = (FORMAT, VERSION)
-        return read_document(cls, Path(path), what="benchmark", command="dynamax bench", known=known)

@@ -1,4 +1,4 @@
-"""Estimators for benchmarks: rows that leave at moments drawn beforehand, decided on the device."""
+"""An estimator for benchmarks: rows leave at steps drawn beforehand, decided on the device."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ PERIOD = 512
 def draw(batch: int, exits: int, leave: float, together: float, seed: int = 0, period: int = PERIOD) -> Tensor:
     """Where each row's tokens leave: (period, B) int64, ``exits`` for full depth.
 
-    Every row leaves at a share ``leave`` of its tokens, by an exit drawn evenly; a share ``together`` of those are
-    moments at which all rows leave by the same exit, at the others each row decides by itself.
+    Every row leaves at a share ``leave`` of its tokens, by an exit drawn evenly; at a share ``together`` of those steps
+    all rows leave by the same exit, at the others each row leaves on its own.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -25,7 +25,7 @@ def draw(batch: int, exits: int, leave: float, together: float, seed: int = 0, p
         return torch.rand(*shape, generator=generator) < value
 
     common = share(leave * together, period, 1)
-    # Chosen so that the two kinds of moments add up to ``leave``.
+    # Chosen so that the two kinds of steps add up to ``leave``.
     own = share((leave - leave * together) / max(1.0 - leave * together, 1e-9), period, batch)
     places = torch.randint(exits, (period, batch), generator=generator)
     full = torch.full_like(places, exits)
@@ -33,10 +33,10 @@ def draw(batch: int, exits: int, leave: float, together: float, seed: int = 0, p
 
 
 class DrawnConfidence(ConfidenceEstimator):
-    """Leaves where ``pattern`` (S, B) says: confidence 1 there and 0 elsewhere. It counts each row's tokens.
+    """Confidence 1 at the exits in ``pattern`` (S, B), 0 elsewhere. Its state counts each row's tokens.
 
-    Nothing but tensors decides, so a recorded program can ask it. ``pattern`` must lie where decoding does. A step is
-    two look-ups: what the estimator costs is not what rows that leave by themselves cost.
+    It works on tensors alone, so that programs of the GPU engine can record it; ``pattern`` must be on the same device.
+    A step is two look-ups, so its cost is not that of a real estimator.
     """
 
     needs_logits = False

@@ -9,25 +9,26 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.engines.choose import check_engine
 from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.errors import PolicyMismatchError, UsageError
+from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.exits.config import INPUTS, ExitConfig, place_exits
 from dynamax_llm.exits.registries import HEADS, MEASURES
 
-#: Settings that take turns with full depth: the GPU engine keeps the programs of four, and building is no part of time.
+#: Settings that take turns with full depth: the GPU engine keeps the programs of four, and building is not timed.
 GROUP = 3
 EAGER, STOCK, COMPILED = "eager", "transformers", "transformers, compiled"
-#: Measures that random weights cannot make sure: exits judged by them are asked, and no token leaves.
-UNSURE = tuple(name for name in MEASURES if name != "state_similarity")
+#: What can be checked so that no token leaves: heads, and measures that stay low for random weights.
+CHECKED = (*HEADS, *(name for name in MEASURES if name != FREE_MEASURE))
 
 
 @dataclass(frozen=True)
 class BenchSettings:
     """What to measure; every field has its option of ``dynamax bench``.
 
-    ``exit_at``: places at each of which all tokens leave, one setting each, under every one of ``policies`` and, where
-    tokens wait, every one of ``windows``. ``checks``: so many exits, evenly spaced, that are asked by ``estimator`` (a
-    kind of head with random weights that reads ``inputs``, or a measure) and by which no token leaves. ``spread``: at
+    ``exit_at``: depths at each of which all tokens leave, one setting each, under every one of ``policies`` and, where
+    tokens wait, every one of ``windows``. ``checks``: this many exits, evenly spaced, are checked by ``estimator`` (a
+    kind of head with random weights that reads ``inputs``, or a measure), and no token leaves by them. ``spread``: at
     batch sizes above 1, rows leave at a share ``leave`` of their tokens, and at these shares of those all together.
-    Raises UsageError for values that are not allowed."""
+    ``parity``: whether engines are compared. Raises UsageError for values that are not allowed."""
 
     prompt: int = 64
     new: int = 256
@@ -44,33 +45,31 @@ class BenchSettings:
     leave: float = 0.5
     engine: str | None = None
     baselines: bool = True
-    sameness: bool = True
+    parity: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"prompt": 1, "new": 2, "baseline_new": 2, "repeats": 1, "checks": 0}
-        for name, floor in least.items():
+        for name, floor in {"prompt": 1, "new": 2, "baseline_new": 2, "repeats": 1, "checks": 0}.items():
             if getattr(self, name) < floor:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} {getattr(self, name)}: give a whole number from {floor}.")
-        for name, values in (("batch", self.batches), ("window", self.windows)):
+                raise UsageError(f"{name} {getattr(self, name)}: give a whole number from {floor}.")
+        for name, values in (("batches", self.batches), ("windows", self.windows)):
             if not values or min(values) < 1:
-                raise UsageError(f"--{name} {','.join(map(str, values))}: give whole numbers from 1, like 1,8.")
-        for value in (*self.spread, self.leave):
-            if not 0.0 <= value <= 1.0:
-                raise UsageError(f"share {value}: --spread and --leave take shares between 0 and 1.")
+                raise UsageError(f"{name} {','.join(map(str, values))}: give whole numbers from 1, like 1,8.")
+        for name, share in (*(("spread", value) for value in self.spread), ("leave", self.leave)):
+            if not 0.0 <= share <= 1.0:
+                raise UsageError(f"{name} {share}: give shares between 0 and 1.")
         for policy in self.policies:
             POLICIES.lookup(policy)
         check_engine(self.engine)
-        if self.checks and self.estimator not in (*HEADS, *UNSURE):
-            raise UsageError(f"--head {self.estimator!r}: give one of {', '.join((*HEADS, *UNSURE))}.")
+        if self.checks and self.estimator not in CHECKED:
+            raise UsageError(f"estimator {self.estimator!r}: give one of {', '.join(CHECKED)}.")
         if self.spread and max(self.batches) == 1:
-            raise UsageError("--spread is about rows that leave by themselves: give a --batch above 1 too.")
+            raise UsageError("spread is about rows that leave on their own: give a batch size above 1 too.")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing to measure; ``exits`` are depths, ``engine`` the one asked for (None: the fastest that can)."""
+    """One thing to measure; ``exits`` are depths, ``engine`` the requested one (None: the fastest that can)."""
 
     kind: str
     batch: int
@@ -83,14 +82,14 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """What a table calls it, its engine and batch size apart."""
+        """Its name in tables, without engine and batch size."""
         policy = self.policy if self.window is None else f"{self.policy}, window {self.window}"
         places = ", ".join(map(str, self.exits))
         return {
             "full": "full depth",
             "exit": f"{policy}, all leave at {places}",
             "spread": f"{policy}, rows leave at {places}, {self.together or 0:.0%} together",
-            "checks": f"{len(self.exits)} exits asked, none taken",
+            "checks": f"{len(self.exits)} exits checked, none taken",
             "stock": "generate",
         }[self.kind]
 
@@ -106,22 +105,21 @@ class Planned:
             if wrong:
                 raise PolicyMismatchError(
                     f"state policy {name!r} is not defined for the {' and '.join(wrong)} layers of "
-                    f"{backbone.model_type!r}. Leave it out of --policy."
+                    f"{backbone.model_type!r}. Leave it out of the policies."
                 )
         if settings.checks >= self.n_layers:
             raise UsageError(
-                f"--checks {settings.checks}: this backbone has {self.n_layers} layers, so at most "
+                f"checks {settings.checks}: this backbone has {self.n_layers} layers, so at most "
                 f"{self.n_layers - 1} exits."
             )
         count = settings.checks
-        self.asked = tuple(round(self.n_layers * (index + 1) / (count + 1)) for index in range(count))
+        self.checked = tuple(round(self.n_layers * (index + 1) / (count + 1)) for index in range(count))
         if count:
-            ExitConfig(self.asked, self.n_layers)
+            ExitConfig(self.checked, self.n_layers)
         limit = backbone.max_positions()
         if limit is not None and settings.prompt + settings.new > limit:
             raise UsageError(
-                f"{settings.prompt} + {settings.new} tokens: this backbone has {limit} positions. "
-                "Lower --prompt or --new."
+                f"{settings.prompt} + {settings.new} tokens: this backbone has {limit} positions. Lower prompt or new."
             )
 
     def groups(self) -> Iterator[list[Setting]]:
@@ -149,8 +147,8 @@ class Planned:
             for policy in s.policies:
                 for window in self._windows(policy)[:1]:
                     yield Setting("spread", batch, s.new, s.engine, policy, window, self.exits, share)
-        if self.asked:
-            yield Setting("checks", batch, s.new, s.engine, exits=self.asked)
+        if self.checked:
+            yield Setting("checks", batch, s.new, s.engine, exits=self.checked)
 
     def _windows(self, policy: str) -> tuple[int | None, ...]:
         return self.settings.windows if POLICIES[policy].exact_state else (None,)

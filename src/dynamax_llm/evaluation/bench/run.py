@@ -1,8 +1,8 @@
 """Measuring: every setting in turns with full depth of the same engine, in one run.
 
-A token takes what a generation of many tokens takes longer than one of a single token, over the tokens between; so the
-prompt's pass and whatever surrounds it cancel, for every engine alike, transformers' own included. The first call of a
-setting builds what it needs and is not among the repeats.
+A token's time is what a generation of many tokens takes longer than one of a single token, over the tokens between; so
+the prompt's pass and everything around it cancel, for every engine alike, transformers' own included. The first call of
+a setting builds what it needs and is not among the repeats.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynamax_llm.backbones import adapt
-from dynamax_llm.errors import UsageError
-from dynamax_llm.evaluation.bench import agree
+from dynamax_llm.errors import UsageError, first_line
+from dynamax_llm.evaluation.bench import parity
 from dynamax_llm.evaluation.bench.counted import Counted
-from dynamax_llm.evaluation.bench.deciders import Deciders
 from dynamax_llm.evaluation.bench.device import describe, forget_peak, peak, wait
-from dynamax_llm.evaluation.bench.document import Bench, Load, Missing, Row, Sameness, Spread
+from dynamax_llm.evaluation.bench.document import Bench, Load, Missing, Parity, Row, Spread
+from dynamax_llm.evaluation.bench.early_exits import EarlyExits
 from dynamax_llm.evaluation.bench.plan import COMPILED, EAGER, STOCK, BenchSettings, Planned, Setting
 from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
 from dynamax_llm.exits.artifact import Exits
@@ -33,21 +33,20 @@ from dynamax_llm.exits.config import ExitConfig
 
 @dataclass
 class Measured:
-    """What became of a setting so far; times in seconds."""
+    """The measurements of a setting so far; times in seconds."""
 
     engine: str
     kernels: tuple[str, ...]
     out: Any  # of the last generation
-    cold: float
-    long: list[float] = field(default_factory=list)
-    first: list[float] = field(default_factory=list)
+    cold: float  # the first call
+    long: list[float] = field(default_factory=list)  # calls that generate all tokens
+    first: list[float] = field(default_factory=list)  # calls that generate one
     ratios: list[float] = field(default_factory=list)  # full depth of the same engine over this one, per turn
     peak: int | None = None
 
     def per_token(self, new: int) -> list[float]:
         """Seconds per token after the first, one per repeat."""
-        # On a tiny model a moment of noise can outlast the whole text: then the prompt is counted too, never less than
-        # nothing.
+        # On a tiny model noise can outlast the whole text: then the prompt is counted too, so that no time is negative.
         pairs = zip(self.long, self.first, strict=True)
         return [(long - first) / (new - 1) if long > first else long / new for long, first in pairs]
 
@@ -66,22 +65,23 @@ def bench(
     tell: Callable[[str], None] | None = None,
     on_part: Callable[[Bench], None] | None = None,
 ) -> Bench:
-    """Measure ``model`` where it lies, in the dtype it has; see the module and ``document.Bench``.
+    """Measure ``model`` on its device and in its dtype; see the module and ``document.Bench``.
 
-    ``zero_tail_from`` is noted: the depth from which ``random_models.zero_tail`` was applied. ``tell`` hears of every
-    setting, ``on_part`` gets the document so far after every group. Raises ExitPlacementError, PolicyMismatchError,
-    UsageError for what cannot be asked of this model; what cannot be measured is listed in the document as missing.
+    ``zero_tail_from`` is noted: the depth from which ``random_models.zero_tail`` was applied. ``tell`` is called with a
+    line per setting, ``on_part`` with the document so far after every group. Raises ExitPlacementError,
+    PolicyMismatchError, UsageError for settings that this model does not allow; what cannot be measured is listed in
+    the document as missing.
     """
     settings = settings or BenchSettings()
     run = _Run(model, settings, name, zero_tail_from, command, tell or (lambda line: None))
     config, ends = model.generation_config, model.generation_config.eos_token_id
-    config.eos_token_id = None  # every text is as long as asked
+    config.eos_token_id = None  # every text has its full length
     try:
         for group in run.planned.groups():
             run.measure(run.shared(group))
             if on_part is not None:
                 on_part(run.document(complete=False))
-        if settings.sameness:
+        if settings.parity:
             run.compare()
         return run.document(complete=True)
     finally:
@@ -104,25 +104,23 @@ class _Run:
         self.model, self.settings, self.command, self.tell = model, settings, command, tell
         backbone = adapt(model)
         self.planned = Planned(settings, backbone)
-        config = ExitConfig(self.planned.exits, backbone.n_layers, head=None, candidates=0)
-        self.exits = Exits.of(backbone, config)
-        self.exits.check_backbone(backbone)
+        exits = Exits.of(backbone, ExitConfig(self.planned.exits, backbone.n_layers, head=None, candidates=0))
+        exits.check_backbone(backbone)
         self.backbone, self.device = backbone, backbone.device
-        self.name = name or str(backbone.config.name_or_path or backbone.model_type)
         self.zero_tail_from = zero_tail_from
         generator = torch.Generator().manual_seed(settings.seed)
         shape = (max(settings.batches), settings.prompt)
         self.ids = torch.randint(1, backbone.vocab_size, shape, generator=generator).to(self.device)
-        self.facts = backbone_facts(self.name, backbone)
+        self.facts = backbone_facts(name or str(backbone.config.name_or_path or backbone.model_type), backbone)
         self.place = describe(self.device, backbone.dtype)
-        self.counted = Counted.of(backbone, self.ids[:, :2] if settings.prompt > 1 else self.ids)
+        self.counted = Counted.of(backbone, self.ids[:, :2])
         self.done: dict[Setting, Measured] = {}
         self.missing: list[Missing] = []
-        self.sameness: list[Sameness] = []
-        self.early = Deciders(self.exits, settings, backbone.width, self.device)
+        self.parity: list[Parity] = []
+        self.early = EarlyExits(exits, settings, backbone.width, self.device)
 
     def call(self, setting: Setting, new: int) -> tuple[float, Any]:
-        """Seconds of one greedy generation of exactly ``new`` tokens, and what it gave."""
+        """Seconds of one greedy generation of exactly ``new`` tokens, and its output."""
         ids = self.ids[: setting.batch]
         options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "use_cache": True}
         if setting.kind != "stock":
@@ -130,55 +128,45 @@ class _Run:
         elif setting.engine == COMPILED:
             options["cache_implementation"] = "static"
         wait(self.device)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         wait(self.device)
-        return time.perf_counter() - begun, out
+        return time.perf_counter() - started, out
 
     # measuring
 
     def shared(self, group: list[Setting]) -> list[Setting]:
-        """The group, or, where it is about the eager engine and that has run anyway, about what ran."""
+        """The group; if it compares with the eager engine and that was measured anyway, with that measurement."""
         head = group[0]
-        if head.engine != EAGER:
-            return group
         own = dataclasses.replace(head, engine=self.settings.engine, new=self.settings.new)
-        if own not in self.done or self.done[own].engine != EAGER:
+        if head.engine != EAGER or own not in self.done or self.done[own].engine != EAGER:
             return group
         return [own, *(dataclasses.replace(setting, new=own.new) for setting in group[1:])]
 
     def measure(self, group: list[Setting]) -> None:
         """All settings of a group, once to build, then in turns."""
         ready = [setting for setting in group if self._built(setting)]
-        begun = {setting: len(self.done[setting].long) for setting in ready}
+        before = {setting: len(self.done[setting].long) for setting in ready}
         for turn in range(self.settings.repeats):
             for setting in ready if turn % 2 == 0 else reversed(ready):
-                found = self.done[setting]
+                measured = self.done[setting]
                 forget_peak(self.device)
-                seconds, found.out = self.call(setting, setting.new)
-                found.long.append(seconds)
-                found.peak = max(found.peak or 0, peak(self.device) or 0) or None
-                found.first.append(self.call(setting, 1)[0])
+                seconds, measured.out = self.call(setting, setting.new)
+                measured.long.append(seconds)
+                measured.peak = max(measured.peak or 0, peak(self.device) or 0) or None
+                measured.first.append(self.call(setting, 1)[0])
+        full = group[0]
+        times = {setting: self.done[setting].per_token(setting.new)[before[setting] :] for setting in ready}
         for setting in ready:
-            self._pair(group[0], setting, begun)
-            found = self.done[setting]
-            fresh = found.per_token(setting.new)[begun[setting] :]
-            self.tell(
-                f"batch {setting.batch}, {found.engine}, {setting.label}: "
-                f"{1e3 * statistics.median(fresh):.3f} ms per token"
-            )
-            if self.settings.sameness and setting.policy == "verify":
-                self._compare_verify(setting, group[0])
+            measured = self.done[setting]
+            if full in times and self.done[full].engine == measured.engine:
+                measured.ratios += [whole / own for whole, own in zip(times[full], times[setting], strict=True)]
+            median = 1e3 * statistics.median(times[setting])
+            self.tell(f"batch {setting.batch}, {measured.engine}, {setting.label}: {median:.3f} ms per token")
+            if self.settings.parity and setting.policy == "verify":
+                self._compare_verify(setting, full)
         if any(setting.engine == COMPILED for setting in group):
             _forget_compiled(self.model)
-
-    def _pair(self, full: Setting, setting: Setting, begun: dict[Setting, int]) -> None:
-        """Ratios of this group's turns, where full depth ran in the same engine."""
-        if full not in begun or self.done[full].engine != self.done[setting].engine:
-            return
-        whole = self.done[full].per_token(full.new)[begun[full] :]
-        own = self.done[setting].per_token(setting.new)[begun[setting] :]
-        self.done[setting].ratios += [a / b for a, b in zip(whole, own, strict=True)]
 
     def _built(self, setting: Setting) -> bool:
         """Whether a setting runs; its first call, which builds what it needs."""
@@ -199,7 +187,7 @@ class _Run:
         except Exception as error:  # whatever transformers and torch.compile raise for a family they do not support
             if setting.engine != COMPILED:
                 raise
-            return self._miss(setting, f"not supported by transformers ({_first_line(error)})")
+            return self._miss(setting, f"not supported by transformers ({first_line(error)})")
         engine = setting.engine if setting.kind == "stock" else getattr(out, "engine", EAGER)
         self.done[setting] = Measured(str(engine), tuple(getattr(out, "kernels", ())), out, seconds)
         return True
@@ -210,147 +198,124 @@ class _Run:
         self.tell(f"batch {setting.batch}, {where}: {reason}")
         return False
 
-    # what engines say
+    # parity of engines
 
     def compare(self) -> None:
         """Full depth of the engine that ran against the eager one, and exact equality in float32."""
-        dtype = self.place.dtype
         for batch in self.settings.batches:
-            full = next((s for s in self.done if s.kind == "full" and s.batch == batch and s.engine != EAGER), None)
-            full = full or next((s for s in self.done if s.kind == "full" and s.batch == batch), None)
-            if full is None:
-                continue
-            engine = self.done[full].engine
-            self._compare_full(full, engine, dtype, forced=batch == max(self.settings.batches))
-        ran = {found.engine for found in self.done.values()}
-        if dtype != "float32" and "cuda" in ran:
-            self.sameness += agree.twins(self.device, self.backbone.model_type, "cuda")
+            measured = [setting for setting in self.done if setting.kind == "full" and setting.batch == batch]
+            if measured:
+                full = next((setting for setting in measured if setting.engine != EAGER), measured[0])
+                self._compare_full(full, forced=batch == max(self.settings.batches))
+        engines = {measured.engine for measured in self.done.values()}
+        if self.place.dtype != "float32" and "cuda" in engines:
+            self.parity += parity.twins(self.device, self.backbone.model_type, "cuda")
 
-    def _compare_full(self, full: Setting, engine: str, dtype: str, *, forced: bool) -> None:
+    def _compare_full(self, full: Setting, *, forced: bool) -> None:
+        engine, prompt = self.done[full].engine, self.settings.prompt
         same = engine == EAGER
         plain = full if same else Setting("full", full.batch, min(full.new, self.settings.baseline_new), EAGER)
         text = self.done[plain].sequences if plain in self.done else self.call(plain, plain.new)[1].sequences
-        prompt, reference = self.settings.prompt, "eager, full depth"
-        stock = Setting("stock", full.batch, plain.new, STOCK)
-        if stock in self.done:
-            said = self.done[stock].sequences[:, prompt:]
-            self.sameness.append(agree.free(said, text[:, prompt:], STOCK, reference, self.name, dtype))
+        others = {STOCK: Setting("stock", full.batch, plain.new, STOCK)}
         if not same:
-            own, of = self.done[full].sequences[:, prompt:], f"{engine}, full depth"
-            self.sameness.append(agree.free(own, text[:, prompt:], of, reference, self.name, dtype))
+            others[f"{engine}, full depth"] = full
+        for of, setting in others.items():
+            if setting in self.done:
+                new = self.done[setting].sequences[:, prompt:]
+                self.parity.append(parity.free(new, text[:, prompt:], self._facts(of, EAGER)))
         if not forced:
             return
-        expected = agree.forced(self.early(plain), self.model, text, prompt)
-        found = {"one pass of the stock model": agree.at_once(self.model, text, prompt)}
+        expected = parity.forced(self.early(plain), self.model, text, prompt)
+        given = {"one pass of the stock model": parity.one_pass(self.model, text, prompt)}
         if not same:
-            found[f"{engine}, full depth"] = agree.forced(self.early(full), self.model, text, prompt)
-        for of, said in found.items():
-            self._note_forced(of, reference, said, expected)
+            given[f"{engine}, full depth"] = parity.forced(self.early(full), self.model, text, prompt)
+        self.parity += [parity.given_text(tokens, expected, self._facts(of, EAGER)) for of, tokens in given.items()]
 
     def _compare_verify(self, setting: Setting, full: Setting) -> None:
+        """Given its own text, and in free generation, against full depth of the same engine."""
         prompt, text = self.settings.prompt, self.done[setting].sequences
-        said = agree.forced(self.early(full), self.model, text, prompt)
-        equal, first = agree.compared(text[:, prompt:], self.done[full].sequences[:, prompt:])
-        of = f"{self.done[setting].engine}, {setting.label}"
-        self._note_forced(of, f"{self.done[full].engine}, full depth", said, text[:, prompt + 1 :], equal, first)
+        tokens = parity.forced(self.early(full), self.model, text, prompt)
+        equal, first = parity.compared(text[:, prompt:], self.done[full].sequences[:, prompt:])
+        facts = self._facts(f"{self.done[setting].engine}, {setting.label}", self.done[full].engine)
+        free = {"equal": equal, "first_difference": first}
+        self.parity.append(parity.given_text(tokens, text[:, prompt + 1 :], {**facts, **free}))
 
-    def _note_forced(
-        self, of: str, reference: str, said: Tensor, other: Tensor, equal: float | None = None, first: int | None = None
-    ) -> None:
-        self.sameness.append(
-            Sameness(
-                of=of,
-                reference=reference,
-                model=self.name,
-                dtype=self.place.dtype,
-                batch=len(said),
-                positions=said.numel(),
-                differing=agree.differing(said, other),
-                equal=equal,
-                first_difference=first,
-            )
-        )
+    def _facts(self, of: str, engine: str) -> dict[str, Any]:
+        reference = f"{engine}, full depth"
+        return {"of": of, "reference": reference, "model": self.facts.name, "dtype": self.place.dtype}
 
     # the document
 
     def document(self, *, complete: bool) -> Bench:
         """What is known so far."""
-        s = self.settings
+        load = {name: getattr(self.settings, name) for name in ("prompt", "new", "baseline_new", "repeats", "seed")}
         order = sorted(self.done, key=lambda setting: setting.batch)
         return Bench(
             complete=complete,
             run=run_facts(self.command, time.monotonic() - self.started),
             backbone=self.facts,
             place=self.place,
-            load=Load(
-                prompt=s.prompt,
-                new=s.new,
-                baseline_new=s.baseline_new,
-                repeats=s.repeats,
-                seed=s.seed,
-                zero_tail_from=self.zero_tail_from,
-            ),
+            load=Load(**load, zero_tail_from=self.zero_tail_from),
             rows=tuple(self._row(setting) for setting in order if self.done[setting].long),
-            sameness=tuple(self.sameness),
+            parity=tuple(self.parity),
             missing=tuple(self.missing),
         )
 
     def _row(self, setting: Setting) -> Row:
-        found, stock = self.done[setting], setting.kind == "stock"
-        times = Spread.of(found.per_token(setting.new))
-        context = self.settings.prompt + setting.new / 2
-        weights, state = self.counted.stock(setting.batch, context)
-        facts: dict[str, Any] = {}
-        if not stock:
-            early, out, n = self.early(setting), found.out, self.backbone.n_layers
-            first = setting.exits[0] if setting.kind in ("exit", "spread") else n
-            readout = early.exits.readout(self.backbone)
-            asked = 0 if setting.kind == "full" else len(setting.exits)
-            weights, state = self.counted.step(out, first, context, early.estimator, readout, asked)
-            depths = out.exit_layers[:, 1:]
-            facts = {
-                "policy": None if setting.kind == "full" else setting.policy,
-                "window": setting.window,
-                "exits": setting.exits,
-                "estimator": self.settings.estimator if setting.kind == "checks" else None,
-                "leave": self.settings.leave if setting.kind == "spread" else None,
-                "together": setting.together,
-                "mean_depth": float(depths.double().mean()) / n,
-                "left": float((depths < n).double().mean()),
-                "pass_reduction": out.trace.pass_reduction,
-                "acceptance": None if out.verification is None else out.verification.acceptance_rate,
-            }
-        speed, copied = weights / times.median, self.place.copy_bandwidth
+        measured = self.done[setting]
+        times = measured.per_token(setting.new)
+        median = statistics.median(times)
+        (weights, state), facts = self._decided(setting)
+        speed_ups = measured.ratios if setting.kind not in ("full", "stock") else []
         return Row(
             label=setting.label,
             kind=setting.kind,
-            engine=found.engine,
-            kernels=found.kernels,
+            engine=measured.engine,
+            kernels=measured.kernels,
             batch=setting.batch,
             new=setting.new,
-            ms_per_token=Spread.of([1e3 * value for value in found.per_token(setting.new)]),
-            tokens_per_second=Spread.of([setting.batch / value for value in found.per_token(setting.new)]),
-            speed_up=Spread.of(found.ratios) if found.ratios and setting.kind not in ("full", "stock") else None,
-            first_token=Spread.of(found.first),
-            first_call=found.cold,
-            building=found.cold - statistics.median(found.long),
+            ms_per_token=Spread.of([1e3 * value for value in times]),
+            tokens_per_second=Spread.of([setting.batch / value for value in times]),
+            speed_up=Spread.of(speed_ups) if speed_ups else None,
+            first_token=Spread.of(measured.first),
+            first_call=measured.cold,
+            building=measured.cold - statistics.median(measured.long),
             weight_bytes=weights,
             state_bytes=state,
-            bandwidth=speed,
-            bandwidth_share=speed / copied,
-            state_bandwidth_share=(weights + state) / times.median / copied,
-            peak_memory=found.peak,
+            bandwidth=weights / median,
+            bandwidth_share=weights / median / self.place.copy_bandwidth,
+            state_bandwidth_share=(weights + state) / median / self.place.copy_bandwidth,
+            peak_memory=measured.peak,
             **facts,
         )
 
+    def _decided(self, setting: Setting) -> tuple[tuple[float, float], dict[str, Any]]:
+        """Bytes of weights and state per step, and a row's facts about exits; none for the stock model."""
+        context = self.settings.prompt + setting.new / 2
+        if setting.kind == "stock":
+            return self.counted.stock(setting.batch, context), {}
+        early, out, n_layers = self.early(setting), self.done[setting].out, self.backbone.n_layers
+        first = setting.exits[0] if setting.kind in ("exit", "spread") else n_layers
+        checked = 0 if setting.kind == "full" else len(setting.exits)
+        readout = early.exits.readout(self.backbone)
+        depths = out.exit_layers[:, 1:]
+        facts = {
+            "policy": None if setting.kind == "full" else setting.policy,
+            "window": setting.window,
+            "exits": setting.exits,
+            "estimator": self.settings.estimator if setting.kind == "checks" else None,
+            "leave": self.settings.leave if setting.kind == "spread" else None,
+            "together": setting.together,
+            "mean_depth": float(depths.double().mean()) / n_layers,
+            "left": float((depths < n_layers).double().mean()),
+            "pass_reduction": out.trace.pass_reduction,
+            "acceptance": None if out.verification is None else out.verification.acceptance_rate,
+        }
+        return self.counted.step(out, first, context, early.estimator, readout, checked), facts
+
 
 def _forget_compiled(model: PreTrainedModel) -> None:
-    """Programs that transformers compiled, and their memory."""
+    """Drop what transformers compiled, and its memory."""
     torch._dynamo.reset()
     vars(model).pop("_compiled_call", None)
     vars(model).pop("_cache", None)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200].rstrip(".: ")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from dynamax_llm.evaluation.harness.results import Interval
+from dynamax_llm.evaluation.common.documents import Interval
 
 #: Draws, and the share of them between the two ends.
 DRAWS, CONFIDENCE = 2000, 0.95
@@ -33,29 +33,29 @@ def interval(values: Sequence[float], seed: int = 0, statistic: Statistic = mean
     ``values`` must not be empty.
     """
     data = np.asarray(values, dtype=np.float64)
-    found = float(statistic(data))
+    value = float(statistic(data))
     if len(data) < 2:
-        return Interval(value=found)
+        return Interval(value=value)
     low, high = ends(statistic(data[draws(len(data), seed)]))
-    return Interval(value=found, low=low, high=high)
+    return Interval(value=value, low=low, high=high)
 
 
 def weighted(sums: Sequence[float], weights: Sequence[float], seed: int = 0) -> Interval:
     """A ratio of totals over samples (a mean per token, say) with its 95 % interval.
 
-    A draw without any weight counts as the ratio found.
+    A draw without any weight counts as the ratio over all samples.
     """
     over, under = np.asarray(sums, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     if under.sum() <= 0:
         return Interval(value=0.0)
-    found = float(over.sum() / under.sum())
+    ratio = float(over.sum() / under.sum())
     if len(over) < 2:
-        return Interval(value=found)
+        return Interval(value=ratio)
     index = draws(len(over), seed)
     totals = under[index].sum(axis=-1)
-    ratios = np.where(totals > 0, over[index].sum(axis=-1) / np.where(totals > 0, totals, 1.0), found)
+    ratios = np.where(totals > 0, over[index].sum(axis=-1) / np.where(totals > 0, totals, 1.0), ratio)
     low, high = ends(ratios)
-    return Interval(value=found, low=low, high=high)
+    return Interval(value=ratio, low=low, high=high)
 
 
 def draws(count: int, seed: int = 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How an evaluation came about: command, time, machine, versions, commit."""
+"""Provenance of a document: command, time, machine, versions, commit."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.fingerprint import fingerprint
-from dynamax_llm.evaluation.harness.results import BackboneFacts, Run
+from dynamax_llm.evaluation.common.documents import BackboneFacts, Run
 from dynamax_llm.version import installed_version
 
-#: Distributions whose versions decide what comes out.
+#: Distributions whose versions affect results.
 PACKAGES = {"torch": "torch", "transformers": "transformers", "lm_eval": "lm_eval"}
 
 
@@ -33,7 +33,7 @@ def run_facts(command: str, seconds: float) -> Run:
 
 
 def backbone_facts(name: str, backbone: Backbone) -> BackboneFacts:
-    """Who was evaluated."""
+    """The backbone that was measured."""
     return BackboneFacts(
         name=name,
         model_type=backbone.model_type,
@@ -45,13 +45,13 @@ def backbone_facts(name: str, backbone: Backbone) -> BackboneFacts:
 
 def versions() -> dict[str, str]:
     """Versions by name; a package that is not installed is left out."""
-    found = {"dynamax": installed_version(), "python": platform.python_version()}
+    versions = {"dynamax": installed_version(), "python": platform.python_version()}
     for name, distribution in PACKAGES.items():
         try:
-            found[name] = metadata.version(distribution)
+            versions[name] = metadata.version(distribution)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def hardware() -> str:

@@ -1,4 +1,4 @@
-"""Models of a named shape with random weights, made where they will run: for speed, which weights do not decide."""
+"""Models of a named shape with random weights, made on their device: for timing, which does not depend on weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Mamba2Config, MistralConfig, PreTrainedConfig, PreTrainedModel
 
 from dynamax_llm.backbones import adapt
+from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.compare.shapes import SHAPES
 from dynamax_llm.registry import Registry
 
@@ -27,6 +28,8 @@ TINY_SHAPES: dict[str, PreTrainedConfig] = {
         **_TINY, num_heads=8, head_dim=16, expand=2, n_groups=2, state_size=16, chunk_size=32, tie_word_embeddings=False
     ),
 }
+#: Parts of the names of projections that write into the residual stream.
+_OUTPUTS = ("o_proj", "down_proj", "out_proj", "output_linear")
 RANDOM_SHAPES: Registry[PreTrainedConfig] = Registry("model shape", {**SHAPES, **TINY_SHAPES})
 
 
@@ -48,11 +51,28 @@ def random_model(
 
 
 @torch.no_grad()
-def zero_tail(model: nn.Module, depth: int) -> nn.Module:
+def zero_tail(model: PreTrainedModel, depth: int) -> PreTrainedModel:
     """Make the layers after ``depth`` add nothing: stopping there then gives exactly the full model's output, at the
-    full model's cost. Zeroes every projection that writes into the residual stream; changes ``model`` in place."""
-    for layer in adapt(model).layers[depth:]:
+    full model's cost. Zeroes every projection that writes into the residual stream; changes ``model`` in place.
+
+    Raises UsageError, before anything is changed, for a family in which a layer still adds something.
+    """
+    backbone = adapt(model)
+    changed: list[tuple[nn.Parameter, torch.Tensor]] = []
+    for layer in backbone.layers[depth:]:
         for name, parameter in layer.named_parameters():
-            if any(part in name for part in ("o_proj", "down_proj", "out_proj", "output_linear")):
+            if any(part in name for part in _OUTPUTS):
+                changed.append((parameter, parameter.clone()))
                 parameter.zero_()
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(1, 3, backbone.width, generator=generator).to(backbone.device, backbone.dtype)
+    ctx = backbone.context(h)
+    for index in range(depth, backbone.n_layers):
+        if not torch.equal(backbone.layer(index, h, None, ctx), h):
+            for parameter, value in changed:
+                parameter.copy_(value)
+            raise UsageError(
+                f"layers of {backbone.model_type!r} cannot be made to add nothing: layer {index + 1} still changes its "
+                f"input with {', '.join(_OUTPUTS)} zeroed. Give a model of another family."
+            )
     return model

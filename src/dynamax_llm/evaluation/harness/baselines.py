@@ -41,10 +41,10 @@ def pruned(model: PreTrainedModel, removed: int) -> PreTrainedModel:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
     _trim(shorter.config, n_layers, kept)
-    if _told(shorter.config) != [[told[index] for index in kept] for told in _told(model.config)]:
+    if _kinds(shorter.config) != [[kinds[index] for index in kept] for kinds in _kinds(model.config)]:
         raise UsageError(
-            f"layers of {whole.model_type!r} cannot be pruned: its configuration says by position what each layer is. "
-            "Leave the pruned baseline out: --no-baselines."
+            f"layers of {whole.model_type!r} cannot be pruned: its configuration derives kinds from positions. "
+            "Leave the pruned baseline out: baselines=False (--no-baselines)."
         )
     return shorter.eval()
 
@@ -60,7 +60,7 @@ def _trim(config: Any, n_layers: int, kept: list[int]) -> None:
         config.num_hidden_layers = len(kept)
 
 
-def _told(config: Any) -> list[list[str]]:
-    """What the configuration says of each layer; in some families a rule of positions says it."""
-    told = (getattr(config, name, None) for name in ("layer_types", "layers_block_type"))
-    return [list(item) for item in told if item is not None]
+def _kinds(config: Any) -> list[list[str]]:
+    """The configuration's lists of layer kinds; in some families they follow from a rule of positions."""
+    lists = (getattr(config, name, None) for name in ("layer_types", "layers_block_type"))
+    return [list(item) for item in lists if item is not None]

@@ -2,8 +2,8 @@
 
     tasks = load_tasks(["triviaqa"], data_dir="data")
     settings = grid(subject, {"mamba head": exits}, [0.8, 0.9], measures=["softmax_margin"])
-    found = evaluate(subject, settings, tasks, Plan(), "out")
-    found.save("out")
+    document = evaluate(subject, settings, tasks, Plan(), "out")
+    add_to("out", document)
 
 A batch of documents is answered under every setting before the next, because the settings share its prompts. Records
 are on the disk before the next batch starts; the same call again goes on where the last one stopped.
@@ -20,7 +20,8 @@ from typing import Any
 from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
 from dynamax_llm.evaluation.harness import summary
-from dynamax_llm.evaluation.harness.forced import Prompted, agreement, confidences, said
+from dynamax_llm.evaluation.harness.combine import check_addition
+from dynamax_llm.evaluation.harness.forced import Prompted, agreement, confidences, forced
 from dynamax_llm.evaluation.harness.prompts import SharedPrompts
 from dynamax_llm.evaluation.harness.records import Records, cell_path
 from dynamax_llm.evaluation.harness.results import Cell, Evaluation, Example, Reliability, ShownToken
@@ -39,7 +40,7 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """How an evaluation is carried out; what is asked is the tasks' business.
+    """How an evaluation is carried out, whatever its tasks and settings.
 
     ``batch``: rows at a time. ``timed``: documents per task whose decoding is timed against the full model's, at
     batch 1. ``examples``: documents per generation task that are kept token by token. Raises UsageError.
@@ -70,27 +71,34 @@ def evaluate(
 ) -> Evaluation:
     """Answer every task under every setting, of which the first is the full model; records are kept in ``out``.
 
-    The document is returned, not written. Raises DataError for damaged records, UsageError for those of another run.
+    The document is returned, not written: ``combine.add_to`` adds it to the one in ``out``. Raises DataError for
+    damaged records or a damaged document, UsageError for those of another run.
     """
     start = time.perf_counter()
-    variants = check_ids(list(settings))
-    bench = _Bench(subject, variants, plan, Path(out).expanduser(), on_progress)
-    bench.open(tasks)  # every refusal comes before the first minute of work
-    parts = [bench.run(task) for task in tasks]
-    return Evaluation(
+    folder, variants = Path(out).expanduser(), check_ids(list(settings))
+    document = Evaluation(
         title=title or f"Early exits on {subject.name}",
-        runs=(run_facts(command, time.perf_counter() - start),),
+        runs=(),
         backbones=(backbone_facts(subject.name, subject.backbone),),
         settings={subject.name: tuple(variant.facts for variant in variants)},
         tasks=tuple(task.facts for task in tasks),
-        cells=tuple(cell for cells, _ in parts for cell in cells),
-        examples=tuple(example for _, examples in parts for example in examples),
-        reliability=tuple(bench.reliability(tasks)),
+        cells=(),
     )
+    check_addition(folder, document)  # every refusal comes before the first minute of work
+    cells = _Cells(subject, variants, plan, folder, on_progress)
+    cells.open(tasks, document.backbones[0].fingerprint)
+    parts = [cells.run(task) for task in tasks]
+    results = {
+        "runs": (run_facts(command, time.perf_counter() - start),),
+        "cells": tuple(cell for own, _ in parts for cell in own),
+        "examples": tuple(example for _, examples in parts for example in examples),
+        "reliability": tuple(cells.reliability(tasks)),
+    }
+    return document.model_copy(update=results)
 
 
 @dataclass
-class _Bench:
+class _Cells:
     """One subject under all its settings."""
 
     subject: Subject
@@ -104,30 +112,24 @@ class _Bench:
     done: int = 0
     total: int = 0
 
-    def open(self, tasks: Sequence[EvalTask]) -> None:
+    def open(self, tasks: Sequence[EvalTask], fingerprint: str) -> None:
         """Read all the records there are."""
         backbone = self.subject.backbone
-        who = backbone_facts(self.subject.name, backbone)
         self.n_layers, self.full_macs = backbone.n_layers, backbone.costs().total
         for task in tasks:
             for variant in self.variants:
-                identity = {**task.identity, **variant.identity, "backbone": who.fingerprint}
+                identity = {**task.identity, **variant.identity, "backbone": fingerprint}
                 path = cell_path(self.out, self.subject.name, task.facts.name, variant.facts.id)
-                kept = Records(path, identity)
-                self.records[task.facts.name, variant.facts.id] = kept
+                kept = self.records[task.facts.name, variant.facts.id] = Records(path, identity)
                 self.done += len(kept.samples)
                 self.total += len(task.docs)
 
     def run(self, task: EvalTask) -> tuple[list[Cell], list[Example]]:
         """Answer what has no record yet, then sum up."""
-        lm = self._lm(self.variants[0])
-        order = sorted(
-            task.docs, key=lambda doc: (-max(len(lm.tok_encode(i.args[0])) for i in doc.instances), doc.prompt)
-        )
-        for first in range(0, len(order), self.plan.batch):
+        for chunk in self._chunks(task):
             for variant in self.variants:
-                kept = self.records[task.facts.name, variant.facts.id]
-                docs = [doc for doc in order[first : first + self.plan.batch] if doc.number not in kept.samples]
+                kept = self._records(task, variant)
+                docs = [doc for doc in chunk if doc.number not in kept.samples]
                 if docs:
                     kept.append(*self._answer(task, variant, docs))
                     self._step(f"{task.facts.name}, {variant.facts.id}", len(docs))
@@ -136,10 +138,10 @@ class _Bench:
         return self._summed(task), self._examples(task)
 
     def _chunks(self, task: EvalTask) -> list[list[Doc]]:
-        """Batches of documents as the harness makes them, longest prompts first.
+        """Documents that are answered in one call: of a task that generates a batch, longest prompts first.
 
-        Continuations to score are all one chunk: the harness sorts and batches them itself, over the whole task, and
-        rounding depends on what shares a batch.
+        Continuations are scored in one call for the whole task, as the harness does: it sorts and batches them, and
+        rounding depends on which texts share a batch.
         """
         if not task.generates:
             return [list(task.docs)]
@@ -151,40 +153,40 @@ class _Bench:
         """The records of some documents under one setting."""
         lm = self._lm(variant)
         lm.early_exit, lm.answers = variant.early_exit(self.prompts), {}
-        asked = [instance for doc in docs for instance in doc.instances]
-        ask = lm.generate_until if task.generates else lm.loglikelihood
-        responses = dict(zip(map(id, asked), ask(asked, disable_tqdm=True), strict=True))
-        found = []
+        requests = [instance for doc in docs for instance in doc.instances]
+        respond = lm.generate_until if task.generates else lm.loglikelihood
+        responses = dict(zip(map(id, requests), respond(requests, disable_tqdm=True), strict=True))
+        records = []
         for doc in docs:
             own = [responses[id(instance)] for instance in doc.instances]
             answers = [lm.answers[tuple(i.args[: 1 if task.generates else 2])] for i in doc.instances]
-            found.append(_record(task, doc, own, answers))
+            records.append(_record(task, doc, own, answers))
         if task.generates:
-            self._force(task, variant, docs, found)
-        return found
+            self._force(task, variant, docs, records)
+        return records
 
-    def _force(self, task: EvalTask, variant: Variant, docs: Sequence[Doc], found: list[dict[str, Any]]) -> None:
-        """Add to the records what needs the full model's answers: agreement, confidences, its view of the text."""
-        full = self.records[task.facts.name, self.variants[0].facts.id]
-        is_full = variant is self.variants[0]
-        early = variant.early_exit(self.prompts)
-        if is_full or early.policy.exact_output:
-            for record in found:
+    def _force(self, task: EvalTask, variant: Variant, docs: Sequence[Doc], records: list[dict[str, Any]]) -> None:
+        """Add to the records what needs the full model's answers: agreement, confidences, its tokens for the text."""
+        full, early = self.variants[0], variant.early_exit(self.prompts)
+        if variant is full or early.policy.exact_output:
+            for record in records:
                 record["agreement"] = 1.0
         else:
-            batch = self._prompted(task, docs, [full.samples[doc.number]["tokens"] for doc in docs])
-            for record, own, answer in zip(found, said(variant, early, batch), batch.answers, strict=True):
+            answers = self._records(task, full).samples
+            batch = self._prompted(task, docs, [answers[doc.number]["tokens"] for doc in docs])
+            for record, own, answer in zip(records, forced(variant, early, batch), batch.answers, strict=True):
                 record["agreement"] = agreement(own, answer)
-            if self._is_watched(variant):
-                for record, points in zip(found, confidences(variant, early, batch), strict=True):
+            if self._measures_reliability(variant):
+                for record, points in zip(records, confidences(variant, early, batch), strict=True):
                     record["confidences"] = points
-        shown = [(doc, record) for doc, record in zip(docs, found, strict=True) if self._is_shown(task, variant, doc)]
-        if shown:
-            batch = self._prompted(task, [doc for doc, _ in shown], [record["tokens"] for _, record in shown])
-            whole = self.variants[0]
-            views = said(whole, whole.early_exit(self.prompts), batch)
-            for (_, record), view in zip(shown, views, strict=True):
-                record["full"] = view
+        examples = {doc.number for doc in task.docs[: self.plan.examples]}
+        if variant.facts.kind in ("head", "measure"):
+            shown = [(doc, record) for doc, record in zip(docs, records, strict=True) if doc.number in examples]
+            if shown:
+                batch = self._prompted(task, [doc for doc, _ in shown], [record["tokens"] for _, record in shown])
+                views = forced(full, full.early_exit(self.prompts), batch)
+                for (_, record), view in zip(shown, views, strict=True):
+                    record["full"] = view
 
     def _prompted(self, task: EvalTask, docs: Sequence[Doc], answers: Sequence[Sequence[int]]) -> Prompted:
         lm = self._lm(self.variants[0])
@@ -201,7 +203,7 @@ class _Bench:
         for turn, doc in enumerate(task.docs[: self.plan.timed]):
             ids = None
             for variant in self.variants[1:]:
-                kept = self.records[task.facts.name, variant.facts.id]
+                kept = self._records(task, variant)
                 if doc.number in kept.timings:
                     continue
                 if ids is None:
@@ -212,10 +214,10 @@ class _Bench:
 
     def _summed(self, task: EvalTask) -> list[Cell]:
         numbers = [doc.number for doc in task.docs]
-        kept = [self.records[task.facts.name, variant.facts.id] for variant in self.variants]
-        full = [kept[0].samples[number] for number in numbers]
+        full = [self._records(task, self.variants[0]).samples[number] for number in numbers]
         cells = []
-        for variant, records in zip(self.variants, kept, strict=True):
+        for variant in self.variants:
+            records = self._records(task, variant)
             own = [records.samples[number] for number in numbers]
             timed = [records.timings[number] for number in numbers if number in records.timings]
             cells.append(
@@ -224,41 +226,41 @@ class _Bench:
         return cells
 
     def _examples(self, task: EvalTask) -> list[Example]:
-        full = self.records[task.facts.name, self.variants[0].facts.id]
-        found = []
+        full = self._records(task, self.variants[0]).samples
+        examples = []
         for variant in self.variants:
-            kept = self.records[task.facts.name, variant.facts.id]
             for doc in task.docs:
-                record = kept.samples[doc.number]
+                record = self._records(task, variant).samples[doc.number]
                 if "full" in record:
-                    tokens = tuple(_shown(self.subject.tokenizer, record))
-                    prompt, text = doc.prompt[-SHOWN_PROMPT:], full.samples[doc.number]["text"]
-                    where = {"backbone": self.subject.name, "setting": variant.facts.id, "task": task.facts.name}
-                    found.append(Example(**where, prompt=prompt, tokens=tokens, full_text=text))
-        return found
+                    examples.append(
+                        Example(
+                            backbone=self.subject.name,
+                            setting=variant.facts.id,
+                            task=task.facts.name,
+                            prompt=doc.prompt[-SHOWN_PROMPT:],
+                            tokens=tuple(_shown(self.subject.tokenizer, record)),
+                            full_text=full[doc.number]["text"],
+                        )
+                    )
+        return examples
 
     def reliability(self, tasks: Sequence[EvalTask]) -> Iterator[Reliability]:
         """Of every head, over all generation tasks."""
-        for variant in filter(self._is_watched, self.variants):
-            kept = [self.records[task.facts.name, variant.facts.id] for task in tasks if task.generates]
-            samples = [record for records in kept for record in records.samples.values() if "confidences" in record]
+        for variant in filter(self._measures_reliability, self.variants):
+            samples = [r for task in tasks if task.generates for r in self._records(task, variant).samples.values()]
+            samples = [record for record in samples if "confidences" in record]
             yield from summary.reliability(self.subject.name, variant, samples)
 
-    def _is_watched(self, variant: Variant) -> bool:
-        """Whether reliability is measured in this setting's cells: once per head, in the first setting that asks it."""
+    def _measures_reliability(self, variant: Variant) -> bool:
+        """Whether this setting's records hold confidences: the first setting of a head in which every exit has one."""
         facts = variant.facts
         if facts.kind != "head" or facts.readout == "tail" or None in facts.thresholds:
             return False
-        alike = [
-            other
-            for other in self.variants
-            if other.facts.family == facts.family and None not in other.facts.thresholds
-        ]
-        return variant is alike[0]
+        family = [other for other in self.variants if other.facts.family == facts.family]
+        return variant is next(other for other in family if None not in other.facts.thresholds)
 
-    def _is_shown(self, task: EvalTask, variant: Variant, doc: Doc) -> bool:
-        chosen = [item.number for item in task.docs[: self.plan.examples]]
-        return variant.facts.kind in ("head", "measure") and doc.number in chosen
+    def _records(self, task: EvalTask, variant: Variant) -> Records:
+        return self.records[task.facts.name, variant.facts.id]
 
     def _lm(self, variant: Variant) -> Any:
         """The harness's model class for the variant's model, made once; importing the harness takes seconds."""
@@ -300,54 +302,16 @@ def _record(task: EvalTask, doc: Doc, responses: Sequence[Any], answers: Sequenc
 
 
 def _shown(tokenizer: Any, record: dict[str, Any]) -> Iterator[ShownToken]:
-    """The text in pieces that join to it, and what the full model would have said at each place.
+    """The text in pieces that join to it, each beside the full model's token at that place.
 
-    A character of several tokens is the last one's: the others' pieces are empty.
+    The text of a character of several tokens is the last one's piece: the others' are empty.
     """
     tokens: list[int] = record["tokens"]
-    given = ""
+    before = ""
     for place, (token, full) in enumerate(zip(tokens, record["full"], strict=True)):
         text = tokenizer.decode(tokens[: place + 1])
         whole = place + 1 == len(tokens) or not text.endswith(_INCOMPLETE)
-        piece = text[len(given) :] if whole else ""
-        given = text if whole else given
-        said_too = full == token
-        other = piece if said_too else tokenizer.decode([full])
-        yield ShownToken(text=piece, layers=record["layers"][place], full=other, agrees=said_too)
-
-
-def merge(parts: Sequence[Evaluation], *, title: str | None = None, notes: Sequence[str] = ()) -> Evaluation:
-    """One document of several: other backbones, or other tasks of the same. Tasks and backbones appear once.
-
-    Raises UsageError if a backbone or a task of one name is not the same in all of them.
-    """
-    if not parts:
-        raise UsageError("nothing to merge: give at least one evaluation.")
-    settings: dict[str, tuple[Any, ...]] = {}
-    promises: dict[str, tuple[dict[str, Any], ...]] = {}
-    for part in parts:
-        for name, items in part.settings.items():
-            settings[name] = (*settings.get(name, ()), *(item for item in items if item not in settings.get(name, ())))
-        for name, kept in part.promises.items():
-            promises[name] = (*promises.get(name, ()), *(item for item in kept if item not in promises.get(name, ())))
-    return Evaluation(
-        title=title or parts[0].title,
-        notes=tuple(notes) or tuple(dict.fromkeys(note for part in parts for note in part.notes)),
-        runs=tuple(run for part in parts for run in part.runs),
-        backbones=_once("backbone", [item for part in parts for item in part.backbones]),
-        settings=settings,
-        tasks=_once("task", [item for part in parts for item in part.tasks]),
-        cells=tuple(item for part in parts for item in part.cells),
-        examples=tuple(item for part in parts for item in part.examples),
-        reliability=tuple(item for part in parts for item in part.reliability),
-        promises=promises,
-        shifts=tuple(item for part in parts for item in part.shifts),
-    )
-
-
-def _once(kind: str, items: Sequence[Any]) -> tuple[Any, ...]:
-    found: dict[str, Any] = {}
-    for item in items:
-        if found.setdefault(item.name, item) != item:
-            raise UsageError(f"two different {kind}s are called {item.name!r}: merge evaluations of the same {kind}s.")
-    return tuple(found.values())
+        piece = text[len(before) :] if whole else ""
+        before = text if whole else before
+        other = piece if full == token else tokenizer.decode([full])
+        yield ShownToken(text=piece, layers=record["layers"][place], full=other, agrees=full == token)

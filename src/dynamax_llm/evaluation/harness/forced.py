@@ -1,4 +1,4 @@
-"""What a setting would say after every prefix of a given answer: agreement, the full model's view, reliability.
+"""A setting's tokens after every prefix of a given answer: agreement, the full model's view, reliability.
 
 The answer's tokens are forced, one step at a time, after a prompt that other settings have run already; the twin in
 one parallel pass is ``decoding.teacher_forced``, which would run the prompt again.
@@ -37,12 +37,12 @@ class Prompted:
     def fed(self, step: int) -> tuple[Tensor, Tensor]:
         """Tokens (B,) at a step, 0 after an answer's end, and which rows (B,) are past it."""
         column = [answer[step] if step < len(answer) else 0 for answer in self.answers]
-        over = [step + 1 >= len(answer) for answer in self.answers]  # what follows the last token is not asked
+        over = [step + 1 >= len(answer) for answer in self.answers]  # nothing is compared after the last token
         return torch.tensor(column, device=self.ids.device), torch.tensor(over, device=self.ids.device)
 
 
 @torch.no_grad()
-def said(variant: Variant, early: PromptSharing, batch: Prompted) -> list[list[int]]:
+def forced(variant: Variant, early: PromptSharing, batch: Prompted) -> list[list[int]]:
     """Per row, the setting's own token at every place of the answer, given the answer before it."""
     backbone, plan, _ = early.attach(variant.model)
     session = EagerEngine().open(backbone, plan, len(batch.ids))
@@ -67,20 +67,20 @@ def agreement(own: Sequence[int], answer: Sequence[int]) -> float:
 def confidences(variant: Variant, early: PromptSharing, batch: Prompted) -> list[list[list[tuple[float, bool]]]]:
     """Per row and exit, for every answer token but the first: the head's confidence, and whether the exit is right.
 
-    Undisturbed: no token leaves, so every exit sees every token at full depth. Not for the readout ``tail``, whose
+    No token leaves, so every exit sees every token with exact states. Not for the readout ``tail``, whose
     token is known only once the tail has run.
     """
     backbone, plan, _ = early.attach(variant.model)
-    watch = _Watch(plan.estimator, plan.readout)
-    session = EagerEngine().open(backbone, replace(plan, estimator=watch), len(batch.ids))
+    recorder = _Recorder(plan.estimator, plan.readout)
+    session = EagerEngine().open(backbone, replace(plan, estimator=recorder), len(batch.ids))
     early.prompts.prefill(session, batch.ids, batch.mask)
     decoder, never = Decoder(session), [(None,) * plan.full] * len(batch.ids)
     rows: list[list[list[tuple[float, bool]]]] = [[[] for _ in plan.layers] for _ in batch.answers]
     for step in range(batch.steps - 1):
         fed, over = batch.fed(step)
-        watch.seen = []
+        recorder.recorded = []
         decoder.step(fed, never)
-        for exit, (confidence, token) in enumerate(watch.seen):
+        for exit, (confidence, token) in enumerate(recorder.recorded):
             for row, answer in enumerate(batch.answers):
                 if not bool(over[row]):
                     right = int(token[row]) == answer[step + 1]
@@ -88,21 +88,21 @@ def confidences(variant: Variant, early: PromptSharing, batch: Prompted) -> list
     return rows
 
 
-class _Watch(ConfidenceEstimator):
-    """An estimator that notes what it says (B,) and what the exit would say (B,)."""
+class _Recorder(ConfidenceEstimator):
+    """An estimator that records its confidence (B,) and the exit's token (B,)."""
 
     def __init__(self, estimator: ConfidenceEstimator, readout: Readout) -> None:
         self.estimator, self.readout = estimator, readout
         self.needs_logits, self.recurrent = estimator.needs_logits, estimator.recurrent
-        self.seen: list[tuple[Tensor, Tensor]] = []
+        self.recorded: list[tuple[Tensor, Tensor]] = []
 
     def confidence(
         self, exit: int, h: Tensor, features: ExitFeatures, state: State | None, padding: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
-        found, after = self.estimator.confidence(exit, h, features, state, padding)
+        confidence, after = self.estimator.confidence(exit, h, features, state, padding)
         moved, _ = self.readout.transform(exit, h[:, -1:])
-        self.seen.append((found[:, -1], self.readout.logits(exit, moved)[:, 0].argmax(-1)))
-        return found, after
+        self.recorded.append((confidence[:, -1], self.readout.logits(exit, moved)[:, 0].argmax(-1)))
+        return confidence, after
 
     def advance(
         self, first: int, h: Tensor, features: ExitFeatures, states: list[State] | None, padding: Tensor | None = None

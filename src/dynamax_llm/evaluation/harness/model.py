@@ -4,8 +4,8 @@
 
     generation       ``model.generate(custom_generate=EarlyExit(…))``; a row ends where its text holds a stop sequence
     log-likelihood   the context is a prompt, at full depth; the continuation is decoded teacher-forced with exits on,
-                     and each of its tokens is scored by the logits of the exit that spoke
-    nothing to exit  thresholds of "never", and log-likelihood under ``verify``, whose logits are the full model's: the
+                     and each of its tokens is scored by the logits of the exit it left by
+    no exit open     thresholds of "never", and log-likelihood under ``verify``, whose logits are the full model's: the
                      harness's own code runs on the stock model
 """
 
@@ -34,7 +34,7 @@ except ImportError as error:
         "Install it: pip install 'dynamax-llm[eval]'."
     ) from error
 
-#: A request as the harness asks it: (context,) to generate, (context, continuation) to score.
+#: A request of the harness: (context,) to generate, (context, continuation) to score.
 Key = tuple[str, ...]
 #: A log-likelihood request: its texts, and the tokens of context and continuation.
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -63,20 +63,20 @@ class StopAtText(StoppingCriteria):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], prompt: int) -> None:
         self.tokenizer, self.prompt = tokenizer, prompt
-        # A stop may come out in other tokens than it is encoded in: look two further back, as the harness does.
+        # A stop may be generated as other tokens than it is encoded in: two more are decoded, as in the harness.
         self.stops = [(stop, len(tokenizer.encode(stop, add_special_tokens=False)) + 2) for stop in stops if stop]
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        met = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         new = input_ids[:, self.prompt :]
         for stop, length in self.stops:
             texts = self.tokenizer.batch_decode(new[:, -length:])
-            met |= torch.tensor([stop in text for text in texts], device=met.device)
-        return met
+            ended |= torch.tensor([stop in text for text in texts], device=ended.device)
+        return ended
 
 
 class DynamaxLM(HFLM):
-    """The harness's Hugging Face model class, with exits that ``early_exit`` decides; None is the stock class.
+    """The harness's Hugging Face model class, with the exits of ``early_exit``; None is the stock class.
 
     ``answers`` keeps, by request, what each answer cost. ``full_macs`` and ``full_layers`` are what a token costs and
     runs in the full model, by default this model's own; a pruned model is counted against the whole one.
@@ -95,18 +95,18 @@ class DynamaxLM(HFLM):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.early_exit, self.full_macs, self.full_layers = early_exit, full_macs, full_layers
         self.answers: dict[Key, Answer] = {}
-        self._asked: list[str] = []
+        self._prompts: list[str] = []
 
     def tok_batch_encode(self, strings: list[str], *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """The harness's encoding; remembers whose rows the next generation has."""
-        self._asked = list(strings)
+        """The harness's encoding; keeps the prompts of the next generation's rows."""
+        self._prompts = list(strings)
         return super().tok_batch_encode(strings, *arguments, **options)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         """Token ids (B, prompt + new), as the harness wants them."""
         if self.early_exit is None:
             return super()._model_generate(context, max_length, stop, **options)
-        if not options.get("do_sample"):  # greedy: the harness says temperature 0, generate knows no such thing
+        if not options.get("do_sample"):  # the harness's greedy temperature 0 is not valid in generate
             options = {**options, "do_sample": False}
             options.pop("temperature", None)
         stops = StoppingCriteriaList([StopAtText(self.tokenizer, stop, context.shape[1])])
@@ -124,7 +124,7 @@ class DynamaxLM(HFLM):
 
     def _note(self, out: EarlyExitOutput, seconds: float) -> None:
         trace, new = out.trace, out.exit_layers.shape[1]
-        rows = zip(self._asked, out.sequences[:, -new:].tolist(), trace.exit_index.tolist(), strict=True)
+        rows = zip(self._prompts, out.sequences[:, -new:].tolist(), trace.exit_index.tolist(), strict=True)
         for text, tokens, exits in rows:
             left = [index for index in exits if index >= 0]
             depths = tuple(trace.costs.depths[index] for index in left)
@@ -136,7 +136,7 @@ class DynamaxLM(HFLM):
 
     @property
     def _in_place(self) -> bool:
-        """Whether every token pays for itself when it leaves, so that a row's cost is its own."""
+        """Whether a token's whole cost is known when it leaves, so that every row has a cost of its own."""
         early = self.early_exit
         return early is None or not early.thresholds.active or not early.policy.exact_state
 
@@ -153,13 +153,13 @@ class DynamaxLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Scored], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy decoding would say it) of every continuation after its context."""
+        """(log-likelihood, whether greedy decoding gives it) of every continuation after its context."""
         early = self.early_exit
         if early is None or not early.thresholds.active or early.policy.exact_output:
             start = time.perf_counter()
-            found = super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+            scores = super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
             self._note_full(requests, (time.perf_counter() - start) / max(len(requests), 1))
-            return found
+            return scores
         order = sorted(range(len(requests)), key=lambda index: -sum(map(len, requests[index][1:])))
         size = override_bs or self.batch_size
         if not isinstance(size, int):
@@ -168,8 +168,7 @@ class DynamaxLM(HFLM):
         results: dict[int, tuple[float, bool]] = {}
         for first in range(0, len(order), size):
             chosen = order[first : first + size]
-            found = self._score([requests[index] for index in chosen], early)
-            results.update(zip(chosen, found, strict=True))
+            results.update(zip(chosen, self._score([requests[index] for index in chosen], early), strict=True))
         return [results[index] for index in range(len(requests))]
 
     @torch.no_grad()
@@ -179,28 +178,28 @@ class DynamaxLM(HFLM):
         backbone, plan, costs = early.attach(self.model)
         texts = [(context + continuation)[-(self.max_length + 1) :][:-1] for _, context, continuation in requests]
         lengths = torch.tensor([len(text) for text in texts])
-        spoken = torch.tensor([len(continuation) for _, _, continuation in requests])
+        scored = torch.tensor([len(continuation) for _, _, continuation in requests])
         width = int(lengths.max())
         ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=backbone.device)
-        # The last token of the context speaks for the first of the continuation, as the last of a prompt does.
-        prompts = lengths - spoken + 1
+        # The last token of the context predicts the first of the continuation, as the last of a prompt does.
+        prompts = lengths - scored + 1
         place = torch.arange(width)
         wanted = (place >= prompts.unsqueeze(1) - 1) & (place < lengths.unsqueeze(1))
         thresholds = early.thresholds.values
         if plan.policy.name in ("propagate", "defer"):
             options: dict[str, Any] = {"keep_logits": True, "wanted": wanted.to(ids.device)}
-            found = teacher_forced(backbone, plan, ids, thresholds, prompt_length=prompts.to(ids.device), **options)
+            decoded = teacher_forced(backbone, plan, ids, thresholds, prompt_length=prompts.to(ids.device), **options)
         else:
-            found = step_by_step(backbone, plan, ids, thresholds, prompt_length=int(prompts[0]))
-        assert found.logits is not None
+            decoded = step_by_step(backbone, plan, ids, thresholds, prompt_length=int(prompts[0]))
+        assert decoded.logits is not None
         full, results = len(costs.depths) - 1, []
         for row, (key, _, continuation) in enumerate(requests):
             run = wanted[row].to(ids.device)
-            said = torch.tensor(continuation, device=ids.device)
-            scores = torch.log_softmax(found.logits[row, run], dim=-1, dtype=self.softmax_dtype)
-            likelihood = scores.gather(1, said.unsqueeze(1)).sum()
-            results.append((float(likelihood), bool((found.tokens[row, run] == said).all())))
-            left = [full if index == len(plan.layers) else index for index in found.exit_index[row, run].tolist()]
+            tokens = torch.tensor(continuation, device=ids.device)
+            scores = torch.log_softmax(decoded.logits[row, run], dim=-1, dtype=self.softmax_dtype)
+            likelihood = scores.gather(1, tokens.unsqueeze(1)).sum()
+            results.append((float(likelihood), bool((decoded.tokens[row, run] == tokens).all())))
+            left = [full if index == len(plan.layers) else index for index in decoded.exit_index[row, run].tolist()]
             self._note_scored(key, continuation, left, costs, (time.perf_counter() - start) / len(requests))
         return results
 
@@ -215,7 +214,7 @@ class DynamaxLM(HFLM):
     def _note_scored(
         self, key: tuple[str, str] | None, tokens: Sequence[int], left: list[int], costs: TokenCosts, seconds: float
     ) -> None:
-        if key is None:  # a window of a longer text, which the harness adds up itself
+        if key is None:  # a window of a longer text, which the harness sums itself
             return
         depths = tuple(costs.depths[index] for index in left)
         saved, passes = self._saved(costs, left), self._passes(costs, depths)

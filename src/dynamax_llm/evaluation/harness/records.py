@@ -1,7 +1,7 @@
 """Per-sample records: one file of JSON lines per cell, appended as samples finish, so that a killed run goes on.
 
     OUT/records/<backbone>/<task>/<setting>.jsonl
-    {"format": "dynamax-records", "version": 1, "identity": {…}}      what the records were made with
+    {"format": "dynamax-records", "version": 1, "identity": {…}}      the settings they were made with
     {"kind": "sample", "doc": 0, …}                                   one line per sample
     {"kind": "timing", "doc": 0, …}                                   one line per timed sample
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamax_llm.errors import DataError, UsageError
+from dynamax_llm.evaluation.harness.combine import difference
 
 FORMAT, VERSION = "dynamax-records", 1
 #: The folder of an evaluation that holds them.
@@ -72,7 +73,7 @@ class Records:
             if problem is None and number > 1 and record.get("kind") not in ("sample", "timing"):
                 problem = f"its kind is {record.get('kind')!r}"
         except ValueError as error:
-            problem = f"no valid JSON ({error})"
+            problem = f"not valid JSON ({error})"
         if problem is not None:
             raise DataError(
                 f"{self.path}, line {number}: {problem}. Nothing was changed. Take the line out, or move the file away "
@@ -83,17 +84,13 @@ class Records:
     def _check(self, header: dict[str, Any]) -> None:
         if header.get("format") != FORMAT or header.get("version") != VERSION:
             raise DataError(
-                f"{self.path}, line 1: it says format {header.get('format')!r}, version {header.get('version')!r}; "
-                f"this DYNAMAX reads {FORMAT!r}, version {VERSION}. Give another --out."
+                f"{self.path}, line 1: it has format {header.get('format')!r}, version {header.get('version')!r}; "
+                f"this DYNAMAX reads {FORMAT!r}, version {VERSION}. Give another folder."
             )
-        theirs = header["identity"]
-        if theirs != self.identity:
-            names = sorted(theirs.keys() | self.identity.keys()) if isinstance(theirs, dict) else []
-            name = next((name for name in names if theirs.get(name) != self.identity.get(name)), "identity")
-            have = theirs.get(name) if isinstance(theirs, dict) else theirs
+        change = difference(header["identity"], self.identity)
+        if change:
             raise UsageError(
-                f"{self.path} holds records of another run: there {name} is {have!r}, here "
-                f"{self.identity.get(name)!r}. Give another --out, or the options of that run."
+                f"{self.path} holds records of another run: {change}. Give another folder, or the options of that run."
             )
 
     def _keep(self, record: dict[str, Any]) -> None:
@@ -107,5 +104,5 @@ def cell_path(out: Path, backbone: str, task: str, setting: str) -> Path:
 
 
 def _safe(name: str) -> str:
-    """A file name that says what it is of, on any system."""
+    """A name that is a file name on any system."""
     return re.sub(r"[^\w.@=+,-]", "_", Path(name).name or name) or "_"

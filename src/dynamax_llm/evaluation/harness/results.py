@@ -1,9 +1,9 @@
-"""What an evaluation found, as one JSON document: ``dynamax eval`` and ``dynamax paper`` write it, ``report`` reads it.
+"""The results of an evaluation as one JSON document: ``dynamax eval`` and ``paper`` write it, ``report`` reads it.
 
     Evaluation
     ├── runs         which command, versions and hardware made it
-    ├── backbones    who was evaluated
-    ├── tasks        on what
+    ├── backbones    which models were evaluated
+    ├── tasks        on which documents
     ├── cells        one per backbone x setting x task: quality, consistency, depth, cost and time
     ├── examples     a few texts token by token, for reading
     ├── reliability  how often a head that says p is right, per exit
@@ -15,54 +15,13 @@ Depths, reductions, agreement, ROUGE-L and rates are shares 0..1 unless a name s
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
-from dynamax_llm.evaluation.common.documents import read_document
-from dynamax_llm.exits.files import write_atomically
-
-FORMAT, VERSION = "dynamax-eval", 1
-#: The file of an evaluation folder that holds the document.
-DOCUMENT = "eval.json"
+from dynamax_llm.evaluation.common.documents import BackboneFacts, Document, Interval, Part, Run
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Interval(_Part):
-    """A mean with its bootstrap interval (95 %, over samples); both ends None where none can be had."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-class Run(_Part):
-    """How a part of the document came about."""
-
-    command: str
-    created: str  # ISO 8601, UTC
-    seconds: float
-    hardware: str
-    versions: dict[str, str]
-    commit: str | None = None
-
-
-class BackboneFacts(_Part):
-    """Who was evaluated."""
-
-    name: str
-    model_type: str
-    n_layers: int
-    parameters: int
-    fingerprint: str
-
-
-class Setting(_Part):
-    """What decides where tokens leave.
+class Setting(Part):
+    """How it is decided where tokens leave.
 
     ``kind``: "full" (stock model), "head" (a trained exit head), "measure" (a confidence measure), "static" (every
     token leaves at one exit), "pruned" (the last-but-one layers removed, the paper's baseline).
@@ -81,8 +40,8 @@ class Setting(_Part):
     promise: str | None = None
 
 
-class TaskFacts(_Part):
-    """On what: the harness's task name, "generate" or "loglikelihood", and where its documents came from."""
+class TaskFacts(Part):
+    """A task: the harness's name, "generate" or "loglikelihood", and where its documents came from."""
 
     name: str
     kind: str
@@ -94,7 +53,7 @@ class TaskFacts(_Part):
     max_new_tokens: int | None = None
 
 
-class Metric(_Part):
+class Metric(Part):
     """A task metric under the harness's own name, and its paired difference to the full model on the same samples."""
 
     value: float
@@ -103,7 +62,7 @@ class Metric(_Part):
     delta: Interval
 
 
-class Cell(_Part):
+class Cell(Part):
     """One backbone under one setting on one task. None where a figure does not apply (no text on log-likelihood)."""
 
     backbone: str
@@ -116,7 +75,7 @@ class Cell(_Part):
     rouge_l: Interval | None  # to the full model's text
     identical: float | None  # share of outputs equal to the full model's
     first_divergence: float | None  # median token index among outputs that differ
-    degenerate: Interval | None  # share of outputs that say nothing; counted, never left out
+    degenerate: Interval | None  # share of outputs that are blank or repeat themselves; counted, never left out
     mean_depth: Interval
     histogram: dict[int, int]  # tokens by layers run
     counted_reduction: Interval
@@ -125,8 +84,8 @@ class Cell(_Part):
     timed_samples: int
 
 
-class ShownToken(_Part):
-    """A piece of generated text: layers run for it, and what the full model would have said there."""
+class ShownToken(Part):
+    """A piece of generated text: layers run for it, and the full model's token there."""
 
     text: str
     layers: int
@@ -134,7 +93,7 @@ class ShownToken(_Part):
     agrees: bool
 
 
-class Example(_Part):
+class Example(Part):
     """One sample of a cell for reading."""
 
     backbone: str
@@ -145,7 +104,7 @@ class Example(_Part):
     full_text: str
 
 
-class Bin(_Part):
+class Bin(Part):
     """Tokens whose confidence lies around ``confidence``: how many, and the share the exit got right."""
 
     confidence: float
@@ -153,7 +112,7 @@ class Bin(_Part):
     tokens: int
 
 
-class Reliability(_Part):
+class Reliability(Part):
     """Calibration curve of one exit's head; ``error`` is the expected calibration error."""
 
     backbone: str
@@ -163,8 +122,8 @@ class Reliability(_Part):
     error: float
 
 
-class Shift(_Part):
-    """A promise measured on text of a kind: the share or score it speaks of, and whether the bound holds there."""
+class Shift(Part):
+    """A promise measured on text of a kind: the share or score it bounds, and whether the bound holds there."""
 
     backbone: str
     promise: str
@@ -176,11 +135,16 @@ class Shift(_Part):
     kept: bool
 
 
-class Evaluation(_Part):
+class Evaluation(Document):
     """The whole document; see the module."""
 
-    format: str = FORMAT
-    version: int = VERSION
+    FORMAT: ClassVar[str] = "dynamax-eval"
+    FILE: ClassVar[str] = "eval.json"
+    WHAT: ClassVar[str] = "evaluation"
+    COMMAND: ClassVar[str] = "dynamax eval"
+
+    format: str = "dynamax-eval"
+    version: int = 1
     title: str
     notes: tuple[str, ...] = ()  # plain paragraphs for the report: what this can and cannot show
     runs: tuple[Run, ...]
@@ -192,17 +156,3 @@ class Evaluation(_Part):
     reliability: tuple[Reliability, ...] = ()
     promises: dict[str, tuple[dict[str, Any], ...]] = {}  # by backbone name
     shifts: tuple[Shift, ...] = ()
-
-    def save(self, folder: str | Path) -> None:
-        """Write ``folder``/eval.json, whole or not at all."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / DOCUMENT, self.model_dump_json(indent=1).encode())
-
-    @classmethod
-    def load(cls, folder: str | Path) -> Evaluation:
-        """Read what ``save`` wrote, from the folder or the file itself. Raises DataError naming the field at fault."""
-        path = Path(folder)
-        path = path / DOCUMENT if path.is_dir() else path
-        known = (FORMAT, VERSION)
-        return read_document(cls, path, what="evaluation", command="dynamax eval", known=known, given="folder")

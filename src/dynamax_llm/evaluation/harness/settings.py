@@ -1,14 +1,15 @@
-"""The settings of an evaluation: what decides where tokens leave, and the baselines they are compared with.
+"""The settings of an evaluation: how it is decided where tokens leave, and the baselines to compare with.
 
 full       the stock model
 head       a trained exit head at a threshold
 measure    a confidence measure at a threshold (``softmax_margin``: the margin rule)
-static     every token leaves at one exit, unasked
+static     every token leaves at one exit, without a check
 pruned     the n layers before the last removed, for prompt and answer: the paper's baseline
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +20,17 @@ from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.decoding.thresholds import NEVER, Threshold, Thresholds
 from dynamax_llm.engines.plan import DEFAULT_WINDOW, POLICIES
 from dynamax_llm.errors import UsageError
+from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.evaluation.harness.baselines import pruned as pruned_model
 from dynamax_llm.evaluation.harness.prompts import PromptSharing, SharedPrompts
 from dynamax_llm.evaluation.harness.results import Setting
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import PAPER_EXITS
 
-#: Costs nothing and needs no readout: judges exits that are taken unasked, and those that never are.
-UNASKED = "state_similarity"
-
 
 @dataclass(frozen=True)
 class Subject:
-    """Who is evaluated: a name, a loaded stock model, and its tokenizer."""
+    """What is evaluated: a name, a loaded stock model, and its tokenizer."""
 
     name: str
     model: PreTrainedModel
@@ -45,7 +44,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Variant:
-    """One setting: what the document says of it, and how to decode under it.
+    """One setting: its entry in the document, and how to decode under it.
 
     ``model`` is what decodes (the subject's, or a pruned one), ``options`` are EarlyExit's.
     """
@@ -68,10 +67,10 @@ class Variant:
 
 
 def full(subject: Subject, exits: Exits | None = None) -> Variant:
-    """The stock model, in the engine that the others run in. ``exits`` say where the document draws them."""
+    """The stock model, in the engine that the others run in; the document lists the layers of ``exits`` for it."""
     exits = _ready(subject, exits)
-    facts = _facts("full", "full", "full", exits, [None] * len(exits.config.layers))
-    return Variant(facts, subject.model, exits, {"threshold": NEVER, "measure": UNASKED})
+    thresholds = [None] * len(exits.config.layers)
+    return _variant(subject, exits, "full", "full", thresholds, measure=FREE_MEASURE, name="full")
 
 
 def by_head(
@@ -79,50 +78,46 @@ def by_head(
     exits: Exits,
     threshold: Threshold | Sequence[Threshold],
     *,
+    measure: str | None = None,
     family: str | None = None,
     policy: str = "propagate",
     window: int = DEFAULT_WINDOW,
     promise: str | None = None,
 ) -> Variant:
-    """The trained heads of ``exits`` at a threshold, one or one per exit. ``promise`` is its text, if it keeps one."""
-    exits.estimator()
-    return _judged(
-        subject, exits, threshold, "head", family or f"{exits.config.head} head", None, policy, window, promise
-    )
+    """The trained heads of ``exits``, or ``measure`` in their place, at a threshold, one or one per exit.
+
+    ``promise`` is the text of the promise that the thresholds keep, if any.
+    """
+    exits.estimator(measure)
+    backbone = _ready(subject, exits).drive(subject.model)
+    POLICIES.lookup(policy).check(backbone, exits.readout(backbone))
+    values = Thresholds.parse(threshold, len(exits.config.layers)).values
+    kind, family = ("measure", family or measure) if measure else ("head", family or f"{exits.config.head} head")
+    options: dict[str, Any] = {"policy": policy, "window": window, "promise": promise}
+    return _variant(subject, exits, kind, str(family), values, measure=measure, **options)
 
 
 def by_measure(
-    subject: Subject,
-    exits: Exits | None,
-    measure: str,
-    threshold: Threshold | Sequence[Threshold],
-    *,
-    family: str | None = None,
-    policy: str = "propagate",
-    window: int = DEFAULT_WINDOW,
+    subject: Subject, exits: Exits | None, measure: str, threshold: Threshold | Sequence[Threshold], **options: Any
 ) -> Variant:
-    """A confidence measure at a threshold, at the places of ``exits`` and with their readout."""
-    exits = _ready(subject, exits)
-    exits.estimator(measure)
-    return _judged(subject, exits, threshold, "measure", family or measure, measure, policy, window, None)
+    """A confidence measure at a threshold, at the layers of ``exits`` and with their readout; see ``by_head``."""
+    return by_head(subject, _ready(subject, exits), threshold, measure=measure, **options)
 
 
 def by_promise(subject: Subject, exits: Exits, promise: str) -> Variant:
-    """The thresholds, policy, window and judge with which ``exits`` keep a recorded promise. Raises PromiseError."""
+    """Thresholds, policy, window and estimator with which ``exits`` keep a recorded promise. Raises PromiseError."""
     record = exits.promise(promise)
-    bars = [NEVER if bar is None else bar for bar in record.thresholds]
-    how: dict[str, Any] = {"policy": record.policy, "window": record.window}
+    thresholds = [NEVER if value is None else value for value in record.thresholds]
+    options: dict[str, Any] = {"policy": record.policy, "window": record.window, "promise": record.text}
     measure = None if record.estimator == exits.config.head else record.estimator
-    family = measure or f"{exits.config.head} head"
-    kind = "head" if measure is None else "measure"
-    return _judged(subject, exits, bars, kind, family, measure, promise=record.text, **how)
+    return by_head(subject, exits, thresholds, measure=measure, **options)
 
 
 def static(subject: Subject, layer: int, policy: str = "propagate") -> Variant:
-    """Every token but the first, which the prompt's own pass gives, leaves after ``layer`` layers; nothing is asked."""
+    """Every token but the first, which the prompt's own pass gives, leaves after ``layer`` layers, without a check."""
     exits = _ready(subject, Exits.untrained(subject.backbone, (layer,)))
-    facts = _facts(f"static@{layer}", "static", "static depth", exits, [0.0], policy)
-    return Variant(facts, subject.model, exits, {"threshold": 0.0, "measure": UNASKED, "policy": policy})
+    options: dict[str, Any] = {"measure": FREE_MEASURE, "policy": policy, "name": f"static@{layer}"}
+    return _variant(subject, exits, "static", "static depth", [0.0], **options)
 
 
 def pruned(subject: Subject, removed: int) -> Variant:
@@ -131,17 +126,11 @@ def pruned(subject: Subject, removed: int) -> Variant:
     backbone = adapt(model)
     exits = Exits.untrained(backbone, (backbone.n_layers - 1,))
     exits.check_backbone(backbone)
-    facts = Setting(
-        id=f"pruned@{backbone.n_layers}",
-        kind="pruned",
-        family="pruned layers",
-        layers=(backbone.n_layers,),
-        thresholds=(None,),
-        policy="none",
-        window=0,
-        readout="head",
-    )
-    return Variant(facts, model, exits, {"threshold": NEVER, "measure": UNASKED})
+    depth = backbone.n_layers
+    options: dict[str, Any] = {"measure": FREE_MEASURE, "policy": "none", "window": 0, "name": f"pruned@{depth}"}
+    variant = _variant(subject, exits, "pruned", "pruned layers", [None], **options)
+    facts = variant.facts.model_copy(update={"layers": (depth,)})
+    return Variant(facts, model, exits, {"threshold": NEVER, "measure": FREE_MEASURE})
 
 
 def grid(
@@ -158,76 +147,55 @@ def grid(
 ) -> list[Variant]:
     """The full model, every head and measure at every threshold, and the baselines; settings of a family side by side.
 
-    ``heads`` are trained exits by the name their family gets; measures judge at the places of ``at``, by default those
-    of the first head. The baselines are static depth at every exit and as many layers pruned as those exits save.
+    ``heads`` are trained exits by the name their family gets; measures are used at the layers of ``at``, by default
+    those of the first head. The baselines are static depth at every exit and as many layers pruned as those exits save.
     Raises UsageError, ArtifactMismatchError.
     """
     places = at if at is not None else next(iter(heads.values()), None)
     places = _ready(subject, places)
-    found = [full(subject, places)]
+    variants = [full(subject, places)]
     for name in measures:
         options: dict[str, Any] = {"policy": policy, "window": window}
-        found += [by_measure(subject, places, name, value, **options) for value in measure_thresholds or thresholds]
+        variants += [by_measure(subject, places, name, value, **options) for value in measure_thresholds or thresholds]
     if baselines:
-        found += [static(subject, layer) for layer in places.config.layers]
+        variants += [static(subject, layer) for layer in places.config.layers]
     for name, exits in heads.items():
-        found += [by_head(subject, exits, value, family=name, policy=policy, window=window) for value in thresholds]
+        variants += [by_head(subject, exits, value, family=name, policy=policy, window=window) for value in thresholds]
     if baselines:
         n_layers = places.config.n_layers
         removed = sorted({n_layers - layer for layer in places.config.layers} & set(range(1, n_layers - 1)))
-        found += [pruned(subject, count) for count in removed]
-    return check_ids(found)
+        variants += [pruned(subject, count) for count in removed]
+    return check_ids(variants)
 
 
 def check_ids(variants: list[Variant]) -> list[Variant]:
     """The same variants, if no two have the same id and the first is the full model. Raises UsageError."""
-    seen: set[str] = set()
-    for variant in variants:
-        if variant.facts.id in seen:
-            raise UsageError(f"the setting {variant.facts.id!r} is asked for twice: name each threshold once.")
-        seen.add(variant.facts.id)
+    ids = [variant.facts.id for variant in variants]
+    for name in ids:
+        if ids.count(name) > 1:
+            raise UsageError(f"the setting {name!r} is given twice: name each threshold once.")
     if not variants or variants[0].facts.kind != "full":
         raise UsageError("an evaluation compares with the full model: let the first of its settings be full(…).")
     return variants
 
 
-def _judged(
+def _variant(
     subject: Subject,
     exits: Exits,
-    threshold: Threshold | Sequence[Threshold],
     kind: str,
     family: str,
-    measure: str | None,
-    policy: str,
-    window: int,
-    promise: str | None,
-) -> Variant:
-    exits = _ready(subject, exits)
-    values = Thresholds.parse(threshold, len(exits.config.layers)).values
-    POLICIES.lookup(policy).check(exits.drive(subject.model), exits.readout(exits.drive(subject.model)))
-    if promise is not None:
-        shown = promise
-    elif len(set(values)) == 1:
-        shown = NEVER if values[0] is None else f"{values[0]:g}"
-    else:
-        shown = ",".join(NEVER if value is None else f"{value:g}" for value in values)
-    facts = _facts(f"{family}@{shown}", kind, family, exits, values, policy, window, promise)
-    options = {"threshold": [NEVER if value is None else value for value in values], "measure": measure}
-    return Variant(facts, subject.model, exits, {**options, "policy": policy, "window": window})
-
-
-def _facts(
-    name: str,
-    kind: str,
-    family: str,
-    exits: Exits,
     thresholds: Sequence[float | None],
+    *,
+    measure: str | None = None,
     policy: str = "propagate",
     window: int = DEFAULT_WINDOW,
     promise: str | None = None,
-) -> Setting:
-    return Setting(
-        id=name,
+    name: str | None = None,
+) -> Variant:
+    """``name`` is by default the family with its promise or its thresholds."""
+    named = [NEVER if value is None else f"{value:g}" for value in thresholds]
+    facts = Setting(
+        id=name or f"{family}@{promise or (named[0] if len(set(thresholds)) == 1 else ','.join(named))}",
         kind=kind,
         family=family,
         layers=exits.config.layers,
@@ -237,6 +205,9 @@ def _facts(
         readout=exits.config.readout,
         promise=promise,
     )
+    values = [NEVER if value is None else value for value in thresholds]
+    options = {"threshold": values, "measure": measure, "policy": policy, "window": window}
+    return Variant(facts, subject.model, exits, options)
 
 
 def _ready(subject: Subject, exits: Exits | None) -> Exits:
@@ -249,8 +220,6 @@ def _ready(subject: Subject, exits: Exits | None) -> Exits:
 
 def _digest(exits: Exits) -> str | None:
     """sha256 of the learned tensors' bytes; None if nothing was learned."""
-    import hashlib
-
     learned = [module for module in (exits.heads, exits.readout_weights) if module is not None]
     if not learned:
         return None

@@ -57,19 +57,19 @@ _NO_TEXTS: dict[str, Any] = dict.fromkeys(("agreement", "rouge_l", "identical", 
 
 
 def _metrics(task: EvalTask, own: Sequence[Record], full: Sequence[Record], seed: int) -> dict[str, Metric]:
-    found = {}
+    metrics = {}
     for name in own[0]["metrics"]:
         mine, theirs = ([record["metrics"][name] for record in records] for records in (own, full))
         value = task.aggregate(name, mine)
         low = high = None
         delta = Interval(value=value - task.aggregate(name, theirs))
-        # A figure that is no mean of numbers (a tuple per document) has a value and no interval.
+        # A figure that is not a mean of numbers (a tuple per document) has a value and no interval.
         if all(isinstance(item, int | float) for item in (*mine, *theirs)):
             around = interval(mine, seed)
             low, high = around.low, around.high
             delta = interval([a - b for a, b in zip(mine, theirs, strict=True)], seed)
-        found[name] = Metric(value=value, low=low, high=high, delta=delta)
-    return found
+        metrics[name] = Metric(value=value, low=low, high=high, delta=delta)
+    return metrics
 
 
 def _texts(own: Sequence[Record], full: Sequence[Record], seed: int) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def reliability(backbone: str, variant: Variant, records: Sequence[Record]) -> l
 
     Expected calibration error after Naeini et al. (2015): |right - confidence| of each bin, weighted by its tokens.
     """
-    found = []
+    curves = []
     for exit, layer in enumerate(variant.facts.layers):
         points = [point for record in records for point in record["confidences"][exit]]
         if not points:
@@ -117,5 +117,5 @@ def reliability(backbone: str, variant: Variant, records: Sequence[Record]) -> l
             for _, items in sorted(binned.items())
         )
         error = sum(abs(item.right - item.confidence) * item.tokens for item in bins) / len(points)
-        found.append(Reliability(backbone=backbone, family=variant.facts.family, layer=layer, bins=bins, error=error))
-    return found
+        curves.append(Reliability(backbone=backbone, family=variant.facts.family, layer=layer, bins=bins, error=error))
+    return curves

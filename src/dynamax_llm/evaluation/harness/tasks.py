@@ -2,14 +2,13 @@
 
 Prompts, filters, stop sequences and metrics are the harness's own configurations; only where the documents come from,
 the number of shots and the number of new tokens are set here. A local file is read whole, shuffled with the run's
-seed, and its first ``limit`` documents are asked; nothing is written to a dataset cache.
+seed, and its first ``limit`` documents are used; nothing is written to a dataset cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import hashlib
 import io
 import json
@@ -20,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynamax_llm.errors import DataError, UsageError
+from dynamax_llm.errors import DataError, UsageError, first_line
+from dynamax_llm.evaluation.harness.patches import single_scores, squad_metrics
 from dynamax_llm.evaluation.harness.results import TaskFacts
-from dynamax_llm.evaluation.harness.squad import stand_in
 
 #: The harness's own seed for drawing few-shot examples.
 SHOT_SEED = 1234
@@ -39,23 +38,22 @@ class Local:
     primary: str
 
 
+_TRUTHFUL, _CHOICES = "truthfulqa_generation.jsonl", "truthfulqa_mc.jsonl"
 #: What can be evaluated offline.
 LOCAL = {
     "triviaqa": Local(
         "triviaqa", "triviaqa_dev.jsonl", "triviaqa_train_sample.jsonl", 2, "exact_match,remove_whitespace"
     ),
     "coqa": Local("coqa", "coqa_dev.jsonl", "coqa_dev.jsonl", 0, "f1,none"),
-    "truthfulqa_gen": Local(
-        "truthfulqa", "truthfulqa_generation.jsonl", "truthfulqa_generation.jsonl", 1, "rougeL_max,none"
-    ),
-    "truthfulqa_mc1": Local("truthfulqa", "truthfulqa_mc.jsonl", "truthfulqa_mc.jsonl", 1, "acc,none"),
-    "truthfulqa_mc2": Local("truthfulqa", "truthfulqa_mc.jsonl", "truthfulqa_mc.jsonl", 1, "acc,none"),
+    "truthfulqa_gen": Local("truthfulqa", _TRUTHFUL, _TRUTHFUL, 1, "rougeL_max,none"),
+    "truthfulqa_mc1": Local("truthfulqa", _CHOICES, _CHOICES, 1, "acc,none"),
+    "truthfulqa_mc2": Local("truthfulqa", _CHOICES, _CHOICES, 1, "acc,none"),
 }
 
 
 @dataclass(frozen=True)
 class Doc:
-    """One document: its number in the task, what the metrics read, and what is asked of the model."""
+    """One document: its number in the task, the fields that metrics read, and its requests to the model."""
 
     number: int
     fields: Mapping[str, Any]
@@ -69,7 +67,7 @@ class Doc:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """A task made ready: its requests are built once and asked under every setting."""
+    """A loaded task: its requests are built once and used under every setting."""
 
     facts: TaskFacts
     docs: tuple[Doc, ...]
@@ -84,14 +82,14 @@ class EvalTask:
         """The document's value of every metric under the harness's names, from one response per instance."""
         for instance, response in zip(doc.instances, responses, strict=True):
             instance.resps, instance.filtered_resps = [response], {}
-        found: dict[str, Any] = {}
-        with _single_scores():
+        scores: dict[str, Any] = {}
+        with single_scores():
             for ensemble in self.task._filters:
                 ensemble.apply(list(doc.instances))
                 answers = [instance.filtered_resps[ensemble.name] for instance in doc.instances]
                 for metric, value in self.task.process_results(doc.fields, answers).items():
-                    found[f"{metric},{ensemble.name}"] = _plain(value)
-        return found
+                    scores[f"{metric},{ensemble.name}"] = _plain(value)
+        return scores
 
     def aggregate(self, metric: str, values: Sequence[Any]) -> float:
         """The task's figure from its documents' values, as the harness makes it."""
@@ -118,33 +116,26 @@ def load_tasks(
     """
     if not names:
         raise UsageError(f"no task named. Offline there are: {', '.join(LOCAL)}.")
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit {limit}: give the number of documents per task, at least 1.")
-    if shots is not None and shots < 0:
-        raise UsageError(f"shots {shots}: give the number of worked examples in a prompt, 0 or more.")
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens {max_new_tokens}: give at least 1.")
+    for name, value, least in (("limit", limit, 1), ("shots", shots, 0), ("max_new_tokens", max_new_tokens, 1)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} {value}: give a whole number, at least {least}.")
     folder = None if data_dir is None else _folder(data_dir)
-    _require_harness()
-    unknown = [name for name in names if name not in LOCAL]
-    manager = _manager(None) if unknown else None
-    for name in unknown:
+
+    import dynamax_llm.evaluation.harness.model  # noqa: F401  raises UsageError where lm-eval is missing
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    others = [name for name in names if name not in LOCAL]
+    manager = _manager(None) if others else None
+    for name in others:
         _check_name(name, manager)
     loaded = []
     with _quiet():
         for name in dict.fromkeys(names):
             files = _files(name, folder)
-            used = manager or _manager(LOCAL[name].folder)
             count = shots if shots is not None or name not in LOCAL else LOCAL[name].shots
-            task = _task(used, name, files, count, seed)
+            task = _task(manager or _manager(LOCAL[name].folder), name, files, count, seed)
             loaded.append(_ready(name, task, files, limit, max_new_tokens, seed))
     return loaded
-
-
-def _require_harness() -> None:
-    import dynamax_llm.evaluation.harness.model  # noqa: F401  says what is missing
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def _manager(folder: str | None) -> Any:
@@ -196,14 +187,19 @@ def _task(manager: Any, name: str, files: Mapping[str, Path], shots: int | None,
     if files:
         splits = {split: _rows(path) for split, path in files.items()}
         random.Random(seed).shuffle(splits["validation"])
-        changes["custom_dataset"] = lambda **_: _datasets(splits)
-    with stand_in():
+
+        import datasets
+
+        changes["custom_dataset"] = lambda **_: {
+            name: datasets.Dataset.from_list(rows) for name, rows in splits.items()
+        }
+    with squad_metrics():
         try:
-            # In a group the harness lays these changes over its own configuration of the task.
+            # In a group the harness applies these changes to its own configuration of the task.
             task = manager.load([{"group": "dynamax", "task": [changes]}])["tasks"][name]
         except DataError:
             raise
-        except Exception as error:  # the hub client, the builders and the harness each raise their own
+        except Exception as error:  # the hub client, the builders and the harness have different errors
             raise _unavailable(name, files, error) from error
     if task.config.num_fewshot is None:
         task.set_config(key="num_fewshot", value=0)
@@ -212,39 +208,33 @@ def _task(manager: Any, name: str, files: Mapping[str, Path], shots: int | None,
 
 
 def _unavailable(name: str, files: Mapping[str, Path], error: Exception) -> DataError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".: ")
+    reason = first_line(error)
     if files:
-        held = ", ".join(sorted({str(path) for path in files.values()}))
+        paths = ", ".join(sorted({str(path) for path in files.values()}))
         return DataError(
-            f"task {name!r} cannot be made from {held} ({reason}). Its fields are those of the hub's dataset."
+            f"task {name!r} cannot be made from {paths} ({reason}). Its fields are those of the hub's dataset."
         )
     if name in LOCAL:
         wanted = " and ".join(dict.fromkeys((LOCAL[name].documents, LOCAL[name].examples)))
         return DataError(
             f"the documents of task {name!r} could not be fetched ({reason}). Check the connection, or give a folder "
-            f"that holds {wanted}: --data-dir DIR."
+            f"that holds {wanted} as data_dir (--data-dir DIR)."
         )
     return DataError(f"task {name!r} could not be loaded ({reason}). Check the connection.")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: no valid JSON ({error}). It holds one document a line.") from error
+            raise DataError(f"{path}, line {number}: not valid JSON ({error}). Give one JSON object a line.") from error
     if not rows:
-        raise DataError(f"{path} holds no document. It holds one JSON object a line.")
+        raise DataError(f"{path} holds no document. Give one JSON object a line.")
     return rows
-
-
-def _datasets(splits: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    import datasets
-
-    return {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
 
 
 def _ready(
@@ -253,7 +243,7 @@ def _ready(
     generates = task.OUTPUT_TYPE == "generate_until"
     if not generates and task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
         raise UsageError(
-            f"task {name!r} asks for {task.OUTPUT_TYPE}: give a task that generates or scores continuations."
+            f"task {name!r} requires {task.OUTPUT_TYPE}: give a task that generates or scores continuations."
         )
     if generates:
         task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
@@ -266,7 +256,7 @@ def _ready(
         Doc(number, fields[number], tuple(sorted(instances, key=lambda item: item.idx)))
         for number, instances in sorted(by_doc.items())
     )
-    digest = _sha256(sorted(set(files.values()))) if files else None
+    contents = b"".join(path.read_bytes() for path in sorted(set(files.values())))
     metric = next(iter(task.aggregation()))
     facts = TaskFacts(
         name=name,
@@ -274,44 +264,20 @@ def _ready(
         shots=int(task.config.num_fewshot or 0),
         samples=len(docs),
         source=", ".join(dict.fromkeys(path.name for path in files.values())) or str(task.DATASET_PATH),
-        sha256=digest,
+        sha256=hashlib.sha256(contents).hexdigest() if files else None,
         primary=LOCAL[name].primary if name in LOCAL else f"{metric},{task._filters[0].name}",
         max_new_tokens=max_new_tokens if generates else None,
     )
-    # The texts asked decide everything, wherever they came from.
+    # The requests' texts decide every outcome, wherever they came from.
     asked = hashlib.sha256("\0".join(str(i.args) for doc in docs for i in doc.instances).encode()).hexdigest()
     return EvalTask(facts, docs, task, {**facts.model_dump(exclude={"primary"}), "seed": seed, "asked": asked})
 
 
-def _sha256(paths: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def _plain(value: Any) -> Any:
-    """A metric's value as JSON types; numpy's numbers are Python's to the last digit."""
+    """A metric's value as JSON types; numpy's numbers become equal Python numbers."""
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value.item() if hasattr(value, "item") else value
-
-
-@contextlib.contextmanager
-def _single_scores() -> Iterator[None]:
-    """ROUGE of one text against one reference without a thousand bootstrap draws of that one score.
-
-    The harness's truthfulqa_gen aggregates each score by itself; whatever is drawn from a single number is that
-    number, so one draw gives its figures to the last digit, in a hundredth of the time.
-    """
-    from rouge_score import scoring
-
-    whole = scoring.BootstrapAggregator
-    scoring.BootstrapAggregator = functools.partial(whole, n_samples=1)
-    try:
-        yield
-    finally:
-        scoring.BootstrapAggregator = whole
 
 
 @contextlib.contextmanager

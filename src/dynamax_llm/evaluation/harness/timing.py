@@ -1,7 +1,7 @@
 """Wall clock: seconds per decoded token at batch 1, each sample once under a setting and once at full depth.
 
 The two runs of a pair follow each other in the same engine on the same prompt, in alternating order, so that a slow
-moment of the machine meets both. The prompt's own pass, which is the same for both, is not timed; the number of new
+moment of the machine affects both. The prompt's own pass, which is the same for both, is not timed; the number of new
 tokens is fixed, so that both decode equally many.
 """
 
@@ -21,7 +21,7 @@ from dynamax_llm.evaluation.harness.settings import Variant
 def pair(full: Variant, variant: Variant, prompts: SharedPrompts, ids: Tensor, count: int, turn: int) -> dict[str, Any]:
     """Seconds per token after the first of ``count`` new ones, at full depth and under ``variant``, and their ratio.
 
-    ``ids`` (1, T); ``turn`` says who begins: the full model in even turns.
+    ``ids`` (1, T); the full model is first in even turns.
     """
     seconds: dict[str, float] = {}
     order = [("full", full), ("own", variant)]

@@ -1,7 +1,7 @@
-"""The one pass of a scan: text of many documents, every layer read out, what estimators would see kept.
+"""The one pass of a scan: text of many documents, every layer read out, what estimators would read kept.
 
-Logits exist for one slice of one layer at a time, and of h only the layer at work, so memory depends on the batch; what
-is kept is a bit per token and layer and 40 bytes per token and exit.
+Logits exist for one slice of one layer at a time, and of h only the current layer, so memory depends on the batch; a
+bit per token and layer and 40 bytes per token and exit are kept.
 
 Shapes: B rows, T tokens, E exits, L layers, N tokens scanned, n real tokens of a batch.
 """
@@ -18,7 +18,8 @@ from torch import Tensor
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.errors import BackboneError, UsageError
 from dynamax_llm.evaluation.common.bootstrap import weighted
-from dynamax_llm.evaluation.harness.results import Interval
+from dynamax_llm.evaluation.common.documents import Interval
+from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.features import ExitFeatures
 from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.progress import TokenBar
@@ -26,8 +27,12 @@ from dynamax_llm.text.batches import SHORTEST, Batch, Split, pad
 from dynamax_llm.text.sources import Source
 from dynamax_llm.traces.labels import argmax
 
-#: No document gives more than this share of the tokens while there are others: one book is no sample of text.
+#: No document gives more than this share of the tokens while there are others: one book is not a sample of text.
 LARGEST_SHARE = 1 / 20
+
+
+#: Of the progress bar.
+TITLE = "scanning"
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class ScanSettings:
     tokens: int = 20_000
     sequence: int = 512  # tokens of a chunk
     batch_tokens: int = 4096  # tokens of a pass, padding included
-    candidates: int = 64  # what later exits look at, as in ExitConfig
+    candidates: int = ExitConfig.candidates  # what later exits read; the check is priced as training builds it
     held_out: float = 1.0  # share of the documents read: those that training with this share holds out
     seed: int = 0
     quiet: bool = False  # no progress bar
@@ -63,8 +68,8 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the pass showed of N tokens, on the CPU."""
+class ScannedTokens:
+    """What the pass gave for N tokens, on the CPU."""
 
     agrees: Tensor  # (L - 1, N) bool: the layer's own argmax is the full model's
     features: Tensor  # (E, N, F) float32
@@ -86,7 +91,7 @@ def gather(source: Source, tokenizer: Any, settings: ScanSettings, sequence: int
     fair = max(sequence, int(settings.tokens * LARGEST_SHARE))
     taken: list[Chunk] = []
     spare: list[Chunk] = []
-    held, kept = 0, 0  # tokens in either
+    taken_tokens = spare_tokens = 0
     for index, text in enumerate(split.documents(epoch=0)):
         ids = tokenizer(text, verbose=False)["input_ids"]
         for start in range(0, min(len(ids), settings.tokens), sequence):
@@ -95,64 +100,61 @@ def gather(source: Source, tokenizer: Any, settings: ScanSettings, sequence: int
                 continue
             if start + len(chunk.ids) <= fair:
                 taken.append(chunk)
-                held += len(chunk.ids)
-            elif kept < settings.tokens:
+                taken_tokens += len(chunk.ids)
+            elif spare_tokens < settings.tokens:
                 spare.append(chunk)
-                kept += len(chunk.ids)
-        if held >= settings.tokens:
+                spare_tokens += len(chunk.ids)
+        if taken_tokens >= settings.tokens:
             break
-    for chunk in spare:
-        if held >= settings.tokens:
-            break
-        taken.append(chunk)
-        held += len(chunk.ids)
+    while spare and taken_tokens < settings.tokens:
+        taken.append(spare.pop(0))
+        taken_tokens += len(taken[-1].ids)
     order = {document: place for place, document in enumerate(dict.fromkeys(chunk.document for chunk in taken))}
     return [Chunk(order[chunk.document], chunk.ids) for chunk in taken]
 
 
 @torch.no_grad()
-def read(backbone: Backbone, readout: Readout, chunks: Sequence[Chunk], settings: ScanSettings) -> Seen:
-    """Run the chunks through every layer and read each layer out. Logits exist for one slice of one layer at a time."""
-    places = readout.config.layers
-    agrees: list[Tensor] = []
-    features: list[Tensor] = []
-    groups: list[Tensor] = []
-    total = sum(len(chunk.ids) for chunk in chunks)
-    with TokenBar(total, 0, settings.quiet) as bar:
+def read(backbone: Backbone, readout: Readout, chunks: Sequence[Chunk], settings: ScanSettings) -> ScannedTokens:
+    """Run the chunks through every layer and read each layer out."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    done = 0
+    with TokenBar(sum(len(chunk.ids) for chunk in chunks), 0, settings.quiet, title=TITLE) as bar:
         for part in packed(chunks, settings.batch_tokens):
             batch = pad([chunk.ids for chunk in part])
-            said, statistics = _read_layers(backbone, readout, places, batch)
-            agrees.append(said[:-1] == said[-1])
-            features.append(statistics)
+            tokens, features = _read_layers(backbone, readout, batch)
             group = torch.tensor([chunk.document for chunk in part])
-            groups.append(group[:, None].expand(batch.mask.shape)[batch.mask])
-            bar.show(sum(map(len, groups)), lambda: ("scanning", ""))
-    return Seen(torch.cat(agrees, dim=1), torch.cat(features, dim=1), torch.cat(groups))
+            parts.append((tokens[:-1] == tokens[-1], features, group[:, None].expand(batch.mask.shape)[batch.mask]))
+            done += tokens.shape[1]
+            bar.show(done, lambda: (TITLE, ""))
+    agrees, features, groups = zip(*parts, strict=True)
+    return ScannedTokens(torch.cat(agrees, dim=1), torch.cat(features, dim=1), torch.cat(groups))
 
 
-def _read_layers(backbone: Backbone, readout: Readout, places: tuple[int, ...], batch: Batch) -> tuple[Tensor, Tensor]:
+def _read_layers(backbone: Backbone, readout: Readout, batch: Batch) -> tuple[Tensor, Tensor]:
     """Argmax (L, n) after every layer, and statistics (E, n, F) at the exits, of the n tokens of a batch."""
-    said, statistics = [], []
-    seen: ExitFeatures | None = None
+    tokens: list[Tensor] = []
+    statistics: list[Tensor] = []
+    features: ExitFeatures | None = None
     states = backbone.hidden_states(batch.ids)
     _, before = next(states)
     for depth, h in states:
         mask = batch.mask.to(h.device)
-        if depth in places:
-            packed, packed_before = (part[mask].unsqueeze(0) for part in (h, before.to(h.device)))
-            seen, tokens = readout.features(places.index(depth), packed, packed_before, seen)
-            statistics.append(seen.values[0].cpu())
-            said.append(tokens[0].cpu())
+        if depth in readout.config.layers:
+            packed_h, packed_before = (part[mask].unsqueeze(0) for part in (h, before.to(h.device)))
+            exit = readout.config.layers.index(depth)
+            features, argmaxes = readout.features(exit, packed_h, packed_before, features)
+            statistics.append(features.values[0].cpu())
+            tokens.append(argmaxes[0].cpu())
         else:
-            said.append(argmax(backbone, h[mask]).cpu())
+            tokens.append(argmax(backbone, h[mask]).cpu())
         before = h
-    found = torch.stack(statistics)
-    if not bool(found.isfinite().all()):
+    stacked = torch.stack(statistics)
+    if not bool(stacked.isfinite().all()):
         raise BackboneError(
-            f"{backbone.model_type} gives values that are no numbers in {str(backbone.dtype).removeprefix('torch.')}. "
-            "Try --dtype float32; if it still does, the weights are damaged."
+            f"{backbone.model_type} gives values that are not numbers in {str(backbone.dtype).removeprefix('torch.')}. "
+            "Try float32 (--dtype float32); if it still does, the weights are damaged."
         )
-    return torch.stack(said), found
+    return torch.stack(tokens), stacked
 
 
 def packed(chunks: Sequence[Chunk], batch_tokens: int) -> list[list[Chunk]]:

@@ -1,7 +1,7 @@
-"""What a scan found, as one JSON document, and the rule of its verdict.
+"""The results of a scan as one JSON document, and the rule of its verdict.
 
     Scan
-    ├── run, backbone, data   which command, who, on what text
+    ├── run, backbone, data   which command, model and text
     ├── layers                every layer 1..L-1: does its own argmax agree with the full model's
     ├── oracle                mean depth of leaving at the first layer, or the first exit, that agrees
     ├── points                softmax margin and the fitted estimator at each target agreement
@@ -16,13 +16,10 @@ Depths, agreement and reductions are shares 0..1 unless a name says layers; cost
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import ClassVar
 
-from dynamax_llm.evaluation.common.documents import read_document
-from dynamax_llm.evaluation.harness.results import BackboneFacts, Interval, Run, _Part
-from dynamax_llm.exits.files import write_atomically
+from dynamax_llm.evaluation.common.documents import BackboneFacts, Document, Interval, Part, Run
 
-FORMAT, VERSION = "dynamax-scan", 1
 #: The agreement at which the verdict is taken.
 VERDICT_AT = 0.98
 #: Exits are worth it if a trained head should spare at least this share of the depth …
@@ -31,7 +28,7 @@ LEAST_DEPTH_SAVED = 0.10
 LEAST_COUNTED = 0.02
 
 
-class Data(_Part):
+class Data(Part):
     """The text: ``groups`` are documents, or chunks where the text has too few documents to stand apart."""
 
     source: str
@@ -41,7 +38,7 @@ class Data(_Part):
     grouped_by: str  # "document" or "chunk": what intervals and the fit draw
 
 
-class Layer(_Part):
+class Layer(Part):
     """One layer: agreement of its own argmax, and the share of tokens that some layer up to here has got right."""
 
     depth: int
@@ -49,17 +46,17 @@ class Layer(_Part):
     settled: Interval
 
 
-class Oracle(_Part):
+class Oracle(Part):
     """Mean depth of the exit rule that leaves at the first place that agrees."""
 
     every_layer: Interval
     exits: Interval
 
 
-class Point(_Part):
+class Point(Part):
     """An estimator at the lowest threshold with at least the target agreement; None: no token leaves.
 
-    Intervals are those of depth and agreement at this very threshold.
+    Intervals are those of depth and agreement at this threshold.
     """
 
     rule: str  # "softmax_margin" or "fitted"
@@ -71,8 +68,8 @@ class Point(_Part):
     checks: float  # per token
 
 
-class Reach(_Part):
-    """The most a policy could save if tokens left where ``rule`` says and later tokens were none the worse for it."""
+class Reach(Part):
+    """The most a policy could save if tokens left as under ``rule`` and no later token changed by it."""
 
     policy: str
     rule: str  # "oracle at every layer", "oracle", "softmax_margin" or "predicted"
@@ -81,7 +78,7 @@ class Reach(_Part):
     pass_reduction: float
 
 
-class BreakEven(_Part):
+class BreakEven(Part):
     """What one check may cost before the saving at VERDICT_AT of the predicted rule is gone; 0 if none is there."""
 
     policy: str
@@ -89,15 +86,15 @@ class BreakEven(_Part):
     of_layer: float  # the same as a share of a mean layer
 
 
-class Check(_Part):
-    """What one check of the default head costs at an exit, its look at the readout included."""
+class Check(Part):
+    """What one check of the default head costs at an exit, its readout included."""
 
     depth: int
     macs: int
     of_layer: float
 
 
-class Drift(_Part):
+class Drift(Part):
     """Mean depth at VERDICT_AT where skipped layers keep approximate state (``propagate``), on a part of the text.
 
     ``kept`` is the share of the margin rule's spared depth that is left of it; ``predicted`` is what a trained head
@@ -112,18 +109,23 @@ class Drift(_Part):
     counted_reduction: float
 
 
-class Verdict(_Part):
+class Verdict(Part):
     """``answer``: "worth it", "only for layer passes" or "not worth it"."""
 
     answer: str
     reason: str
 
 
-class Scan(_Part):
+class Scan(Document):
     """The whole document; see the module."""
 
-    format: str = FORMAT
-    version: int = VERSION
+    FORMAT: ClassVar[str] = "dynamax-scan"
+    FILE: ClassVar[str] = "scan.json"
+    WHAT: ClassVar[str] = "scan"
+    COMMAND: ClassVar[str] = "dynamax scan"
+
+    format: str = "dynamax-scan"
+    version: int = 1
     run: Run
     backbone: BackboneFacts
     data: Data
@@ -139,44 +141,34 @@ class Scan(_Part):
     checks: tuple[Check, ...]
     verdict: Verdict
 
-    def save(self, path: str | Path) -> None:
-        """Write the document to the file ``path``, whole or not at all. Raises ArtifactError."""
-        write_atomically(Path(path), (self.model_dump_json(indent=1) + "\n").encode())
 
-    @classmethod
-    def load(cls, path: str | Path) -> Scan:
-        """Read what ``save`` wrote. Raises DataError naming the field at fault."""
-        known = (FORMAT, VERSION)
-        return read_document(cls, Path(path), what="scan", command="dynamax scan", known=known)
-
-
-def judged(depth: float, oracle: float, disturbed: Drift) -> Verdict:
-    """The verdict: from the predicted depth at VERDICT_AT with states intact, the oracle's over the same exits, and
-    what ``propagate`` leaves."""
-    at = f"{VERDICT_AT:.0%} agreement"
+def verdict(depth: float, oracle: float, drift: Drift) -> Verdict:
+    """From the predicted depth at VERDICT_AT with states intact, the oracle's at the same exits, and what ``propagate``
+    leaves."""
+    head = f"A trained head should run {depth:.2f} of the depth at {VERDICT_AT:.0%} agreement"
     if 1.0 - oracle < LEAST_DEPTH_SAVED:
-        return Verdict(
-            answer="not worth it",
-            reason=f"Even a judge that always knew would run {oracle:.2f} of the depth at these exits: the layers "
-            "agree with the last one too late. A backbone trained with a multi-exit loss would have to come first.",
+        answer = "not worth it"
+        reason = (
+            f"Even an estimator that is always right would run {oracle:.2f} of the depth at these exits: the layers "
+            "agree with the last one too late. A backbone trained with a multi-exit loss would have to come first."
         )
-    if 1.0 - depth < LEAST_DEPTH_SAVED:
-        return Verdict(
-            answer="not worth it",
-            reason=f"A trained head should run {depth:.2f} of the depth at {at}, sparing less than "
-            f"{LEAST_DEPTH_SAVED:.0%}: tokens that could leave early (oracle {oracle:.2f}) can hardly be told from "
-            "those that could not.",
+    elif 1.0 - depth < LEAST_DEPTH_SAVED:
+        answer = "not worth it"
+        reason = (
+            f"{head}, sparing less than {LEAST_DEPTH_SAVED:.0%}: tokens that could leave early (oracle {oracle:.2f}) "
+            "can hardly be told from those that could not."
         )
-    if disturbed.counted_reduction < LEAST_COUNTED:
-        return Verdict(
-            answer="only for layer passes",
-            reason=f"A trained head should run {depth:.2f} of the depth at {at} with states intact (defer, verify), "
-            f"which spares layer passes. Under propagate {disturbed.predicted:.2f}, and checks, readouts and state "
-            f"updates then leave a counted reduction of {disturbed.counted_reduction:.1%}: hardly any arithmetic less.",
+    elif drift.counted_reduction < LEAST_COUNTED:
+        answer = "only for layer passes"
+        reason = (
+            f"{head} with states intact (defer, verify), which spares layer passes. Under propagate "
+            f"{drift.predicted:.2f}, and checks, readouts and state updates then leave a counted reduction of "
+            f"{drift.counted_reduction:.1%}: hardly any arithmetic less."
         )
-    return Verdict(
-        answer="worth it",
-        reason=f"A trained head should run {depth:.2f} of the depth at {at} with states intact (oracle {oracle:.2f}) "
-        f"and {disturbed.predicted:.2f} under propagate, for a counted reduction of "
-        f"{disturbed.counted_reduction:.1%}.",
-    )
+    else:
+        answer = "worth it"
+        reason = (
+            f"{head} with states intact (oracle {oracle:.2f}) and {drift.predicted:.2f} under propagate, for a counted "
+            f"reduction of {drift.counted_reduction:.1%}."
+        )
+    return Verdict(answer=answer, reason=reason)

@@ -1,10 +1,10 @@
-"""What a trained head could reach, foreseen before any training: a small judge fitted within the scan.
+"""What a trained head could reach, estimated before any training: a small estimator fitted within the scan.
 
 Logistic regression on an exit's readout statistics and those of the exits before it, fitted on four fifths of the
-groups (documents) and asked about the last fifth, so that it never judges text it has seen. Statistics carry most of
-what a head knows (``recipes/exits``); a head also sees h and far more text, so it tends to reach a little more.
+groups (documents) and evaluated on the last fifth, so never on text it was fitted on. Statistics carry most of what a
+head uses (``recipes/exits``); a head also reads h and far more text, so it tends to reach a little more.
 
-Shapes: E exits, N tokens, F statistics, D inputs of one exit's judge.
+Shapes: E exits, N tokens, F statistics, D inputs of one exit's estimator.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Parts of the text; each is judged by what was fitted on the others.
+#: Parts of the text; each is evaluated with what was fitted on the others.
 FOLDS = 5
 #: Weight of the squared coefficients, in tokens: enough to keep a separable exit finite.
 RIDGE = 1.0
@@ -29,15 +29,15 @@ def cross_fitted(features: Tensor, labels: Tensor, group: Tensor, seed: int = 0)
     n_groups = int(group.max()) + 1
     order = torch.randperm(n_groups, generator=torch.Generator().manual_seed(seed))
     fold = (order % min(FOLDS, n_groups))[group]
-    found = torch.empty_like(truth)
+    result = torch.empty_like(truth)
     for exit in range(len(values)):
         inputs = values[: exit + 1].transpose(0, 1).flatten(1)  # (N, D)
         for part in fold.unique():
-            asked = fold == part
-            x = _standardised(inputs, ~asked)
-            weight = logistic(x[~asked], truth[exit, ~asked])
-            found[exit, asked] = torch.sigmoid(x[asked] @ weight)
-    return found
+            held_out = fold == part
+            x = _standardised(inputs, ~held_out)
+            weight = logistic(x[~held_out], truth[exit, ~held_out])
+            result[exit, held_out] = torch.sigmoid(x[held_out] @ weight)
+    return result
 
 
 def logistic(x: Tensor, y: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""Do the engines say the same tokens: given the same text so far, and in free generation."""
+"""Whether engines give the same tokens: given the same text so far, and in free generation."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,20 +12,21 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.decoder import Decoder
 from dynamax_llm.engines.choose import open_session
-from dynamax_llm.evaluation.bench.document import Sameness
+from dynamax_llm.evaluation.bench.document import Parity
+from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.evaluation.common.random_models import random_model
 from dynamax_llm.exits.artifact import Exits
 
-#: What stands for a family where exact equality is looked at in float32.
+#: The shape that stands for a family where exact equality is tested in float32.
 TWINS = {**dict.fromkeys(("llama", "mistral", "qwen2"), "tiny-transformer"), "mamba2": "tiny-mamba"}
-#: Prompt tokens, new tokens and rows of that look.
+#: Prompt tokens, new tokens and rows of that test.
 TWIN_LOAD = (24, 48, 2)
 
 
 @torch.no_grad()
 def forced(early: EarlyExit, model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
     """Full depth's likeliest tokens (B, T - prompt - 1) after each of ids (B, T) from the ``prompt``-th on, but the
-    last, one step at a time in ``early``'s engine. ``early`` asks no exit."""
+    last, one step at a time in ``early``'s engine. ``early`` checks no exit."""
     backbone, plan, _ = early.attach(model)
     session, _ = open_session(backbone, plan, len(ids), early.engine)
     decoder, never, tokens = Decoder(session), [(None,) * plan.full] * len(ids), []
@@ -36,14 +39,9 @@ def forced(early: EarlyExit, model: PreTrainedModel, ids: Tensor, prompt: int) -
 
 
 @torch.no_grad()
-def at_once(model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
+def one_pass(model: PreTrainedModel, ids: Tensor, prompt: int) -> Tensor:
     """The same by the stock model, in one pass over all tokens."""
     return model(ids[:, :-1], logits_to_keep=ids.shape[1] - 1 - prompt).logits.argmax(-1)
-
-
-def differing(one: Tensor, other: Tensor) -> float:
-    """Share of tokens that are not the same."""
-    return float((one != other).double().mean())
 
 
 def compared(one: Tensor, other: Tensor) -> tuple[float, int | None]:
@@ -54,26 +52,22 @@ def compared(one: Tensor, other: Tensor) -> tuple[float, int | None]:
     return float(same.double().mean()), int(places[0]) if len(places) else None
 
 
-def free(one: Tensor, other: Tensor, of: str, reference: str, model: str, dtype: str) -> Sameness:
-    """Free generations (B, T), new tokens only."""
+def free(one: Tensor, other: Tensor, facts: dict[str, Any]) -> Parity:
+    """Of free generations (B, T), new tokens only; ``facts`` are the document's of, reference, model and dtype."""
     equal, first = compared(one, other)
-    length = min(one.shape[1], other.shape[1])
-    return Sameness(
-        of=of,
-        reference=reference,
-        model=model,
-        dtype=dtype,
-        batch=len(one),
-        positions=len(one) * length,
-        differing=None,
-        equal=equal,
-        first_difference=first,
-    )
+    positions = len(one) * min(one.shape[1], other.shape[1])
+    return Parity(**facts, batch=len(one), positions=positions, differing=None, equal=equal, first_difference=first)
 
 
-def twins(device: torch.device, model_type: str, engine: str) -> list[Sameness]:
+def given_text(one: Tensor, other: Tensor, facts: dict[str, Any]) -> Parity:
+    """Of likeliest tokens (B, T) after the same text."""
+    share = float((one != other).double().mean())
+    return Parity(**facts, batch=len(one), positions=one.numel(), differing=share)
+
+
+def twins(device: torch.device, model_type: str, engine: str) -> list[Parity]:
     """A tiny float32 model of the family on ``engine`` against the eager engine: full depth, and ``verify`` whose
-    drafts are mostly wrong. None for a family without a stand-in."""
+    drafts are mostly wrong. Empty for a family without a stand-in."""
     shape = TWINS.get(model_type)
     if shape is None:
         return []
@@ -83,15 +77,16 @@ def twins(device: torch.device, model_type: str, engine: str) -> list[Sameness]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, model.config.vocab_size, (batch, prompt), generator=generator).to(device)
 
-    def said(engine: str, policy: str, threshold: float | str) -> Tensor:
-        early = EarlyExit(exits, measure="state_similarity", threshold=threshold, policy=policy, engine=engine)
+    def generated(engine: str, policy: str, threshold: float | str) -> Tensor:
+        early = EarlyExit(exits, measure=FREE_MEASURE, threshold=threshold, policy=policy, engine=engine)
         mask = torch.ones_like(ids)
         out = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, custom_generate=early)
         return out.sequences[:, prompt:]
 
-    expected = said("eager", "propagate", "never")
+    expected = generated("eager", "propagate", "never")
+    facts = {"reference": "eager, full depth", "model": shape, "dtype": "float32"}
     runs = (("full depth", "propagate", "never"), ("verify", "verify", 0.0))
     return [
-        free(said(engine, policy, bar), expected, f"{engine}, {name}", "eager, full depth", shape, "float32")
-        for name, policy, bar in runs
+        free(generated(engine, policy, threshold), expected, {**facts, "of": f"{engine}, {name}"})
+        for name, policy, threshold in runs
     ]
