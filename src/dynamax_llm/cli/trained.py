@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynamax_llm.backbones import Backbone
-    from dynamax_llm.evaluation import Comparison
+    from dynamax_llm.evaluation.common.points import Points
     from dynamax_llm.exits.artifact import Exits
     from dynamax_llm.text.sources import Source
     from dynamax_llm.training.settings import TrainSettings
@@ -21,18 +21,19 @@ ON_POLICY_TOKENS = 5_000
 
 def on_policy(
     backbone: Backbone, tokenizer: PreTrainedTokenizerBase, source: Source, settings: TrainSettings, exits: Exits
-) -> Comparison:
+) -> Points:
     """The trained exits on held-out text decoded with exits on, under ``propagate``, at the settings' agreement."""
-    from dynamax_llm.evaluation import Candidate, compare
+    from dynamax_llm.evaluation import HeadComparison, HeadSetting
     from dynamax_llm.text.batches import Split, first_batches
 
     sequence = min(settings.sequence, backbone.max_positions() or settings.sequence)
     split = Split(source, tokenizer, True, settings.held_out, sequence, settings.batch_tokens, settings.seed)
     batches = first_batches(split, min(settings.eval_tokens, ON_POLICY_TOKENS))
-    return compare(backbone, [Candidate(str(exits.config.head), exits)], batches, settings.agreement)[0][0]
+    comparison, setting = HeadComparison(backbone, batches, prompt_length=1), HeadSetting("trained", exits)
+    return comparison.evaluate(setting, target=settings.agreement, intact=False).propagate
 
 
-def report(exits: Exits, model: str, out: Path, measured: Comparison) -> None:
+def report(exits: Exits, model: str, out: Path, measured: Points) -> None:
     """Print what the held-out text says of the trained exits, and the command that uses them."""
     from rich.console import Console
     from rich.table import Table
@@ -48,19 +49,19 @@ def report(exits: Exits, model: str, out: Path, measured: Comparison) -> None:
             str(index), f"{depth} of {config.n_layers}", f"{rate:.3f}", "–" if quality is None else f"{quality:.3f}"
         )
     console.print(table)
-    target = measured.target
+    target = held["agreement"]
     console.print(
         f"If skipped layers kept their true state: mean depth {held['depth']:.3f} at {target:.0%} agreement "
         f"(oracle {held['oracle_depth']:.3f})."
     )
-    reached = [point for point in measured.points if point.agreement >= target and point.threshold < 1.0]
+    points = zip(measured.mean_depth, measured.agreement, measured.thresholds, measured.saved, strict=True)
+    reached = [point for point in points if point[1] >= target and point[2] < 1.0]
     if reached:
-        best = min(reached, key=lambda point: point.depth)
-        threshold = math.ceil(1000 * best.threshold) / 1000  # rounded towards caution
+        depth, agreement, best, saved = min(reached)
+        threshold = math.ceil(1000 * best) / 1000  # rounded towards caution
         console.print(
-            f"Decoding with exits on, policy propagate, threshold {best.threshold:.5f}: agreement "
-            f"{best.agreement:.1%}, mean depth {best.depth:.3f} of the layers, counted reduction "
-            f"{best.counted_reduction:.1%}."
+            f"Decoding with exits on, policy propagate, threshold {best:.5f}: agreement {agreement:.1%}, mean depth "
+            f"{depth:.3f} of the layers, counted reduction {saved:.1%}."
         )
     else:
         threshold = 0.9

@@ -24,7 +24,7 @@ from dynamax_llm.decoding.state import POLICIES, StatePolicy
 from dynamax_llm.decoding.trace import TokenCosts
 from dynamax_llm.errors import DataError
 from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
-from dynamax_llm.evaluation.compare.heads import Candidate, compare
+from dynamax_llm.evaluation.compare.heads import HeadComparison, HeadSetting
 from dynamax_llm.evaluation.harness.results import Interval
 from dynamax_llm.evaluation.scan.collect import Chunk, ScanSettings, Seen, gather, packed, read
 from dynamax_llm.evaluation.scan.document import (
@@ -112,8 +112,9 @@ def _disturbed(
     part = [chunk for chunk in chunks if chunk.document < documents]
     batches = [pad([chunk.ids for chunk in group]) for group in packed(part, settings.batch_tokens)]
     plain = Exits.of(backbone, dataclasses.replace(config, head=None))
-    found = compare(backbone, [Candidate(MARGIN, plain, MARGIN)], batches, VERDICT_AT)[0][0]
-    return found.depth, documents
+    comparison = HeadComparison(backbone, batches, prompt_length=1)
+    found = comparison.evaluate(HeadSetting(MARGIN, plain, MARGIN), target=VERDICT_AT, intact=False)
+    return found.propagate.at(VERDICT_AT).value, documents
 
 
 class _Scanned:
