@@ -130,7 +130,7 @@ def paired(one: Callable[[], float], other: Callable[[], float], repeats: int) -
 
 
 def generate(model: Any, ids: torch.Tensor, new: int, early: Any = None) -> Any:
-    """Exactly ``new`` greedy tokens after ids (B, P): an EarlyExitOutput with ``early``, sequences (B, P + new) else."""
+    """Exactly ``new`` greedy tokens after ids (B, P): an EarlyExitOutput, or without ``early`` the sequences."""
     extra = {} if early is None else {"custom_generate": early}
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0, "use_cache": True}
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options, **extra)

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "reference")]
-from common import parsed, parser
 from mixture import SOURCES, TOKENIZER_FILE, Source, find, is_held_out, render, rows, sha256
 from tokenizers import Tokenizer
+
+from common import parsed, parser
 
 Item = dict[str, Any]
 #: Running prose and dialogue; the other sources are questions with answers of a few words.

@@ -33,6 +33,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+from dynamax_llm.evaluation.compare.contest import TARGETS, Contest, Points, Standing
 from tabulated import table
 from transformers.utils import logging
 
@@ -40,7 +41,6 @@ from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.loading import REFERENCE_FOLDER, load
 from dynamax_llm.decoding.loop import EarlyExit
 from dynamax_llm.evaluation.common.bootstrap import interval
-from dynamax_llm.evaluation.compare.contest import TARGETS, Contest, Points, Standing
 from dynamax_llm.evaluation.compare.heads import Candidate
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS, ExitConfig, place_exits

@@ -19,7 +19,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -28,9 +28,18 @@ import torch
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from common import bootstrap, conditions, decode_seconds, device_name, generate, paired, parsed, parser, write_json
-from report import render, summarise
-
+from common import (
+    Ratio,
+    bootstrap,
+    conditions,
+    decode_seconds,
+    device_name,
+    generate,
+    paired,
+    parsed,
+    parser,
+    write_json,
+)
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import REFERENCE_BACKBONES, load, shipped_exits
 from dynamax_llm.calibration.prompts import Item
@@ -43,6 +52,7 @@ from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS
 from dynamax_llm.metrics import first_divergence, rouge_l
 from dynamax_llm.text.sources import json_records
+from report import render, summarise
 
 HERE = Path(__file__).resolve().parent
 #: Estimators: the shipped four-exit heads, the margin rule, and a fixed exit, which no confidence decides.
@@ -200,6 +210,17 @@ class Study:
             found["gap"] = {"prompt": row, "place": place, "gap": float(best[0] - best[1])}
         return found
 
+    def time_ratio(self, cell: dict[str, Any]) -> Ratio:
+        """Time of the decode steps over full depth, one pair per prompt."""
+        early = self.early(cell["estimator"], cell["policy"], cell["threshold"])
+        full = self.early(cell["estimator"], "propagate", NEVER)
+        # Each prompt twice in a row, for the two sides of a pair; the first pair warms up.
+        prompts = iter([ids for ids in self.texts[:, : self.prompt].split(1) for _ in range(2)] * 2)
+        sides = [
+            lambda d=decoding: decode_seconds(self.model, next(prompts), self.new, d) for decoding in (early, full)
+        ]
+        return paired(*sides, len(self.texts))
+
 
 def summary(estimator: str, run: str, aim: float, records: Records, tokenizer: Any) -> dict[str, Any]:
     """One cell of results/MODEL.json from its records."""
@@ -281,19 +302,11 @@ def time_cells(args: argparse.Namespace) -> None:
         for cell in json.loads((args.results / f"{model}.json").read_text())["cells"]:
             name = f"{cell['policy']}|{cell['estimator']}|{cell['target']}"
             chosen = cell["estimator"] in args.estimators and cell["policy"] in args.policies
-            if not chosen or name in document["cells"]:
-                continue
-            early = study.early(cell["estimator"], cell["policy"], cell["threshold"])
-            full = study.early(cell["estimator"], "propagate", NEVER)
-            prompts = iter([ids for ids in study.texts[:, : study.prompt].split(1) for _ in (0, 1)] * 2)
-            ratio = paired(
-                lambda early=early, p=prompts: decode_seconds(study.model, next(p), args.new_tokens, early),
-                lambda full=full, p=prompts: decode_seconds(study.model, next(p), args.new_tokens, full),
-                args.prompts,
-            )
-            document["cells"][name] = {**ratio._asdict(), "pairs": args.prompts}
-            write_json(path, document)
-            print(f"{model} {name}: {ratio}", flush=True)
+            if chosen and name not in document["cells"]:
+                ratio = study.time_ratio(cell)
+                document["cells"][name] = {**ratio._asdict(), "pairs": args.prompts}
+                write_json(path, document)
+                print(f"{model} {name}: {ratio}", flush=True)
 
 
 def table(args: argparse.Namespace) -> None:
@@ -303,17 +316,6 @@ def table(args: argparse.Namespace) -> None:
     (args.results / "summary.md").write_text(summarise(args.models, args.results), encoding="utf-8")
 
 
-def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
-    """A parser of comma-separated names."""
-
-    def parse(text: str) -> list[str]:
-        if wrong := sorted(set(text.split(",")) - set(allowed)):
-            raise argparse.ArgumentTypeError(f"{', '.join(wrong)}: choose from {', '.join(allowed)}")
-        return text.split(",")
-
-    return parse
-
-
 def main() -> None:
     stages = {"run": run, "collect": collect, "time": time_cells, "table": table}
     made = parser(__doc__, "device")
@@ -321,10 +323,12 @@ def main() -> None:
     made.add_argument("--data", type=Path, help="the prompts that recipes/texts.py wrote")
     made.add_argument("--out", type=Path, default=Path("out"), help="folder of finished cells")
     made.add_argument("--results", type=Path, default=HERE / "results")
-    made.add_argument("--models", type=names(REFERENCE_BACKBONES), default=list(REFERENCE_BACKBONES))
-    made.add_argument("--estimators", type=names(ESTIMATORS), default=list(ESTIMATORS))
-    made.add_argument("--policies", type=names(RUNS), default=list(RUNS))
-    made.add_argument("--depths", type=lambda text: [float(part) for part in text.split(",")], default=[0.55, 0.65, 0.8])
+    made.add_argument("--models", nargs="+", choices=REFERENCE_BACKBONES, default=list(REFERENCE_BACKBONES))
+    made.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
+    made.add_argument("--policies", nargs="+", choices=RUNS, default=list(RUNS))
+    made.add_argument(
+        "--depths", type=lambda text: [float(part) for part in text.split(",")], default=[0.55, 0.65, 0.8]
+    )
     for name, value in DEFAULTS.items():
         made.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
     made.add_argument("--alone-device", default="cpu", help="where single prompts run")

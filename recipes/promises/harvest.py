@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from texts import KINDS, load_texts
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load, shipped_exits
@@ -24,6 +23,7 @@ from dynamax_llm.calibration.prompts import Item
 from dynamax_llm.calibration.risks import AgreementRisk, TextRisk, inconsistency
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.exits.artifact import Exits
+from texts import KINDS, load_texts
 
 #: Tokens of a prompt, new tokens of a text read, and of one generated.
 PROMPT, READ, GENERATED = 64, 64, 48

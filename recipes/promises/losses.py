@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 from simulation import pool_of, simulate
-from texts import load_texts
 
 from dynamax_llm.backbones.loading import REFERENCE_BACKBONES, load
 from dynamax_llm.calibration.proof import Proof
 from dynamax_llm.exits.promise import METHODS
 from dynamax_llm.metrics import rouge_l
+from texts import load_texts
 
 #: Losses of texts are kept in so many parts, those of tokens in tokens.
 PARTS = 10_000

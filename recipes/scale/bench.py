@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from dynamax_llm.evaluation.compare.shapes import SHAPES
 from transformers import AutoModelForCausalLM, MistralConfig
 from transformers.utils import logging
 
 from dynamax_llm.backbones import Backbone, adapt
-from dynamax_llm.evaluation.compare.shapes import SHAPES
 from dynamax_llm.exits.config import ExitConfig, place_exits
 from dynamax_llm.exits.readout import Readout
 from dynamax_llm.text.batches import Batch
