@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import markdown, parsed, parser
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load, peek
 from dynamax_llm.exits.config import place_exits
@@ -56,37 +59,30 @@ def table(out: Path) -> str:
     if not records:
         raise SystemExit(f"{out} holds no NAME/tuning.json: run `study.py run` first")
     first = next(iter(records.values()))
-    lines = [
+    rows = [("before", first["before"], 1.0)]
+    rows += [(name, record["after"], record["tokens_kept"]) for name, record in records.items()]
+    lines = [[name, *(f"{found[key]:.3f}" for _, key in COLUMNS), f"{kept:.3f}"] for name, found, kept in rows]
+    header = ["", *(title for title, _ in COLUMNS), "tokens that are the original's"]
+    return (
         f"{first['tokens']:,} training tokens, {first['after']['tokens']:,} held-out tokens, exits after layers "
-        f"{', '.join(map(str, first['layers']))} of {len(first['after']['loss_per_layer'])}.",
-        "",
-        "| | " + " | ".join(title for title, _ in COLUMNS) + " | tokens that are the original's |",
-        "|---" * (len(COLUMNS) + 2) + "|",
-    ]
-    for name, figures, kept in [
-        ("before", first["before"], 1.0),
-        *((name, record["after"], record["tokens_kept"]) for name, record in records.items()),
-    ]:
-        lines.append(f"| {name} | " + " | ".join(f"{figures[key]:.3f}" for _, key in COLUMNS) + f" | {kept:.3f} |")
-    return "\n".join(lines)
+        f"{', '.join(map(str, first['layers']))} of {len(first['after']['loss_per_layer'])}.\n\n"
+        + markdown(header, lines)
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    one = verbs.add_parser("run")
-    one.add_argument("model", help="model folder, hub id or shipped backbone")
-    one.add_argument("--data", required=True, help="text, as dynamax tune takes it")
-    one.add_argument("--out", type=Path, required=True)
-    one.add_argument("--names", default=",".join(VARIANTS), help="which ways, separated by commas")
-    one.add_argument("--exits", default="1/4,3/8,1/2,5/8,3/4,7/8", help="layers or shares of the depth")
-    one.add_argument("--tokens", type=float, default=4e6)
-    one.add_argument("--batch", type=int, default=16384, help="tokens of a step")
-    one.add_argument("--eval-tokens", type=float, default=50e3)
-    one.add_argument("--device", default="cpu")
-    verbs.add_parser("table").add_argument("out", type=Path)
-    args = parser.parse_args()
-    run(args) if args.verb == "run" else print(table(args.out))
+    made = parser(__doc__, "device")
+    made.add_argument("verb", choices=("run", "table"))
+    made.add_argument("model", help="run: a model folder, hub id or shipped backbone; table: the folder OUT")
+    made.add_argument("--data", help="text, as dynamax tune takes it")
+    made.add_argument("--out", type=Path, default=Path("out"))
+    made.add_argument("--names", default=",".join(VARIANTS), help="which ways, separated by commas")
+    made.add_argument("--exits", default="1/4,3/8,1/2,5/8,3/4,7/8", help="layers or shares of the depth")
+    made.add_argument("--tokens", type=float, default=4e6)
+    made.add_argument("--batch", type=int, default=16384, help="tokens of a step")
+    made.add_argument("--eval-tokens", type=float, default=50e3)
+    args = parsed(made)
+    run(args) if args.verb == "run" else print(table(Path(args.model)))
 
 
 if __name__ == "__main__":
