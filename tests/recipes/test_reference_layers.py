@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "reference"))
-
-from evaluate import table, validation
-from finish import card
-from layers import Stack, ssd
-from mixture import held_out_key, is_held_out
-from objective import MultiExitLoss
-from optim import learning_rate, orthogonalise
-from shapes import config
-
 from dynamax_llm.backbones.loading import REFERENCE_FOLDER
 from dynamax_llm.training.multi_exit import Mixture, readout_loss, rotate_exits
+from tests.recipes.scripts import script
+
+Stack, ssd = script("reference/layers").Stack, script("reference/layers").ssd
+held_out_key, is_held_out = script("reference/mixture").held_out_key, script("reference/mixture").is_held_out
+MultiExitLoss, config = script("reference/objective").MultiExitLoss, script("reference/shapes").config
+learning_rate, orthogonalise = script("reference/optim").learning_rate, script("reference/optim").orthogonalise
+table, validation = script("reference/evaluate").table, script("reference/evaluate").validation
+card = script("reference/finish").card
 
 
 def tiny(kind: str) -> torch.nn.Module:
