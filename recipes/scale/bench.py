@@ -99,17 +99,14 @@ def measure(kinds: dict[str, Step], args: argparse.Namespace, device: torch.devi
     }
 
 
-def profile(step: Step, device: torch.device, out: Path | None, head: str) -> dict[str, float]:
-    """Host calls of one step, on average over three; the tables go to ``out``."""
-    kinds = [torch.profiler.ProfilerActivity.CPU]
-    kinds += [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
-    with torch.profiler.profile(activities=kinds) as found:
+def calls_of(step: Step, device: torch.device, table: Path | None) -> dict[str, float]:
+    """Host calls of one step, on average over three; where its time goes is written to ``table``."""
+    with torch.profiler.profile() as found:
         repeated(step, 3, device)
     averages = found.key_averages()
-    orders = ("self_device_time_total", "self_cpu_time_total")[0 if device.type == "cuda" else 1 :]
-    if out:
-        tables = [averages.table(sort_by=order, row_limit=40, max_name_column_width=90) for order in orders]
-        (out / f"profile-{head}.txt").write_text("\n\n".join(tables))
+    if table:
+        order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        table.write_text(averages.table(sort_by=order, row_limit=40, max_name_column_width=90))
     counts = {row.key: row.count for row in averages}
     return {name: counts.get(name, 0) / 3 for name in CALLS}
 
@@ -150,7 +147,7 @@ def main() -> None:
     for head in args.heads:
         kinds = steps(backbone, head, args.tokens, args.exits)
         found = measure(kinds, args, device)
-        calls = profile(kinds["train"], device, args.out, head)
+        calls = calls_of(kinds["train"], device, args.out and args.out / f"profile-{head}.txt")
         report(head, found, calls)
         heads[head] = {"steps": found, "calls": calls}
     if args.out:

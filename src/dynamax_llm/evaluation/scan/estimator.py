@@ -2,7 +2,7 @@
 
 Logistic regression on an exit's readout statistics and those of the exits before it, fitted on four fifths of the
 groups (documents) and asked about the last fifth, so that it never judges text it has seen. Statistics carry most of
-what a head knows (``recipes/exits``); a head also sees h and far more text, so it tends to reach a little more.
+what a head knows (``recipes/heads``); a head also sees h and far more text, so it tends to reach a little more.
 
 Shapes: E exits, N tokens, F statistics, D inputs of one exit's judge.
 """
