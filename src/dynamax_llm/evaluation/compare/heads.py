@@ -43,6 +43,10 @@ PROPAGATE = (2.25, 1.25, 0.7, 0.375, 0.175, 0.075, 0.025)
 NET = (12.5, 8.0, 5.5, 3.75, 2.5, 1.5, 0.75)
 
 
+#: Agrees, exit index and mask of one batch at one threshold, (B, T) each.
+Row = tuple[Tensor, Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class HeadSetting:
     """Exits and what decides at them: their own heads, or ``measure``."""
@@ -161,7 +165,8 @@ class HeadComparison:
     @torch.no_grad()
     def decode(self, setting: HeadSetting, thresholds: Sequence[float | Sequence[float | str]]) -> Points:
         """The documents decoded under ``propagate`` at each of ``thresholds``: one number, or one per exit."""
-        rows, saved = [], []
+        rows: list[Row] = []
+        saved: list[float] = []
         for threshold in thresholds:
             early = EarlyExit(setting.exits, measure=setting.measure, threshold=threshold)
             _, plan, costs = early.attach(self.backbone.model)
@@ -190,10 +195,10 @@ class HeadComparison:
         self,
         setting: HeadSetting,
         thresholds: tuple[float, ...],
-        rows: Sequence[tuple[Tensor, Tensor, Tensor]],
+        rows: Sequence[Row],
         saved: tuple[float, ...] = (),
     ) -> Points:
-        """Sums per document of (agrees, exit index, mask), (B, T) each, batch after batch and point after point."""
+        """Sums per document of rows, batch after batch and point after point."""
         agree, depth, counts = [], [], []
         for agrees, where, mask in rows:
             shares = _shares(setting.exits, where.device)
@@ -202,8 +207,8 @@ class HeadComparison:
             counts.append(torch.bincount(where[mask], minlength=len(shares)).cpu().numpy())
         shape = (len(thresholds), len(self.tokens))
         per_exit = np.stack(counts).reshape(len(thresholds), len(self.batches), -1).sum(1)
-        sums = (np.concatenate(part).reshape(shape) for part in (agree, depth))
-        return Points(thresholds, *sums, self.tokens, per_exit, saved)
+        agreeing, depths_run = (np.concatenate(part).reshape(shape) for part in (agree, depth))
+        return Points(thresholds, agreeing, depths_run, self.tokens, per_exit, saved)
 
 
 def _shares(exits: Exits, device: torch.device) -> Tensor:
