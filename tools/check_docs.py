@@ -1,5 +1,8 @@
 """Documents that run: links resolve, Python compiles and names what exists, commands and their options are real.
 
+Documents are those at the top of the repository, in docs/, and the README files of recipes/, whose scripts and shell
+files must exist and have the options that are given to them.
+
 python tools/check_docs.py        prints every problem as FILE:LINE: what is wrong, and exits with 1 if there is one
 """
 
@@ -21,7 +24,8 @@ PACKAGE = "dynamax_llm"
 
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```(\w*)\s*$")
-INLINE_COMMAND = re.compile(r"`((?:dynamax|make) [^`]+)`")
+INLINE_COMMAND = re.compile(r"`((?:[A-Z_]+=\S+ )*(?:dynamax|make|python recipes/|bash recipes/)\s?[^`]+)`")
+ENVIRONMENT = re.compile(r"(?:[A-Z_]+=(?:\"[^\"]*\"|\S+) +)+")
 HEADING = re.compile(r"^#+\s+(.*)$")
 SHELL = ("bash", "sh", "console", "shell")
 
@@ -37,7 +41,7 @@ class Block:
 
 def documents() -> list[Path]:
     """Every document a reader is sent to."""
-    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").rglob("README.md")])
 
 
 def split(text: str) -> tuple[list[tuple[int, str]], list[Block]]:
@@ -103,7 +107,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def commands(text: str) -> Iterator[tuple[int, str]]:
-    """The dynamax and make commands of a shell block, continued lines joined, prompts and comments dropped."""
+    """The commands of a shell block that can be checked, continued lines joined, prompts and comments dropped."""
     pending, start = "", 0
     for number, raw in enumerate(text.splitlines(), start=1):
         line = raw.strip().removeprefix("$ ")
@@ -112,14 +116,18 @@ def commands(text: str) -> Iterator[tuple[int, str]]:
         if pending.endswith("\\"):
             pending = pending[:-1] + " "
             continue
-        if pending.startswith(("dynamax ", "make ")):
+        if ENVIRONMENT.sub("", pending).startswith(("dynamax ", "make ", "python recipes/", "bash recipes/")):
             yield start, pending
         pending = ""
 
 
 def check_command(command: str) -> Iterator[str]:
-    """Whether a make target, or a dynamax verb and its options, exist."""
-    program, *words = shlex.split(command.replace("…", "x"), comments=True)
+    """Whether a make target, a dynamax verb, or a recipe's script exists, and its options."""
+    plain = ENVIRONMENT.sub("", command.replace("…", "x"))
+    program, *words = shlex.split(plain.replace("[", " ").replace("]", " "), comments=True)
+    if program in ("python", "bash"):
+        yield from check_recipe(words)
+        return
     if program == "make":
         for word in words:
             if "=" not in word and not word.startswith("-") and word not in make_targets():
@@ -134,6 +142,31 @@ def check_command(command: str) -> Iterator[str]:
         option = word.partition("=")[0]
         if re.match(r"--?[a-z]", option) and option not in cli_options()[words[0]]:
             yield f"dynamax {words[0]} has no option {option}"
+
+
+def check_recipe(words: list[str]) -> Iterator[str]:
+    """Whether a script of recipes/ exists and knows its options: read from its source, nothing is imported."""
+    path = ROOT / words[0]
+    if not path.is_file():
+        yield f"{words[0]}: no such file"
+        return
+    if path.suffix != ".py":
+        return
+    for word in words[1:]:
+        option = word.partition("=")[0]
+        if re.match(r"--[a-z]", option) and option not in recipe_options(path):
+            yield f"{words[0]} has no option {option}"
+
+
+@cache
+def recipe_options(path: Path) -> set[str]:
+    """Options whose name is a string in the script, in what it imports from its folder, or in recipes/common.py."""
+    source = path.read_text(encoding="utf-8")
+    local = re.findall(r"^from (\w+) import", source, flags=re.MULTILINE)
+    files = [path.parent / f"{name}.py" for name in local] + [ROOT / "recipes" / "common.py"]
+    text = source + "".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
+    words = re.findall(r'"(?:--)?([a-z][a-z_-]*)"', text)
+    return {"--" + word.replace("_", "-") for word in words}
 
 
 @cache

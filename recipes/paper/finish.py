@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import markdown, parsed, parser
 from dynamax_llm.evaluation.harness.results import Evaluation, Shift
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.report import check_targets, write_report
@@ -49,34 +52,30 @@ def joined(found: Evaluation, exits: dict[str, Path], shifts: Path | None) -> Ev
 
 def summary(found: Evaluation) -> str:
     """Means over tasks, each weighing the same; agreement also at its lowest."""
-    lines = [
-        "| backbone | setting | agreement | lowest | ROUGE-L | degenerate | depth | counted reduction | speed-up |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for backbone in found.backbones:
         for setting in found.settings[backbone.name]:
             cells = [cell for cell in found.cells if (cell.backbone, cell.setting) == (backbone.name, setting.id)]
-            agreement, rouge, loops, clock = (
-                [value.value for cell in cells if (value := getattr(cell, name)) is not None]
-                for name in ("agreement", "rouge_l", "degenerate", "speed_up")
-            )
-            depth = fmean(cell.mean_depth.value for cell in cells)
-            counted = fmean(cell.counted_reduction.value for cell in cells)
-            lines.append(
-                f"| {backbone.name} | {setting.id} | {fmean(agreement):.3f} | {min(agreement):.3f} | "
-                f"{fmean(rouge):.3f} | {fmean(loops):.3f} | {depth:.3f} | {counted:.1%} | {fmean(clock):.2f} |"
-            )
-    return "\n".join(lines) + "\n"
+
+            def values(name: str, cells: Any = cells) -> list[float]:
+                return [value.value for cell in cells if (value := getattr(cell, name)) is not None]
+
+            agreement, depth, counted = (values(name) for name in ("agreement", "mean_depth", "counted_reduction"))
+            means = [fmean(agreement), min(agreement), fmean(values("rouge_l")), fmean(values("degenerate"))]
+            shares = [f"{value:.3f}" for value in (*means, fmean(depth))]
+            speed = f"{fmean(values('speed_up')):.2f}"
+            rows.append([backbone.name, setting.id, *shares, f"{fmean(counted):.1%}", speed])
+    header = ["backbone", "setting", "agreement", "lowest", "ROUGE-L", "degenerate", "depth"]
+    return markdown([*header, "counted reduction", "speed-up"], rows) + "\n"
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--eval", type=Path, required=True, help="what dynamax paper wrote")
-    parser.add_argument("--exits", type=named, action="append", default=[], metavar="NAME=DIR")
-    parser.add_argument("--shifts", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    return parser.parse_args()
+    made = parser(__doc__, "out")
+    made.add_argument("--eval", type=Path, required=True, help="what dynamax paper wrote")
+    made.add_argument("--exits", type=named, action="append", default=[], metavar="NAME=DIR")
+    made.add_argument("--shifts", type=Path)
+    return parsed(made)
 
 
 def named(text: str) -> tuple[str, Path]:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from shapes import NAMES, OBJECTIVES, config, name
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+CARD = Path(__file__).with_name("card.md")
 LIMIT = 16 * 2**20  # bytes a whole folder may take
 
 
@@ -73,79 +74,34 @@ weighted by its depth: {hard:.1f} cross-entropy and {soft:.1f} distillation from
 
 
 def card(name: str, parameters: int, metrics: dict[str, Any]) -> str:
-    """The model card, every number of it taken from metrics.json."""
-    options, result, data = metrics["options"], metrics["validation"], metrics["data"]
-    depth = len(result["loss_per_layer"])
-    kind = {"transformer": "Mistral-style Transformer", "mamba": "Mamba-2 model"}[options["kind"]]
-    objective = options.get("objective", "multi-exit")
-    aim = OBJECTIVE[objective].format(exits=options["exits"], hard=1 - options["distil"], soft=options["distil"])
-    machine = metrics["hardware"]
-    files = "\n".join(
-        f"| `{f['file']}` | {f['licence']} | {f['train_tokens']:,} | `{f['sha256'][:16]}` |" for f in data["files"]
-    )
+    """The model card (card.md), every number of it taken from metrics.json."""
+    options, result = metrics["options"], metrics["validation"]
+    objective, depth = options.get("objective", "multi-exit"), len(result["loss_per_layer"])
     rows = zip(result["agreement_per_layer"], result["loss_per_layer"], strict=True)
-    layers = "\n".join(f"| {i} | {i / depth:.3f} | {a:.3f} | {c:.3f} |" for i, (a, c) in enumerate(rows, 1))
-    command = (
-        f"python recipes/reference/train.py {options['kind']} --data DIR --out OUT --tokens {options['tokens']:.0f} "
-        f"--deadline {options['deadline']:.0f} --batch {options['batch']} --length {options['length']} "
-        f"--matrix-lr {options['matrix_lr']} --other-lr {options['other_lr']} --exits {options['exits']} "
-        f"--exit-weight {options['exit_weight']} --distil {options['distil']} --seed {options['seed']}"
-        + (" --objective ordinary" if objective == "ordinary" else "")
+    command = [f"python recipes/reference/train.py {options['kind']} --data DIR --out OUT"]
+    whole = ("tokens", "deadline")
+    names = (*whole, "batch", "length", "matrix_lr", "other_lr", "exits", "exit_weight", "distil", "seed")
+    for option in names:
+        value = f"{options[option]:.0f}" if option in whole else options[option]
+        command.append(f"--{option.replace('_', '-')} {value}")
+    command += ["--objective ordinary"] * (objective == "ordinary")
+    return CARD.read_text(encoding="utf-8").format(
+        name=name,
+        kind={"transformer": "Mistral-style Transformer", "mamba": "Mamba-2 model"}[options["kind"]],
+        millions=parameters / 1e6,
+        depth=depth,
+        purpose=PURPOSE[objective],
+        aim=OBJECTIVE[objective].format(exits=options["exits"], hard=1 - options["distil"], soft=options["distil"]),
+        quarters=", ".join(f"{x:.3f}" for x in result["agreement_at_quarters"]),
+        command=" ".join(command),
+        files="\n".join(
+            f"| `{f['file']}` | {f['licence']} | {f['train_tokens']:,} | `{f['sha256'][:16]}` |"
+            for f in metrics["data"]["files"]
+        ),
+        layers="\n".join(f"| {i} | {i / depth:.3f} | {a:.3f} | {c:.3f} |" for i, (a, c) in enumerate(rows, 1)),
+        result=result,
+        metrics=metrics,
     )
-    quarters = ", ".join(f"{x:.3f}" for x in result["agreement_at_quarters"])
-    return f"""---
-license: apache-2.0
-language: en
-library_name: transformers
-pipeline_tag: text-generation
-tags: [early-exit]
----
-
-# {name}
-
-A {kind} of {parameters / 1e6:.2f} M parameters and {depth} layers, {PURPOSE[objective]}
-
-| | |
-|---|---|
-| validation loss (nats per token, held-out documents) | {result["loss"]:.4f} |
-| agreement with the full model's argmax at 1/4, 1/2, 3/4 of the depth | {quarters} |
-| oracle mean depth (first layer that agrees) | {result["oracle_mean_depth"]:.3f} |
-| tokens seen / distinct training tokens | {metrics["tokens_seen"]:,} / {data["train_tokens"]:,} |
-| held-out tokens measured | {result["tokens"]:,} |
-| trained on | {machine["processes"]} x {machine["device"]}, {metrics["wall_seconds"]:.0f} s, torch \
-{machine["versions"]["torch"]}, transformers {machine["versions"]["transformers"]} |
-
-## Objective
-
-{aim}
-Muon for the layers' matrices, AdamW for the rest.
-
-```
-{command}
-```
-
-## Data
-
-| file | licence | training tokens | sha256 |
-|---|---|---|---|
-{files}
-
-About 1 % of the documents of every source is held out by a hash (`recipes/reference/mixture.py`, `is_held_out`);
-the numbers above are measured on them. No TruthfulQA, CoQA, TriviaQA or other evaluation text was trained on; SQuAD
-and GSM8K training splits were, so they are seen data.
-
-## Agreement and loss by layer
-
-| layer | depth | agreement | loss |
-|---|---|---|---|
-{layers}
-
-## Limits
-
-Far too small to know facts: it writes fluent, often false English. Never use it to answer questions. Trained on
-windows of {options["length"]} tokens. English only; text of 2015 and, for the novels, of 1839-1937, with the views
-of its time. Weights: Apache-2.0.
-"""
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Train both reference backbones at once, one GPU each (with 4 GPUs: two each).
-#   DATA=DIR OUT=DIR bash recipes/reference/gpu.sh profile
 #   DATA=DIR OUT=DIR T_TOKENS=800e6 M_TOKENS=500e6 DEADLINE=520 bash recipes/reference/gpu.sh
 #   KINDS=transformer OBJECTIVE=ordinary DATA=DIR OUT=DIR DEADLINE=110 bash recipes/reference/gpu.sh
 # KINDS: which of the two. OBJECTIVE=ordinary: the last layer alone, as checkpoints usually are trained. DEADLINE:
@@ -8,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${DATA:?folder with the corpus files}" "${OUT:?folder for results}"
-CACHE=${CACHE:-/tmp/dynamax-reference}
+CACHE=${CACHE:-build/reference}
 PYTHON=${PYTHON:-python3}
 GPUS=$(nvidia-smi -L | wc -l)
 EACH=$((GPUS >= 4 ? 2 : 1))
@@ -19,16 +18,15 @@ nvidia-smi -L
 begun=$SECONDS
 $PYTHON recipes/reference/train.py prepare --data "$DATA" --cache "$CACHE"
 DEADLINE=$((${DEADLINE:-520} - (SECONDS - begun)))
-[ "${1:-}" = profile ] && MODE=--profile || MODE=
 KINDS=${KINDS:-transformer mamba}
 
 launch() { # kind, GPUs, tokens, extra options
     local runner=("$PYTHON")
-    [ "$EACH" = 2 ] && [ -z "$MODE" ] &&
+    [ "$EACH" = 2 ] &&
         runner=("$PYTHON" -m torch.distributed.run --nproc_per_node=2 --master_port=$((29500 + ${2%%,*})))
     # separate compile caches: two fresh compilers never wait for each other
-    CUDA_VISIBLE_DEVICES=$2 TORCHINDUCTOR_CACHE_DIR=/tmp/inductor-$1 "${runner[@]}" recipes/reference/train.py "$1" \
-        --data "$DATA" --cache "$CACHE" --out "$OUT" --tokens "$3" --deadline "$DEADLINE" $MODE \
+    CUDA_VISIBLE_DEVICES=$2 TORCHINDUCTOR_CACHE_DIR=$PWD/build/inductor-$1 "${runner[@]}" recipes/reference/train.py "$1" \
+        --data "$DATA" --cache "$CACHE" --out "$OUT" --tokens "$3" --deadline "$DEADLINE" \
         --objective "${OBJECTIVE:-multi-exit}" $4 \
         >"$OUT/$1.log" 2>&1
 }

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ssd import ssd
 from torch import Tensor, nn
 
-SCAN_CHUNK = 64
+from dynamax_llm.exits.blocks import scan
 
 
 def rms_norm(h: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -71,10 +70,21 @@ def mamba_layer(h: Tensor, weights: tuple[Tensor, ...], inner: int, eps: float, 
     xbc = F.silu(xbc + conv_bias).to(dtype)
     x, b, c = xbc.split([inner, (channels - inner) // 2, (channels - inner) // 2], -1)
     dt = F.softplus(dt.float() + dt_bias)
-    x = x.reshape(batch, length, heads, inner // heads)
-    y = ssd(x, dt, -torch.exp(a_log.float()), b, c, skip, SCAN_CHUNK).reshape(batch, length, inner)
+    y = ssd(x.reshape(batch, length, heads, inner // heads), dt, a_log, b, c, skip).reshape(batch, length, inner)
     y = rms_norm(y.float() * F.silu(gate.float()), gated_norm, eps).to(dtype)
     return h + F.linear(y, out_proj.to(dtype))
+
+
+def ssd(x: Tensor, dt: Tensor, a_log: Tensor, b: Tensor, c: Tensor, skip: Tensor) -> Tensor:
+    """The package's scan from a zero state in float32, one B/C group for all heads, plus the skip: (B, T, h, p).
+
+    x (B, T, h, p), dt (B, T, h) positive, a_log and skip (h), b and c (B, T, n).
+    """
+    x, b, c = (part.float().unsqueeze(0) for part in (x, b, c))
+    _, batch, _, heads, width = x.shape
+    state = x.new_zeros(1, batch, heads, width, b.shape[-1])
+    y, _ = scan(x, dt.unsqueeze(0), -torch.exp(a_log.float()).view(1, 1, 1, heads), b, c, state)
+    return (y + x * skip[:, None])[0]
 
 
 class Stack:

@@ -22,9 +22,8 @@ STARTED = time.time()  # the deadline counts imports, tokenising and compiling
 import numpy as np
 import torch
 import transformers
-import workers
+from evaluate import spread, table, validation
 from layers import Stack
-from measure import measure, table
 from mixture import prepare
 from objective import MultiExitLoss
 from optim import Optimizer, learning_rate
@@ -34,6 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dynamax_llm.training.multi_exit import rotate_exits
+from dynamax_llm.training.parallel import Group
 
 REPORT_SECONDS = 5.0
 
@@ -44,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("kind", choices=[*NAMES, "prepare"], help="which backbone, or 'prepare' to tokenise only")
     parser.add_argument("--data", type=Path, required=True, help="folder with the corpus files")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder that receives <name>/")
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/dynamax-reference"), help="folder for the tokens")
+    parser.add_argument("--cache", type=Path, default=Path("build/reference"), help="folder for the tokens")
     parser.add_argument("--tokens", type=float, default=800e6, help="tokens to train on")
     parser.add_argument("--deadline", type=float, default=540, help="seconds after which training must have ended")
     parser.add_argument("--batch", type=int, default=64, help="sequences per step, over all processes")
@@ -57,7 +57,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--distil", type=float, default=0.7, help="share of the exits' loss that is distillation")
     parser.add_argument("--valid-tokens", type=float, default=1e6, help="held-out tokens measured at the end")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--profile", action="store_true", help="~60 s: steady tokens/s and memory at two batches")
     parser.add_argument("--smoke", action="store_true", help="tiny model on the CPU: proves the recipe runs")
     args = parser.parse_args()
     if args.objective == "ordinary":
@@ -99,6 +98,7 @@ class Training:
     loss: MultiExitLoss
     optimizer: Optimizer
     exits: int
+    group: Group
 
     def step(self, number: int, windows: Tensor, scale: float) -> Tensor:
         """One update on windows (B, T + 1); returns mean cross-entropy per readout, the last layer's last."""
@@ -106,12 +106,14 @@ class Training:
         states = self.stack.states(windows[:, :-1])
         normed = [self.stack.normed(states[e - 1]) for e in (*exits, self.stack.depth)]
         losses = self.loss.backward(normed, exits, windows[:, 1:], self.stack.head)
-        workers.average_gradients(self.optimizer.parameters)
+        if self.group.size > 1:
+            self.group.sum_gradients(self.optimizer.parameters)
+            torch._foreach_div_([parameter.grad for parameter in self.optimizer.parameters], self.group.size)
         self.optimizer.step(scale)
         return losses
 
 
-def build(args: argparse.Namespace, device: torch.device) -> Training:
+def build(args: argparse.Namespace, device: torch.device, group: Group) -> Training:
     """Model, objective and optimizer, freshly initialised from the seed."""
     torch.manual_seed(args.seed)
     model = AutoModelForCausalLM.from_config(config(args.kind, args.smoke), dtype=torch.float32).to(device)
@@ -119,7 +121,7 @@ def build(args: argparse.Namespace, device: torch.device) -> Training:
     compiled = device.type == "cuda"
     stack = Stack(model, torch.bfloat16 if compiled else torch.float32, compiled)
     optimizer = Optimizer(model, args.matrix_lr, args.other_lr, compiled=compiled)
-    return Training(stack, MultiExitLoss(args.distil, args.exit_weight, compiled), optimizer, args.exits)
+    return Training(stack, MultiExitLoss(args.distil, args.exit_weight, compiled), optimizer, args.exits, group)
 
 
 def share_of_time(begun: float | None, deadline: float) -> float:
@@ -127,7 +129,7 @@ def share_of_time(begun: float | None, deadline: float) -> float:
     return 0.0 if begun is None else (time.time() - begun) / max(deadline - (begun - STARTED), 1e-3)
 
 
-def train(args: argparse.Namespace, run: Training, batches: Batches, device: torch.device) -> dict[str, Any]:
+def train(args: argparse.Namespace, run: Training, batches: Batches) -> dict[str, Any]:
     """Train until the tokens or the deadline are used up; the decay ends with whichever comes first.
 
     The schedule counts seconds from the first step on, so that compiling does not eat the warm-up of a short run.
@@ -137,9 +139,10 @@ def train(args: argparse.Namespace, run: Training, batches: Batches, device: tor
     mark, mark_step, first_step_at = time.time(), 0, None
     while progress < 1:
         if step % 10 == 0:  # all processes must agree on when to stop, so one clock rules
-            elapsed = workers.from_first(share_of_time(first_step_at, args.deadline), device)
+            elapsed = run.group.totals(share_of_time(first_step_at, args.deadline) if run.group.main else 0.0)[0]
         progress = max(step * per_step / args.tokens, elapsed)
-        windows = workers.my_share(batches(step))
+        windows = batches(step)
+        windows = windows[run.group.rows(len(windows))]
         losses = run.step(step, windows, learning_rate(progress))
         step += 1
         if first_step_at is None:
@@ -152,7 +155,7 @@ def train(args: argparse.Namespace, run: Training, batches: Batches, device: tor
             rate = (step - mark_step) * per_step / (time.time() - mark)
             row = {"step": step, "seconds": round(time.time() - STARTED, 1), "tokens": step * per_step}
             history.append(row | {"loss": round(values[-1], 4), "tokens_per_second": round(rate)})
-            if workers.is_first():
+            if run.group.main:
                 exits = " ".join(f"{v:.3f}" for v in values[:-1])
                 print(
                     f"{row['seconds']:6.1f} s  step {step:6d}  {step * per_step / 1e6:7.1f} M tokens  "
@@ -163,52 +166,16 @@ def train(args: argparse.Namespace, run: Training, batches: Batches, device: tor
     return {"steps": step, "tokens_seen": step * per_step, "history": history}
 
 
-def profile(args: argparse.Namespace, tokens: Tensor, device: torch.device) -> dict[str, Any]:
-    """Steady tokens/s and peak memory after compiling, training one model first at --batch, then at twice that."""
-    found = {}
-    run = build(args, device)
-    seconds = 1.0 if args.smoke else 15.0
-    for batch in (args.batch, 2 * args.batch):
-        batches, begun = Batches(tokens, args.length, batch, args.seed), time.time()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        for step in range(5):
-            losses = run.step(step, batches(step), 0.2).tolist()
-        compiled, steps = time.time() - begun, 0
-        begun = time.time()
-        while time.time() - begun < seconds:
-            for _ in range(5):
-                losses = run.step(5 + steps, batches(5 + steps), min(1.0, 0.2 + steps / 200))
-                steps += 1
-            values = losses.tolist()
-        rate = steps * batch * args.length / (time.time() - begun)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-        entry = {"tokens_per_second": round(rate), "peak_GiB": round(peak, 1), "compile_s": round(compiled, 1)}
-        found[f"batch {batch}"] = entry
-        print(f"PROFILE {args.kind} batch {batch}: {entry} loss {values[-1]:.3f} after {steps} steps", flush=True)
-    result = validate(args, run.stack, valid_windows(args))
-    print(table(result), flush=True)
-    return found
-
-
-def valid_windows(args: argparse.Namespace) -> Tensor:
-    """Held-out windows (W, length + 1), spread evenly over all sources."""
-    tokens = torch.from_numpy(np.load(args.cache / "valid.npy").astype(np.int32))
-    count = (len(tokens) - 1) // args.length
-    wanted = max(1, min(count, int(args.valid_tokens) // args.length))
-    starts = torch.linspace(0, count - 1, wanted).long() * args.length
-    return tokens[starts[:, None] + torch.arange(args.length + 1)]
-
-
-def validate(args: argparse.Namespace, stack: Stack, windows: Tensor) -> dict[str, Any]:
-    """The layer table with weights rounded to bf16, as they are shipped; nothing is compiled anew."""
+def validate(args: argparse.Namespace, stack: Stack) -> dict[str, Any]:
+    """The layer table with weights rounded to bf16, as they are shipped."""
     with torch.no_grad():
         for parameter in stack.model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
-    return measure(Stack(stack.model, stack.dtype), windows, batch=16)
+    tokens = torch.from_numpy(np.load(args.cache / "valid.npy").astype(np.int32))
+    return validation(stack.model.requires_grad_(False), spread(tokens, int(args.valid_tokens), args.length).long())
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
+def hardware(device: torch.device, processes: int) -> dict[str, Any]:
     """What this ran on."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
@@ -217,7 +184,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    return {"device": name, "processes": workers.count(), "peak_GiB": peak, "versions": versions}
+    return {"device": name, "processes": processes, "peak_GiB": peak, "versions": versions}
 
 
 def save(args: argparse.Namespace, stack: Stack, metrics: dict[str, Any]) -> None:
@@ -238,20 +205,18 @@ def main() -> None:
     facts = prepare(args.data, args.cache)
     if args.kind == "prepare":
         return
-    device = workers.start()
+    group = Group.join(cpu=not torch.cuda.is_available())
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     torch.set_float32_matmul_precision("high")
     tokens = torch.from_numpy(np.load(args.cache / "train.npy").astype(np.int32)).to(device)
     print(f"{time.time() - STARTED:6.1f} s  {len(tokens):,} training tokens on {device}", flush=True)
-    if args.profile:
-        profile(args, tokens, device)
-        return
-    run = build(args, device)
-    trained = train(args, run, Batches(tokens, args.length, args.batch, args.seed), device)
+    run = build(args, device, group)
+    trained = train(args, run, Batches(tokens, args.length, args.batch, args.seed))
     seconds = time.time() - STARTED
-    if not workers.is_first():
+    if not group.main:
         return
     print(f"trained {trained['tokens_seen']:,} tokens in {seconds:.0f} s; measuring", flush=True)
-    result = validate(args, run.stack, valid_windows(args))
+    result = validate(args, run.stack)
     print(table(result), flush=True)
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     metrics = {
@@ -259,7 +224,7 @@ def main() -> None:
         "options": options,
         "config": json.loads(run.stack.model.config.to_json_string()),
     }
-    metrics |= {"data": facts, "wall_seconds": round(seconds, 1), "hardware": hardware(device)}
+    metrics |= {"data": facts, "wall_seconds": round(seconds, 1), "hardware": hardware(device, group.size)}
     save(args, run.stack, metrics | {"validation": result} | trained)
 
 

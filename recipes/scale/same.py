@@ -1,9 +1,8 @@
-"""A training run on a GPU against the same on the CPU, float32, tiny random backbone: weights and losses must agree.
+"""Exit heads trained on a GPU are those trained on a CPU, but for rounding, and the same to the bit twice on the GPU.
 
-    PYTHONPATH=src:. python recipes/scale/same.py
+PYTHONPATH=src:. python recipes/scale/same.py
 
-The GPU runs heads in a stream of their own beside the backbone (``training/aside.py``), with a fused optimiser; run
-twice there, it must end with the same bits.
+The GPU trains heads in a stream of their own beside the backbone, with a fused optimiser.
 """
 
 from __future__ import annotations
@@ -22,16 +21,8 @@ from dynamax_llm.text.batches import find_source
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.trainer import train_many
 
-SETTINGS = TrainSettings(
-    max_tokens=8000,
-    sequence=64,
-    batch_tokens=512,
-    eval_tokens=600,
-    eval_every=2000,
-    held_out=0.2,
-    checkpoint_seconds=0.0,
-    quiet=True,
-)
+SIZES = {"max_tokens": 8000, "sequence": 64, "batch_tokens": 512, "eval_tokens": 600, "eval_every": 2000}
+SETTINGS = TrainSettings(**SIZES, held_out=0.2, checkpoint_seconds=0.0, quiet=True)
 
 
 def run(device: str, folder: Path, corpus: Path) -> dict[str, Exits]:
@@ -41,15 +32,16 @@ def run(device: str, folder: Path, corpus: Path) -> dict[str, Exits]:
 
 
 def gap(one: Exits, other: Exits) -> float:
+    """The greatest difference between two weights."""
     pairs = zip(one.heads.state_dict().values(), other.heads.state_dict().values(), strict=True)
     return max(float((a.cpu() - b.cpu()).abs().max()) for a, b in pairs)
 
 
-def main() -> None:
+def main(devices: tuple[str, str, str] = ("cpu", "cuda", "cuda")) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = write_jsonl(folder / "corpus.jsonl", sentences(200))
-        cpu, gpu, again = (run(device, folder / str(i), corpus) for i, device in enumerate(("cpu", "cuda", "cuda")))
+        cpu, gpu, again = (run(device, folder / str(i), corpus) for i, device in enumerate(devices))
     for head in HEADS:
         losses = [made[head].provenance["held_out"]["loss"] for made in (cpu, gpu)]
         print(f"{head:12s} GPU - CPU {gap(cpu[head], gpu[head]):.1e}, GPU - GPU {gap(gpu[head], again[head]):.1e}")

@@ -1,4 +1,4 @@
-"""Does a scan foretell what a trained head reaches? Both on the same text, at 95, 98 and 99 % agreement.
+"""Does a scan predict what a trained head reaches? Both on the same text, at 95, 98 and 99 % agreement.
 
     python recipes/scan/check.py transformer-ee --data TEXT [--exits-dir DIR] [--tokens 20000] [--out DIR]
 
@@ -9,15 +9,12 @@ whose states are intact, as training's own `held_out.depth` is. Writes DIR/MODEL
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
 import sys
 from pathlib import Path
 
-import torch
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dynamax_llm as dx
+from common import command, parsed, parser, write_json
 from dynamax_llm.evaluation.scan.collect import Chunk, gather, packed
 from dynamax_llm.evaluation.scan.scan import TARGETS
 from dynamax_llm.report.scanned import write_scan
@@ -35,16 +32,12 @@ def reached(backbone, exits: dx.Exits, chunks: list[Chunk], batch_tokens: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--exits-dir", help="default: the exits that ship with a shipped backbone")
-    parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    made = parser(__doc__, "model", "device")
+    made.add_argument("--data", required=True)
+    made.add_argument("--exits-dir", help="default: the exits that ship with a shipped backbone")
+    made.add_argument("--tokens", type=int, default=20_000)
+    made.add_argument("--out", type=Path)
+    args = parsed(made)
     lm, tokenizer = dx.load(args.model, dtype="float32", device_map=args.device)
     backbone, source = dx.adapt(lm), dx.find_source(args.data)
     exits = dx.Exits.from_pretrained(args.exits_dir or args.model)
@@ -53,7 +46,7 @@ def main() -> None:
     share = trained["settings"]["held_out"] if trained["data"] == source.spec else 1.0
     settings = dx.ScanSettings(tokens=args.tokens, held_out=share, candidates=exits.config.candidates)
     name = f"{Path(args.model).name}-{Path(args.data).name.partition('.')[0]}"
-    facts = {"name": Path(args.model).name, "command": "python " + shlex.join(sys.argv)}
+    facts = {"name": Path(args.model).name, "command": command()}
     found = dx.scan(backbone, tokenizer, source, exits.config.layers, settings, **facts)
     sequence = min(settings.sequence, backbone.max_positions() or settings.sequence)
     chunks = gather(source, tokenizer, settings, sequence)
@@ -75,10 +68,9 @@ def main() -> None:
     print(f"training's own held-out text: depth {own['depth']:.3f} at {own['agreement']:.2f}, {own['tokens']:,} tokens")
     print(f"{found.verdict.answer}. {found.verdict.reason} ({found.run.seconds:.0f} s)")
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_scan(found, args.out / f"{name}-scan.json")
         document = {"name": name, "tokens": found.data.tokens, "head": exits.config.head, "rows": rows, "own": own}
-        (args.out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.out / f"{name}.json", document)
+        write_scan(found, args.out / f"{name}-scan.json")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 #          long   2,000 + 2,000 tokens
 #          exact  2,000 + 2,000 tokens of a tiny float32 model of the family: the same tokens as the eager engine
 # Leaves OUT/SHAPE-PART.json, written as it goes, plots beside them, and OUT/SHAPE.md with the bars. One call per shape
-# takes minutes. PYTHON names the interpreter; packages it lacks may lie in .carry/bench (README.md).
+# takes minutes. PYTHON names the interpreter; packages it lacks may lie in bench-packages (README.md).
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 : "${OUT:?folder for results}"
@@ -20,7 +20,7 @@ parts=("$@")
 tiny=tiny-transformer
 [ "$shape" = mistral-7b ] || tiny=tiny-mamba
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 COLUMNS=160
-"${PYTHON:-python3}" -c "import pydantic, typer; typer.TyperException" 2>/dev/null || export PYTHONPATH="$PWD/.carry/bench:$PYTHONPATH"
+"${PYTHON:-python3}" -c "import pydantic, typer; typer.TyperException" 2>/dev/null || export PYTHONPATH="$PWD/bench-packages:$PYTHONPATH"
 mkdir -p "$OUT"
 deadline=$((SECONDS + ${LIMIT:-570}))
 

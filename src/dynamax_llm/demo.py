@@ -22,8 +22,7 @@ from transformers.utils import logging
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.loading import DEFAULT_HEAD, REFERENCE_BACKBONES, load, shipped_exits
 from dynamax_llm.decoding import EarlyExit, EarlyExitOutput
-from dynamax_llm.evaluation import Candidate
-from dynamax_llm.evaluation.compare.heads import full_depth_tokens, outcome
+from dynamax_llm.evaluation import HeadComparison, HeadSetting
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.registries import HEADS
 from dynamax_llm.render import legend, marked, percent, pieces, summary, tinted
@@ -56,7 +55,7 @@ class _Stage:
     backbone: Backbone
     tokenizer: Any
     batch: Batch
-    truth: torch.Tensor  # the full model's tokens after every position of ``batch``
+    comparison: HeadComparison  # on ``batch``
 
     @classmethod
     def open(cls, name: str) -> _Stage:
@@ -65,7 +64,7 @@ class _Stage:
         chosen = texts[:: max(1, len(texts) // DOCUMENTS)][:DOCUMENTS]
         batch = pad([tokenizer(text)["input_ids"][:DOCUMENT_TOKENS] for text in chosen])
         backbone = adapt(model)
-        return cls(name, backbone, tokenizer, batch, full_depth_tokens(backbone, batch))
+        return cls(name, backbone, tokenizer, batch, HeadComparison(backbone, [batch], prompt_length=1))
 
     def generate(self, prompt: str, early: EarlyExit, tokens: int) -> tuple[EarlyExitOutput, float]:
         """Greedy continuation, and seconds."""
@@ -123,10 +122,11 @@ def _table(console: Console, stage: _Stage, exits: dict[str, Exits]) -> None:
     for column in ("head", "threshold", "mean depth", "agreement", "counted\nreduction", "speed-up"):
         table.add_column(column, justify="left" if column == "head" else "right")
     for head, trained in exits.items():
-        for threshold, speed_up in zip(THRESHOLDS, _speed_ups(stage, trained), strict=True):
-            found = outcome(stage.backbone, Candidate(head, trained), threshold, [stage.batch], [stage.truth])
-            figures = (percent(found.depth), f"{100 * found.agreement:.1f} %", percent(found.counted_reduction))
-            table.add_row(head, f"{threshold:.2f}", *figures, f"{speed_up:.2f}x")
+        found = stage.comparison.decode(HeadSetting(head, trained), THRESHOLDS)
+        columns = (THRESHOLDS, found.mean_depth, found.agreement, found.saved, _speed_ups(stage, trained))
+        for threshold, depth, agreement, saved, speed_up in zip(*columns, strict=True):
+            cells = (percent(depth), f"{100 * agreement:.1f} %", percent(saved), f"{speed_up:.2f}x")
+            table.add_row(head, f"{threshold:.2f}", *cells)
     console.print(table)
     console.print(
         f"Agreement with the full model over {stage.batch.tokens:,} tokens. Counted reduction: multiply-accumulates "

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
+
+from dynamax_llm.evaluation.harness.results import Evaluation
+from dynamax_llm.exits.artifact import Exits
 from tests.calibration.promised import record
 from tests.folders import exits_folder
+from tests.recipes.scripts import ROOT, script
 from tests.report.synthetic import single
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes" / "paper"))
-
-from finish import joined, named
-
-from dynamax_llm.exits.artifact import Exits
+joined, named, summary = (getattr(script("paper/finish"), name) for name in ("joined", "named", "summary"))
 
 
 def test_promises_and_shifts_join_the_document(tmp_path):
@@ -36,3 +34,10 @@ def test_promises_and_shifts_join_the_document(tmp_path):
 def test_exits_of_another_backbone_are_refused():
     with pytest.raises(SystemExit, match="no backbone other"):
         joined(single(), {"other": Path("x")}, None)
+
+
+def test_the_recorded_summary_is_that_of_the_recorded_evaluation():
+    folder = ROOT / "recipes" / "paper" / "results"
+    recorded = (folder / "summary.md").read_text(encoding="utf-8").splitlines()
+    made = summary(Evaluation.load(folder)).splitlines()
+    assert (made[0], made[2:]) == (recorded[0], recorded[2:])

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import sys
+import json
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "reference"))
-
-from layers import Stack
-from mixture import held_out_key, is_held_out
-from objective import MultiExitLoss
-from optim import learning_rate, orthogonalise
-from shapes import config
-from ssd import ssd
-
+from dynamax_llm.backbones.loading import REFERENCE_FOLDER
 from dynamax_llm.training.multi_exit import Mixture, readout_loss, rotate_exits
+from tests.recipes.scripts import script
+
+Stack, ssd = script("reference/layers").Stack, script("reference/layers").ssd
+held_out_key, is_held_out = script("reference/mixture").held_out_key, script("reference/mixture").is_held_out
+MultiExitLoss, config = script("reference/objective").MultiExitLoss, script("reference/shapes").config
+learning_rate, orthogonalise = script("reference/optim").learning_rate, script("reference/optim").orthogonalise
+table, validation = script("reference/evaluate").table, script("reference/evaluate").validation
+card = script("reference/finish").card
 
 
 def tiny(kind: str) -> torch.nn.Module:
@@ -57,16 +56,17 @@ def test_fast_forward_equals_stock_in_output_and_gradient(kind: str, length: int
 
 def test_ssd_equals_the_recurrence() -> None:
     torch.manual_seed(1)
-    batch, length, heads, width, size = 2, 37, 3, 4, 5
+    batch, length, heads, width, size = 2, 70, 3, 4, 5
     x, dt = torch.randn(batch, length, heads, width), torch.rand(batch, length, heads)
     b, c = torch.randn(batch, length, size), torch.randn(batch, length, size)
-    a, d = -torch.rand(heads) * 3, torch.randn(heads)
+    a_log, d = torch.log(torch.rand(heads) * 3), torch.randn(heads)
+    a = -torch.exp(a_log)
     state, rows = torch.zeros(batch, heads, size, width), []
     for t in range(length):
         fed = dt[:, t, :, None, None] * b[:, t, None, :, None] * x[:, t, :, None, :]
         state = torch.exp(dt[:, t] * a)[..., None, None] * state + fed
         rows.append(torch.einsum("bn,bhnp->bhp", c[:, t], state) + d[:, None] * x[:, t])
-    torch.testing.assert_close(ssd(x, dt, a, b, c, d, chunk=8), torch.stack(rows, 1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ssd(x, dt, a_log, b, c, d), torch.stack(rows, 1), atol=1e-5, rtol=1e-4)
 
 
 def test_objective_gradient_equals_autograd() -> None:
@@ -123,3 +123,23 @@ def test_held_out_split_is_pinned_and_shared_between_wikipedia_and_squad() -> No
     share = sum(is_held_out("wikipedia", {"title": str(i)}) for i in range(20_000)) / 20_000
     assert 0.007 < share < 0.013
     assert [i for i in range(300) if is_held_out("dialogues", {"text": str(i)})] == [92, 250]
+
+
+def test_validation_is_the_stock_models() -> None:
+    model, held_out = tiny("transformer"), torch.randint(8192, (3, 33))
+    result = validation(model, held_out, bytes_per_token=4.0)
+    with torch.no_grad():
+        logits = model(held_out[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), held_out[:, 1:].flatten())
+    assert result["loss"] == pytest.approx(float(expected), abs=1e-4)
+    assert result["tokens"] == 96 and result["agreement_per_layer"][-1] == 1.0
+    assert result["accuracy"] == pytest.approx(float((logits.argmax(-1) == held_out[:, 1:]).double().mean()))
+    assert f"validation loss {result['loss']:.4f}; bits per byte" in table(result)
+
+
+@pytest.mark.parametrize("name", ["transformer-ee", "mamba-ee"])
+def test_a_shipped_card_is_made_of_its_metrics(name: str) -> None:
+    folder = REFERENCE_FOLDER / name
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    parameters = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+    assert card(name, parameters, metrics).split() == (folder / "README.md").read_text(encoding="utf-8").split()

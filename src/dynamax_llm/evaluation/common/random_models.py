@@ -1,18 +1,56 @@
-"""Models of a named shape with random weights, made on their device: for timing, which does not depend on weights."""
+"""Models of a named shape: with random weights, to measure speed, or without any, to count what exits would cost.
+
+A small model's LM head is a fifth of its weights, a 7B model's a fiftieth, so a check that costs more than it saves on
+one is cheap on the other. A projection counts that and nothing else: it assumes that tokens leave at the same shares
+of the depth, which only the large model itself can show.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Mamba2Config, MistralConfig, PreTrainedConfig, PreTrainedModel
 
-from dynamax_llm.backbones import adapt
+from dynamax_llm.backbones import Backbone, adapt
+from dynamax_llm.decoding.trace import TokenCosts
+from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.errors import UsageError
-from dynamax_llm.evaluation.compare.shapes import SHAPES
+from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.confidence.heads import ExitHeads
+from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.registry import Registry
 
+#: Shapes of the paper's two backbones, from their published configurations.
+SHAPES: Registry[PreTrainedConfig] = Registry(
+    "model shape",
+    {
+        "mistral-7b": MistralConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=32768,
+            sliding_window=None,
+        ),
+        "codestral-mamba-7b": Mamba2Config(
+            hidden_size=4096,
+            num_hidden_layers=64,
+            num_heads=128,
+            head_dim=64,
+            expand=2,
+            n_groups=8,
+            state_size=128,
+            vocab_size=32768,
+            tie_word_embeddings=False,
+        ),
+    },
+)
 _TINY = {"num_hidden_layers": 4, "hidden_size": 64, "vocab_size": 512, "initializer_range": 0.1}
 #: Small ones for trying things out, and for exact comparisons in float32.
 TINY_SHAPES: dict[str, PreTrainedConfig] = {
@@ -64,6 +102,8 @@ def zero_tail(model: PreTrainedModel, depth: int) -> PreTrainedModel:
             if any(part in name for part in _OUTPUTS):
                 changed.append((parameter, parameter.clone()))
                 parameter.zero_()
+    if backbone.device.type == "meta":
+        return model
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(1, 3, backbone.width, generator=generator).to(backbone.device, backbone.dtype)
     ctx = backbone.context(h)
@@ -76,3 +116,29 @@ def zero_tail(model: PreTrainedModel, depth: int) -> PreTrainedModel:
                 f"input with {', '.join(_OUTPUTS)} zeroed. Give a model of another family."
             )
     return model
+
+
+@lru_cache
+def meta_backbone(name: str) -> Backbone:
+    """A backbone of this shape without memory or weights: for counting."""
+    with torch.device("meta"):
+        return adapt(AutoModelForCausalLM.from_config(RANDOM_SHAPES.lookup(name)))
+
+
+def costs_at_shape(name: str, exits: Exits, measure: str | None = None) -> TokenCosts:
+    """Cost of a token by exit if these exits, at the same shares of the depth, sat on the named shape."""
+    backbone, config = meta_backbone(name), exits.config
+    layers = tuple(round(layer * backbone.n_layers / config.n_layers) for layer in config.layers)
+    scaled = dataclasses.replace(config, layers=layers, n_layers=backbone.n_layers, readout="head")
+    estimator = exits.estimator(measure)
+    if measure is None:
+        with torch.device("meta"):
+            estimator = ExitHeads(scaled, backbone.width)
+    plan = ExitPlan(layers, estimator, build_readout(backbone, scaled), POLICIES["propagate"])
+    return TokenCosts.of(backbone.costs(), plan)
+
+
+def projected_reduction(costs: TokenCosts, exit_counts: Sequence[int]) -> float:
+    """Counted reduction of ``exit_counts`` tokens per exit, full depth last, at these costs."""
+    spent = sum(count * cost for count, cost in zip(exit_counts, costs.by_exit, strict=True))
+    return float(1.0 - spent / (sum(exit_counts) * costs.full))

@@ -1,42 +1,55 @@
-"""Estimators compared at the same agreement: teacher-forced over held-out text, under ``propagate``, costs included.
+"""Exit heads and confidence measures compared on one text: how well each ranks, and its depth at several agreements.
 
-Agreement is the share of tokens equal to the full model's given the same prefix. Every point is *on policy*: the text
-is decoded (in one pass) with exits on, so that tokens read the states that earlier exits left. A threshold is found
-for each estimator along the curve of its trace without exits until the on-policy agreement meets the target; depth at
-the target is interpolated between the two nearest measured points.
+Every setting decodes the same documents, teacher-forced, at a few thresholds: under ``propagate`` in one pass per
+threshold, with exits on, and with every state intact (``defer``) from one collected trace, replayed. Sums are kept
+per document, so that depth at an agreement has an interval over documents. Agreement is the share of tokens equal to
+the full model's given the same prefix.
+
+Shapes: E exits, N documents, P points.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.generate import EarlyExit
+from dynamax_llm.decoding.thresholds import NEVER
 from dynamax_llm.decoding.trace import Trace
 from dynamax_llm.engines.base import DecodeStats
+from dynamax_llm.evaluation.common.points import Points
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence.base import ConfidenceEstimator
-from dynamax_llm.exits.features import exit_features
 from dynamax_llm.text.batches import Batch
-from dynamax_llm.traces.collect import collect_exits
-from dynamax_llm.traces.curves import Curve, auroc, oracle_depth, sweep
-from dynamax_llm.traces.simulate import depths, simulate_no_exit
+from dynamax_llm.traces.collect import ExitBatch, collect_exits, forward
+from dynamax_llm.traces.curves import auroc, average_precision, calibration_error, sweep
+from dynamax_llm.traces.labels import argmax
+from dynamax_llm.traces.simulate import ThresholdSample, depths, simulate_exits, simulate_no_exit
 from dynamax_llm.traces.teacher_forced import teacher_forced
-from dynamax_llm.training.held_out import HeldOut
 
-#: Measured points per judge while its threshold is looked for.
-POINTS = 5
+#: Agreements at which depth is reported.
+TARGETS = (0.95, 0.98, 0.99)
+#: Thresholds decoded at, as disagreements of the undisturbed trace in units of the target's disagreement. Under
+#: ``propagate`` a threshold gives a lower agreement than on that trace, so its thresholds reach higher.
+INTACT = (4.0, 3.0, 2.25, 1.5, 1.0, 0.7, 0.4, 0.15)
+PROPAGATE = (2.25, 1.25, 0.7, 0.375, 0.175, 0.075, 0.025)
+#: The same for heads whose drift penalty is known: 1 - threshold itself, which is near the disagreement that results.
+NET = (12.5, 8.0, 5.5, 3.75, 2.5, 1.5, 0.75)
+
+
+#: Agrees, exit index and mask of one batch at one threshold, (B, T) each.
+Row = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One way to judge: exits and, unless their heads do, the measure that judges."""
+class HeadSetting:
+    """Exits and what decides at them: their own heads, or ``measure``."""
 
     name: str
     exits: Exits
@@ -48,179 +61,165 @@ class Candidate:
 
     @property
     def inputs(self) -> str:
-        """What the estimator sees."""
+        """The inputs of the heads, joined by "+"; empty for a measure."""
         return "" if self.measure else "+".join(self.exits.config.inputs)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One judge at one threshold on the whole text. Depth is a share of the layers."""
+class HeadResult:
+    """One setting: how it ranks per exit on the undisturbed trace, the oracle's mean depth there, decoded points."""
 
-    threshold: float
-    agreement: float
-    depth: float
-    counted_reduction: float
-    exit_counts: tuple[int, ...]  # tokens by the exit they left by, full depth last
+    setting: HeadSetting
+    auroc: tuple[float | None, ...]
+    average_precision: tuple[float | None, ...]
+    calibration_error: tuple[float, ...]
+    oracle: float
+    propagate: Points
+    intact: Points | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of ``comparison_table`` as JSON types: ranks, depths with intervals, costs of a check."""
+        setting, parts = self.setting, {"propagate": self.propagate, "intact": self.intact}
+        heads = setting.exits.heads if setting.measure is None else None
+        names = ("oracle", "auroc", "average_precision", "calibration_error")
+        row: dict[str, Any] = {name: getattr(self, name) for name in names}
+        row |= {"name": setting.name, "inputs": setting.inputs, "exits": list(setting.exits.config.layers)}
+        row |= {name: depth_at_targets(points) for name, points in parts.items() if points is not None}
+        row["reduction"] = {str(target): self.propagate.reduction(target) for target in TARGETS}
+        row["threshold"] = {str(target): self.propagate.threshold(target) for target in TARGETS}
+        if self.intact is not None:
+            row["threshold_intact"] = {str(target): self.intact.threshold(target) for target in TARGETS}
+        row["parameters"] = 0 if heads is None else sum(parameter.numel() for parameter in heads.parameters())
+        return {**row, "check_macs": setting.estimator.macs(0)}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One judge: its cost per check, how well it ranks, and where it lands at the target agreement."""
+def depth_at_targets(points: Points) -> dict[str, list[float | None]]:
+    """Depth with the ends of its interval at each of TARGETS."""
+    found = {str(target): points.at(target) for target in TARGETS}
+    return {target: [value.value, value.low, value.high] for target, value in found.items()}
 
-    candidate: Candidate
-    target: float
-    depth: float  # at the target, interpolated
-    counted_reduction: float  # likewise
-    points: tuple[Outcome, ...]
-    auroc: tuple[float | None, ...]  # per exit, undisturbed
-    parameters: int
-    check_macs: int  # of the estimator alone
-    read_macs: tuple[int, int]  # of what it reads at the first exit and at a later one, 0 if nothing
+
+class HeadComparison:
+    """Settings compared on the same batches; one row of a batch counts as one document.
+
+    ``prompt_length`` positions of every row run at full depth. The full model's tokens are computed once.
+    """
+
+    def __init__(self, backbone: Backbone, batches: Sequence[Batch], prompt_length: int = 0) -> None:
+        self.backbone, self.batches, self.prompt_length = backbone, batches, prompt_length
+        self.truth = [full_depth_tokens(backbone, batch) for batch in batches]
+        self.tokens = np.concatenate([batch.mask.sum(1).numpy() for batch in batches]).astype(np.float64)
+
+    def exit_batches(self, setting: HeadSetting) -> list[ExitBatch]:
+        """The trace of these exits; settings whose readouts and inputs are equal can share it."""
+        readout = setting.exits.readout(self.backbone)
+        return [collect_exits(self.backbone, readout, batch) for batch in self.batches]
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        setting: HeadSetting,
+        exit_batches: Sequence[ExitBatch] | None = None,
+        target: float = 0.98,
+        *,
+        intact: bool = True,
+    ) -> HeadResult:
+        """Rank and decode ``setting`` at thresholds around ``target``, with intact states too unless told not to."""
+        estimator, config = setting.estimator, setting.exits.config
+        if isinstance(estimator, nn.Module):
+            estimator.to(self.backbone.device)
+        traces = self.exit_batches(setting) if exit_batches is None else exit_batches
+        confidence = torch.cat([simulate_no_exit(estimator, one).confidence[:, one.mask] for one in traces], dim=1)
+        labels = torch.cat([one.labels[:, one.mask] for one in traces], dim=1)
+        curve, error = sweep(confidence, labels, depths(config), config.n_layers), 1.0 - target
+
+        def thresholds(factors: Sequence[float]) -> list[float]:
+            found = (curve.depth_at(max(1.0 - factor * error, 0.0))[1] for factor in factors)
+            return sorted({min(max(value, 0.0), 1.0) for value in found})
+
+        net = setting.measure is None and "propagate" in setting.exits.drift_penalty
+        chosen = sorted({max(1.0 - factor * error, 0.0) for factor in NET}) if net else thresholds(PROPAGATE)
+        first = torch.cat((labels.int(), torch.ones_like(labels[:1]).int())).argmax(0)
+        pairs = list(zip(confidence, labels, strict=True))
+        return HeadResult(
+            setting,
+            tuple(auroc(*pair) for pair in pairs),
+            tuple(average_precision(*pair) for pair in pairs),
+            tuple(calibration_error(*pair) for pair in pairs),
+            float(_shares(setting.exits, first.device)[first].mean()),
+            self.decode(setting, chosen),
+            self._replay(setting, traces, thresholds(INTACT)) if intact else None,
+        )
+
+    def _replay(self, setting: HeadSetting, traces: Sequence[ExitBatch], thresholds: Sequence[float]) -> Points:
+        """From the trace: a token that exits changes nothing but what later exits' heads see of it."""
+        rows = []
+        for threshold in thresholds:
+            for one in traces:
+                sample = ThresholdSample.fixed(len(one.mask), threshold)
+                where = simulate_exits(setting.estimator, one, sample).exit_index
+                labels = torch.cat((one.labels, torch.ones_like(one.labels[:1])))
+                rows.append((labels.gather(0, where[None])[0], where, one.mask))
+        return self._points(setting, tuple(thresholds), rows)
+
+    @torch.no_grad()
+    def decode(self, setting: HeadSetting, thresholds: Sequence[float | Sequence[float | str]]) -> Points:
+        """The documents decoded under ``propagate`` at each of ``thresholds``: one number, or one per exit."""
+        rows: list[Row] = []
+        saved: list[float] = []
+        for threshold in thresholds:
+            early = EarlyExit(setting.exits, measure=setting.measure, threshold=threshold)
+            _, plan, costs = early.attach(self.backbone.model)
+            first = len(rows)
+            for batch, truth in zip(self.batches, self.truth, strict=True):
+                mask, ids = batch.mask.to(truth.device), batch.ids.to(truth.device)
+                values = early.thresholds.values
+                found = teacher_forced(self.backbone, plan, ids, values, prompt_length=self.prompt_length)
+                # Exits above the last open one are cut from the plan: full depth has another index there.
+                full = len(setting.exits.config.layers)
+                where = torch.where(found.exit_index < len(plan.layers), found.exit_index, full)
+                rows.append((found.tokens == truth, where, mask))
+            index = torch.cat([where[mask] for _, where, mask in rows[first:]]).unsqueeze(0)
+            spent = DecodeStats(passes=int(costs.layers(index).sum()))
+            saved.append(Trace(index, costs, early.policy.name, spent).counted_reduction)
+        names = tuple(float(each) if isinstance(each, int | float) else float(i) for i, each in enumerate(thresholds))
+        return self._points(setting, names, rows, tuple(saved))
+
+    def static(self, exits: Exits) -> Points:
+        """Every token leaving at one exit, for each exit in turn, under ``propagate``: no confidence decides."""
+        count = len(exits.config.layers)
+        only = [[0.0 if exit == one else NEVER for exit in range(count)] for one in range(count)]
+        return self.decode(HeadSetting("static depth", exits, "state_similarity"), only)
+
+    def _points(
+        self,
+        setting: HeadSetting,
+        thresholds: tuple[float, ...],
+        rows: Sequence[Row],
+        saved: tuple[float, ...] = (),
+    ) -> Points:
+        """Sums per document of rows, batch after batch and point after point."""
+        agree, depth, counts = [], [], []
+        for agrees, where, mask in rows:
+            shares = _shares(setting.exits, where.device)
+            agree.append((agrees & mask).sum(1).double().cpu().numpy())
+            depth.append(torch.where(mask, shares[where], 0.0).sum(1).cpu().numpy())
+            counts.append(torch.bincount(where[mask], minlength=len(shares)).cpu().numpy())
+        shape = (len(thresholds), len(self.tokens))
+        per_exit = np.stack(counts).reshape(len(thresholds), len(self.batches), -1).sum(1)
+        agreeing, depths_run = (np.concatenate(part).reshape(shape) for part in (agree, depth))
+        return Points(thresholds, agreeing, depths_run, self.tokens, per_exit, saved)
+
+
+def _shares(exits: Exits, device: torch.device) -> Tensor:
+    """Share of the layers run at each exit and at full depth (E + 1,) float64."""
+    config = exits.config
+    layers = torch.tensor([*depths(config), config.n_layers], dtype=torch.float64, device=device)
+    return layers / config.n_layers
 
 
 @torch.no_grad()
-def compare(
-    backbone: Backbone, candidates: Sequence[Candidate], batches: Sequence[Batch], target: float = 0.98
-) -> tuple[list[Comparison], float]:
-    """Every candidate at the target agreement on the same text, and the oracle's mean depth (undisturbed)."""
-    truth = [full_depth_tokens(backbone, batch) for batch in batches]
-    results, oracle = [], 1.0
-    for candidate in candidates:
-        if isinstance(candidate.estimator, nn.Module):
-            candidate.estimator.to(backbone.device)
-        curve, ranks, oracle = _no_exit(backbone, candidate, batches)
-        points = _search(backbone, candidate, curve, batches, truth, target)
-        depth, saved = (at_agreement(points, target, name) for name in ("depth", "counted_reduction"))
-        results.append(Comparison(candidate, target, depth, saved, tuple(points), ranks, **_costs(backbone, candidate)))
-    return results, oracle
-
-
-def outcome(
-    backbone: Backbone,
-    candidate: Candidate,
-    threshold: float,
-    batches: Iterable[Batch],
-    truth: Iterable[torch.Tensor],
-) -> Outcome:
-    """Decode every batch teacher-forced at ``threshold``; ``truth`` holds the full model's tokens (B, T)."""
-    early = EarlyExit(candidate.exits, measure=candidate.measure, threshold=min(max(threshold, 0.0), 1.0))
-    _, plan, costs = early.attach(backbone.model)
-    agree, left = 0, []
-    for batch, tokens in zip(batches, truth, strict=True):
-        mask = batch.mask.to(backbone.device)
-        found = teacher_forced(backbone, plan, batch.ids.to(backbone.device), early.thresholds.values)
-        agree += int(((found.tokens == tokens) & mask).sum())
-        left.append(found.exit_index[mask])
-    exit_index = torch.cat(left).unsqueeze(0)
-    trace = Trace(exit_index, costs, early.policy.name, DecodeStats(passes=int(costs.layers(exit_index).sum())))
-    counts = tuple(trace.histogram.values())
-    return Outcome(threshold, agree / trace.n_tokens, trace.mean_depth, trace.counted_reduction, counts)
-
-
-@torch.no_grad()
-def full_depth_tokens(backbone: Backbone, batch: Batch) -> torch.Tensor:
+def full_depth_tokens(backbone: Backbone, batch: Batch) -> Tensor:
     """The full model's token (B, T) after every position of a batch."""
-    h = backbone.embed(batch.ids.to(backbone.device))
-    ctx = backbone.context(h)
-    for index in range(backbone.n_layers):
-        h = backbone.layer(index, h, None, ctx)
-    return torch.stack([backbone.readout(row.unsqueeze(0))[0].argmax(-1) for row in h])
-
-
-def _no_exit(
-    backbone: Backbone, candidate: Candidate, batches: Sequence[Batch]
-) -> tuple[Curve, tuple[float | None, ...], float]:
-    """The curve of the trace in which no token leaves, AUROC per exit, and the oracle's depth as a share."""
-    config, readout = candidate.exits.config, candidate.exits.readout(backbone)
-    held = HeldOut(batches, lambda batch: collect_exits(backbone, readout, batch))
-    scores, labels = [], []
-    for item in held:
-        scores.append(simulate_no_exit(candidate.estimator, item).confidence[:, item.mask])
-        labels.append(item.labels[:, item.mask])
-    trace, truth = torch.cat(scores, dim=1), torch.cat(labels, dim=1)
-    ranks = tuple(auroc(score, label) for score, label in zip(trace, truth, strict=True))
-    oracle = oracle_depth(truth, depths(config), config.n_layers) / config.n_layers
-    return sweep(trace, truth, depths(config), config.n_layers), ranks, oracle
-
-
-def _search(
-    backbone: Backbone,
-    candidate: Candidate,
-    curve: Curve,
-    batches: Sequence[Batch],
-    truth: Sequence[torch.Tensor],
-    target: float,
-) -> list[Outcome]:
-    """Measured points around the target: aim at an undisturbed agreement, see the true one, aim again."""
-    aim, points, tried = target, [], set()
-    for _ in range(POINTS):
-        threshold = curve.depth_at(min(aim, 1.0))[1]
-        threshold = 1.0 if threshold == float("inf") else threshold
-        if threshold in tried:
-            break
-        tried.add(threshold)
-        points.append(outcome(backbone, candidate, threshold, batches, truth))
-        miss = target - points[-1].agreement
-        aim += miss if abs(miss) > 1e-4 else 2e-3
-        if len(points) >= 3 and min(abs(p.agreement - target) for p in points) < 5e-4 and _bracketed(points, target):
-            break
-    return sorted(points, key=lambda point: point.agreement)
-
-
-def _bracketed(points: Sequence[Outcome], target: float) -> bool:
-    return min(p.agreement for p in points) < target <= max(p.agreement for p in points)
-
-
-def at_agreement(points: Sequence[Outcome], target: float, name: str) -> float:
-    """The value of ``name`` at the target agreement, linear between the nearest points on either side.
-
-    Full depth agrees entirely and saves nothing: it closes the curve above the highest measured point.
-    """
-    end = Outcome(1.0, 1.0, 1.0, 0.0, ())
-    above = min((p for p in (*points, end) if p.agreement >= target), key=lambda p: (p.agreement, p.depth))
-    below = max((p for p in points if p.agreement < target), key=lambda p: p.agreement, default=None)
-    if below is None:
-        return float(getattr(above, name))
-    share = (target - below.agreement) / (above.agreement - below.agreement)
-    return float(getattr(below, name) + share * (getattr(above, name) - getattr(below, name)))
-
-
-def _costs(backbone: Backbone, candidate: Candidate) -> dict[str, Any]:
-    estimator, readout = candidate.estimator, candidate.exits.readout(backbone)
-    heads = candidate.exits.heads if candidate.measure is None else None
-    return {
-        "parameters": 0 if heads is None else sum(parameter.numel() for parameter in heads.parameters()),
-        "check_macs": estimator.macs(0),
-        "read_macs": (readout.read_macs(0), readout.read_macs(1)) if estimator.needs_logits else (0, 0),
-    }
-
-
-@torch.no_grad()
-def check_microseconds(backbone: Backbone, candidate: Candidate) -> tuple[float, float, float]:
-    """One check of one token in µs, CPU only: the estimator, its features at the first exit, at a later one.
-
-    A look makes the features; for an estimator that reads no logits it is the cosine alone.
-    """
-    estimator, readout = candidate.estimator, candidate.exits.readout(backbone)
-    h = torch.randn(1, 1, backbone.width, device=backbone.device, dtype=backbone.dtype)
-    states = estimator.initial_state(1, backbone.device)
-    state = None if states is None else states[0]
-    unread = exit_features(h, h, None, None)
-    first = readout.read(0, h, h, None)[0] if estimator.needs_logits else unread
-    looks = [lambda: exit_features(h, h, None, None)] * 2
-    if estimator.needs_logits:
-        looks = [lambda: readout.read(0, h, h, None)[0], lambda: readout.read(1, h, h, first)[0]]
-    check = _microseconds(lambda: estimator.confidence(0, h, first, state))
-    return check, _microseconds(looks[0]), _microseconds(looks[1])
-
-
-def _microseconds(call: Callable[[], object], rounds: int = 20, each: int = 10) -> float:
-    """Least mean time of ``each`` calls over ``rounds``: what the call costs when nothing else runs."""
-    best = float("inf")
-    call()
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(each):
-            call()
-        best = min(best, (time.perf_counter() - start) / each)
-    return best * 1e6
+    ids = batch.ids.to(backbone.device)
+    return argmax(backbone, forward(backbone, (), ids).final.flatten(0, 1)).view(ids.shape)

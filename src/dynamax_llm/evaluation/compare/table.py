@@ -1,68 +1,59 @@
-"""Comparisons as a Markdown table: the same rows on a terminal, in a README and in a recorded result."""
+"""The rows of a comparison as a Markdown table: one line per setting, means over seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
 
-from dynamax_llm.backbones import Costs
-from dynamax_llm.evaluation.compare.heads import Comparison, at_agreement
-from dynamax_llm.evaluation.compare.shapes import projected
-
-#: ConfidenceEstimator, first look and later look of one check in µs, by candidate name and inputs.
-Times = Mapping[tuple[str, str], tuple[float, float, float]]
-
-HEADER = (
-    "estimator",
-    "sees",
-    "AUROC per exit",
-    "mean depth",
-    "counted reduction",
-    "parameters",
-    "check, kMAC",
-    "look, kMAC (first, later)",
-    "check, µs",
-    "look, µs (first, later)",
-)
+Row = Mapping[str, Any]
+RANKS = ("auroc", "average_precision", "calibration_error")
 
 
-def comparison_table(
-    results: Sequence[Comparison], costs: Costs, times: Times | None = None, scale: str | None = None
-) -> str:
-    """Rows sorted by mean depth at the target agreement; ``times`` adds what a check takes on one machine, ``scale``
-    the counted reduction that the same exits would have on a large shape (see ``shapes``).
+def comparison_table(rows: Sequence[Row], layer_macs: float) -> str:
+    """Sorted by depth at 98 % agreement; smallest and largest seed in brackets, then half the first seed's interval.
 
-    A layer's kMAC stands in the last line, to compare with.
+    ``rows`` are ``HeadResult.to_json()`` with ``run``, the group they belong to ("seed0", "seed1", … are one), and
+    optionally ``at_shape``, the counted reduction at 98 % at a large shape. What a row does not have is a dash.
     """
-    header = (*(HEADER if times else HEADER[:-2]), *((f"at {scale} shape",) if scale else ()))
-    rows = [_row(item, times, scale) for item in sorted(results, key=lambda item: item.depth)]
-    lines = [" | ".join(header), " | ".join("---" for _ in header), *(" | ".join(row) for row in rows)]
-    layer, readout = costs.layers[0].layer / 1e3, costs.readout / 1e3
-    note = (
-        f"One layer: {layer:,.0f} kMAC; its state update: {costs.layers[0].state / 1e3:,.0f}; LM head: {readout:,.0f}."
-    )
-    return "\n".join([*(f"| {line} |" for line in lines), "", note])
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        run = "seeds" if row["run"].startswith("seed") else row["run"]
+        groups.setdefault((run, row["name"]), []).append(row)
+    columns = [(p, target) for p in ("intact", "propagate") for target in next((r[p] for r in rows if p in r), ())]
+    scaled = any("at_shape" in row for row in rows)
+    header = ["estimator", "sees", *(name.replace("_", " ").replace("auroc", "AUROC") for name in RANKS)]
+    header += [f"{policy} {target}" for policy, target in columns] + ["parameters a head", "check, share of a layer"]
+    lines = []
+    for (_, name), items in groups.items():
+        first = items[0]
+        inputs = first.get("inputs", "").replace("hidden", "h").replace("signals", "statistics")
+        cells = [name, inputs or "–", *(_rank(items, key) for key in RANKS)]
+        cells += [_depth(items, *column) for column in columns]
+        cells.append(f"{first['parameters'] // len(first['exits']):,}" if "exits" in first else "0")
+        cells.append(f"{first['check_macs'] / layer_macs:.1%}" if "exits" in first else "0")
+        cells += [f"{first['at_shape']:.1%}" if "at_shape" in first else "–"] * scaled
+        policy = columns[0][0] if columns[0][0] in first else "propagate"
+        lines.append((fmean(item[policy]["0.98"][0] for item in items) if "exits" in first else 9.0, cells))
+    header += ["counted reduction at a 7B shape"] * scaled
+    ordered = [cells for _, cells in sorted(lines, key=lambda line: line[0])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *ordered])
 
 
-def _row(item: Comparison, times: Times | None, scale: str | None) -> tuple[str, ...]:
-    ranks = " ".join("–" if value is None else f"{value:.3f}" for value in item.auroc)
-    measured: tuple[str, ...] = ()
-    if times:
-        check, first, later = times[item.candidate.name, item.candidate.inputs]
-        measured = (f"{check:.0f}", f"{first:.0f}, {later:.0f}")
-    return (
-        item.candidate.name,
-        item.candidate.inputs or "–",
-        ranks,
-        f"{item.depth:.3f}",
-        f"{100 * item.counted_reduction:.1f} %",
-        f"{item.parameters:,}",
-        f"{item.check_macs / 1e3:.1f}",
-        ", ".join(f"{macs / 1e3:,.0f}" for macs in item.read_macs),
-        *measured,
-        *((f"{100 * _scaled(item, scale):.1f} %",) if scale else ()),
-    )
+def _rank(items: Sequence[Row], key: str) -> str:
+    """Mean over exits where it is defined, then over seeds."""
+    if key not in items[0]:
+        return "–"
+    return _spread([fmean(value for value in item[key] if value is not None) for item in items])
 
 
-def _scaled(item: Comparison, scale: str) -> float:
-    """Counted reduction at the target agreement if these exits sat on the named shape."""
-    return at_agreement(projected(scale, item.candidate, item.points), item.target, "counted_reduction")
+def _depth(items: Sequence[Row], policy: str, target: str) -> str:
+    if policy not in items[0]:
+        return "–"
+    values = [item[policy][target] for item in items]
+    return f"{_spread([value[0] for value in values])} ±{(values[0][2] - values[0][1]) / 2:.3f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    ends = f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else ""
+    return f"{fmean(values):.3f}{ends}"

@@ -2,7 +2,7 @@
 
 Logistic regression on an exit's readout statistics and those of the exits before it, fitted on four fifths of the
 groups (documents) and evaluated on the last fifth, so never on text it was fitted on. Statistics carry most of what a
-head uses (``recipes/exits``); a head also reads h and far more text, so it tends to reach a little more.
+head uses (``recipes/heads``); a head also reads h and far more text, so it tends to reach a little more.
 
 Shapes: E exits, N tokens, F statistics, D inputs of one exit's estimator.
 """

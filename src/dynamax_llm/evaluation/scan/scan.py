@@ -26,7 +26,7 @@ from dynamax_llm.errors import DataError
 from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.evaluation.common.documents import Interval
 from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
-from dynamax_llm.evaluation.compare.heads import Candidate, compare
+from dynamax_llm.evaluation.compare.heads import HeadComparison, HeadSetting
 from dynamax_llm.evaluation.scan.collect import Chunk, ScannedTokens, ScanSettings, gather, packed, read
 from dynamax_llm.evaluation.scan.document import (
     VERDICT_AT,
@@ -118,7 +118,9 @@ def _margin_under_propagate(
     part = [chunk for chunk in chunks if chunk.document < documents]
     batches = [pad([chunk.ids for chunk in group]) for group in packed(part, settings.batch_tokens)]
     plain = Exits.of(backbone, dataclasses.replace(config, head=None))
-    return compare(backbone, [Candidate(MARGIN, plain, MARGIN)], batches, VERDICT_AT)[0][0].depth, documents
+    comparison = HeadComparison(backbone, batches, prompt_length=1)
+    found = comparison.evaluate(HeadSetting(MARGIN, plain, MARGIN), target=VERDICT_AT, intact=False)
+    return found.propagate.at(VERDICT_AT).value, documents
 
 
 def _first(leaves: Tensor) -> Tensor:
