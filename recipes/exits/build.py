@@ -26,7 +26,8 @@ from transformers.utils import logging
 
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.loading import REFERENCE_FOLDER, load
-from dynamax_llm.evaluation import Candidate, Comparison, Outcome, check_microseconds, compare, comparison_table
+from dynamax_llm.evaluation.compare.heads import Candidate, Comparison, Outcome, check_microseconds, compare
+from dynamax_llm.evaluation.compare.table import comparison_table
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS, ExitConfig, place_exits
 from dynamax_llm.exits.features import MEASURES

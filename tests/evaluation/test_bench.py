@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from dynamax_llm.evaluation.bench.estimators import DrawnConfidence, draw
 
 from dynamax_llm import cli
 from dynamax_llm.backbones import adapt
@@ -16,6 +15,7 @@ from dynamax_llm.evaluation.bench import Bench, BenchSettings, agree, bench
 from dynamax_llm.evaluation.bench import run as running
 from dynamax_llm.evaluation.bench.counted import Counted
 from dynamax_llm.evaluation.bench.document import Spread
+from dynamax_llm.evaluation.bench.estimators import DrawnConfidence, draw
 from dynamax_llm.evaluation.common.random_models import random_model, zero_tail
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.report.benched import write_bench

@@ -7,9 +7,9 @@ import torch
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
-from dynamax_llm.evaluation import Candidate, Outcome, compare, comparison_table
-from dynamax_llm.evaluation.compare.heads import at_agreement, full_depth_tokens, outcome
+from dynamax_llm.evaluation.compare.heads import Candidate, Outcome, at_agreement, compare, full_depth_tokens, outcome
 from dynamax_llm.evaluation.compare.shapes import SHAPES, projected, shape, token_costs
+from dynamax_llm.evaluation.compare.table import comparison_table
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.heads import ExitHeads

@@ -34,8 +34,9 @@ from dynamax_llm.calibration.risks import (
     inconsistency,
     shortfall,
 )
-from dynamax_llm.decoding.loop import DEFAULT_POLICY, EarlyExit
-from dynamax_llm.decoding.state import DEFAULT_WINDOW, POLICIES
+from dynamax_llm.calibration.settings import CalibrationSettings, PromiseSettings
+from dynamax_llm.decoding.loop import EarlyExit
+from dynamax_llm.decoding.state import POLICIES
 from dynamax_llm.errors import PromiseError, UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.promise import METHODS, Promise, Target, digest
@@ -44,42 +45,8 @@ from dynamax_llm.version import installed_version
 
 #: λ of the points that are looked at: two per cent of what could be saved at all apart.
 PARAMETERS = tuple(step / 50 for step in range(1, 51))
-#: Sequences without which a path cannot be learnt.
-LEAST_PATH = 4
 #: Tests begin where the path split could lose this many times as much and the limit would still be kept.
 SPARE = 2.0
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """Raises UsageError, naming the setting, for a value out of bounds."""
-
-    prompts: int = 500  # sequences in all, one per document
-    prompt_tokens: int = 64  # of a prompt, and at most of a question
-    new_tokens: int = 64  # read after a prompt, or generated
-    path_share: float = 0.2  # of the sequences, for the path
-    batch: int = 16  # sequences at once
-    seed: int = 0  # of the draw
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "prompt_tokens", "new_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"calibration setting {name} = {getattr(self, name)!r}: give at least 1.")
-        if not 0.0 < self.path_share < 1.0:
-            raise UsageError(
-                f"calibration setting path_share = {self.path_share!r}: give a share between 0 and 1, both excluded."
-            )
-
-    def split(self, count: int) -> int:
-        """How many of ``count`` sequences are the path's."""
-        return max(round(self.path_share * count), min(LEAST_PATH, count))
-
-    def asked(self, n: int) -> int:
-        """How many sequences leave ``n`` for the proof."""
-        count = n + LEAST_PATH
-        while count - self.split(count) < n:
-            count += 1
-        return count
 
 
 @dataclass(frozen=True)
@@ -136,11 +103,11 @@ def calibrate(
     source: Source,
     promise: str,
     *,
-    confidence: float = 0.95,
-    policy: str = DEFAULT_POLICY,
-    window: int = DEFAULT_WINDOW,
+    confidence: float = PromiseSettings.confidence,
+    policy: str = PromiseSettings.policy,
+    window: int = PromiseSettings.window,
     measure: str | None = None,
-    method: str = "ltt",
+    method: str = PromiseSettings.method,
     settings: CalibrationSettings | None = None,
     on_test: Callable[[dict[str, Any]], None] | None = None,
 ) -> Promise:
@@ -286,7 +253,7 @@ def _check_length(backbone: Backbone, settings: CalibrationSettings) -> None:
     if limit is not None and length > limit:
         raise UsageError(
             f"{settings.prompt_tokens} prompt and {settings.new_tokens} new tokens: {backbone.model_type} was built "
-            f"for a context of {limit}. Lower --prompt-tokens or --new-tokens."
+            f"for a context of {limit}. Lower `prompt_tokens` or `new_tokens`."
         )
 
 
@@ -302,7 +269,7 @@ def _not_kept(request: Request, first: dict[str, Any], losses: torch.Tensor) -> 
     more, n = request.proof.prompts_needed(losses.numpy()), len(losses)
     seen = f"the safest thresholds tried, at {first['mean_depth']:.3f} of the depth, gave {first['estimate']:.4f}"
     way = (
-        f"At such losses {more:,} prompts beside the path's would do: raise --prompts; or promise less."
+        f"At such losses {more:,} prompts beside the path's would do: raise `prompts`; or promise less."
         if more is not None and more > n
         else "Promise less, use another policy (defer keeps state exact), or exits trained on such text."
     )

@@ -65,7 +65,7 @@ def draw(source: Source, tokenizer: Any, count: int, prompt: int, new: int, seed
     if not drawn.items:
         raise DataError(
             f"data {source.spec!r} has no document of at least {least} tokens. Give longer texts, or a shorter prompt: "
-            "--prompt-tokens."
+            "`prompt_tokens`."
         )
     return drawn
 
@@ -87,7 +87,7 @@ def draw_questions(source: Source, tokenizer: Any, count: int, prompt: int, seed
 
     drawn = _collect(questions(), cut, count, seed)
     if not drawn.items:
-        raise DataError(f"data {source.spec!r} has no question of at most {prompt} tokens. Raise --prompt-tokens.")
+        raise DataError(f"data {source.spec!r} has no question of at most {prompt} tokens. Raise `prompt_tokens`.")
     return drawn
 
 

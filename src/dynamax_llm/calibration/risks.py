@@ -159,7 +159,7 @@ def check_policy(name: str) -> None:
     if name == "verify":
         raise PolicyMismatchError(
             "state policy 'verify': its text is the full model's own at every threshold, so there is nothing to "
-            "calibrate and no promise to make. Generate with --policy verify, or calibrate another policy."
+            "calibrate and no promise to make. Generate with `policy` verify, or calibrate another policy."
         )
 
 

@@ -1,11 +1,9 @@
-"""What ``dynamax eval`` and ``dynamax paper`` share: options, a bar while they work, tables of what they found."""
+"""What ``dynamax eval`` and ``dynamax paper`` share: tables of what they found."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,31 +12,11 @@ if TYPE_CHECKING:
 
     from dynamax_llm.evaluation.harness.results import Cell, Evaluation, Interval
 
-Limit = Annotated[int, typer.Option(help="Documents per task.")]
-Batch = Annotated[int, typer.Option(help="Rows at a time; the texts do not depend on it.")]
-Timed = Annotated[int, typer.Option(help="Documents per task whose decoding is timed, at batch 1; 0: none.")]
-NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.")]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Folder of local task files (triviaqa_dev.jsonl …), for use offline.")
-]
-
 #: Columns of a terminal from which on intervals stand beside their means.
 WIDE = 150
 
 
-class Bar:
-    """Samples done, on stderr, where that is a terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("evaluating", total=None)
-
-    def show(self, what: str, done: int, total: int) -> None:
+def show(self, what: str, done: int, total: int) -> None:
         self._progress.update(self._task, description=what, completed=done, total=total)
 
     def __enter__(self) -> Bar:
@@ -51,32 +29,29 @@ class Bar:
 
 def show(found: Evaluation, out: Path) -> None:
     """One table per backbone and task: settings as rows, figures with their intervals where there is room."""
-    from rich.console import Console
+    from dynamax_llm.cli.tables import Terminal
 
-    console = Console(highlight=False, markup=False)
-    wide = console.width >= WIDE
+    terminal = Terminal()
+    wide = terminal.width >= WIDE
     for backbone in found.backbones:
         for task in found.tasks:
             cells = [cell for cell in found.cells if (cell.backbone, cell.task) == (backbone.name, task.name)]
             if cells:
                 name = f"{task.name} on {backbone.name}, {task.shots}-shot, {task.samples} documents"
-                console.print(_table(f"{name}; score: {task.primary}", task.primary, cells, wide))
+                terminal.print(_table(f"{name}; score: {task.primary}", task.primary, cells, wide))
     said = "Intervals: 95 %, bootstrap over documents." if wide else f"Intervals: {out / 'eval.json'}, or a report."
-    console.print(f"{said} Depth: share of the layers. Counted: multiply-accumulates not spent, which is no speed-up.")
-    console.print(f"Saved in {out}.", soft_wrap=True)
+    terminal.line(f"{said} Depth: share of the layers. Counted: multiply-accumulates not spent, which is no speed-up.")
+    terminal.line(f"Saved in {out}.")
 
 
 def _table(title: str, primary: str, cells: Sequence[Cell], wide: bool) -> Table:
-    from rich import box
-    from rich.table import Table
+    from dynamax_llm.cli.tables import table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("setting", overflow="fold")
-    for name in ("score", "Δ", "agree", "ROUGE-L", "degen.", "depth", "counted", "speed-up"):
-        table.add_column(name, justify="right", overflow="fold")
+    columns = ("score", "Δ", "agree", "ROUGE-L", "degen.", "depth", "counted", "speed-up")
+    settings = table(title, "setting", *columns)
     for cell in cells:
         metric = cell.metrics[primary]
-        table.add_row(
+        settings.add_row(
             cell.setting,
             f"{metric.value:.3f}",
             _shown(metric.delta, wide, "+.3f"),
@@ -87,7 +62,7 @@ def _table(title: str, primary: str, cells: Sequence[Cell], wide: bool) -> Table
             f"{cell.counted_reduction.value:.1%}",
             _shown(cell.speed_up, wide, ".2f"),
         )
-    return table
+    return settings
 
 
 def _shown(value: Interval | None, wide: bool, form: str = ".3f") -> str:

@@ -6,11 +6,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynamax_llm.settings import DecodeSettings
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dynamax_llm.backbones import Backbone
-    from dynamax_llm.evaluation import Comparison
+    from dynamax_llm.evaluation.compare.heads import Comparison
     from dynamax_llm.exits.artifact import Exits
     from dynamax_llm.text.sources import Source
     from dynamax_llm.training.settings import TrainSettings
@@ -23,7 +25,7 @@ def on_policy(
     backbone: Backbone, tokenizer: PreTrainedTokenizerBase, source: Source, settings: TrainSettings, exits: Exits
 ) -> Comparison:
     """The trained exits on held-out text decoded with exits on, under ``propagate``, at the settings' agreement."""
-    from dynamax_llm.evaluation import Candidate, compare
+    from dynamax_llm.evaluation.compare.heads import Candidate, compare
     from dynamax_llm.text.batches import Split, first_batches
 
     sequence = min(settings.sequence, backbone.max_positions() or settings.sequence)
@@ -34,22 +36,20 @@ def on_policy(
 
 def report(exits: Exits, model: str, out: Path, measured: Comparison) -> None:
     """Print what the held-out text says of the trained exits, and the command that uses them."""
-    from rich.console import Console
-    from rich.table import Table
+    from dynamax_llm.cli.tables import Terminal, table
 
     config, held = exits.config, exits.provenance["held_out"]
-    console = Console(highlight=False, markup=False)
-    table = Table(title=f"{config.head} head on {held['tokens']:,} held-out tokens", title_justify="left")
-    for column in ("exit", "depth", "agreement if all leave", "AUROC of the head"):
-        table.add_column(column, justify="right")
+    terminal = Terminal()
+    columns = ("exit", "depth", "agreement if all leave", "AUROC of the head")
+    shown = table(f"{config.head} head on {held['tokens']:,} held-out tokens", *columns, left=())
     rows = zip(config.layers, held["base_rate"], held["auroc"], strict=True)
     for index, (depth, rate, quality) in enumerate(rows, start=1):
-        table.add_row(
+        shown.add_row(
             str(index), f"{depth} of {config.n_layers}", f"{rate:.3f}", "–" if quality is None else f"{quality:.3f}"
         )
-    console.print(table)
+    terminal.print(shown)
     target = measured.target
-    console.print(
+    terminal.line(
         f"If skipped layers kept their true state: mean depth {held['depth']:.3f} at {target:.0%} agreement "
         f"(oracle {held['oracle_depth']:.3f})."
     )
@@ -57,15 +57,20 @@ def report(exits: Exits, model: str, out: Path, measured: Comparison) -> None:
     if reached:
         best = min(reached, key=lambda point: point.depth)
         threshold = math.ceil(1000 * best.threshold) / 1000  # rounded towards caution
-        console.print(
+        terminal.line(
             f"Decoding with exits on, policy propagate, threshold {best.threshold:.5f}: agreement "
             f"{best.agreement:.1%}, mean depth {best.depth:.3f} of the layers, counted reduction "
             f"{best.counted_reduction:.1%}."
         )
+        if best.counted_reduction <= 0.0:
+            terminal.line(
+                "These exits cost more than they save on this model and text, so they do not pay. dynamax tune makes a "
+                "copy of the model whose exits can."
+            )
     else:
-        threshold = 0.9
-        console.print(
+        threshold = float(DecodeSettings.threshold)
+        terminal.line(
             f"No threshold tried kept {target:.0%} agreement with exits on; below, a common one to start with."
         )
-    console.print(f"Saved in {out}. Next:", soft_wrap=True)
-    console.print(f'  dynamax generate {model} --exits {out} --prompt "…" --threshold {threshold}', soft_wrap=True)
+    terminal.line(f"Saved in {out}. Next:")
+    terminal.line(f'  dynamax generate {model} --exits {out} --prompt "…" --threshold {threshold}')

@@ -27,7 +27,7 @@ def check_target(out: str | Path, document: str = DOCUMENT) -> Path:
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        raise UsageError(f"--out {str(out)!r}: {str(place)!r} is a file. Give a folder, or a file that ends in .json.")
+        raise UsageError(f"`out` {str(out)!r}: {str(place)!r} is a file. Give a folder, or a file that ends in .json.")
     with tempfile.TemporaryFile(dir=place):
         pass
     return path

@@ -204,7 +204,7 @@ def render(record: Any, text_field: str | None, place: str) -> str:
     if field is None or not isinstance(record.get(field), str):
         wanted = f"no text in a field {text_field!r}" if text_field else f"no text in any of {', '.join(FIELDS)}"
         raise DataError(
-            f"{place}: {wanted}. It has {', '.join(map(str, record)) or 'no fields'}. Name one: --text-field."
+            f"{place}: {wanted}. It has {', '.join(map(str, record)) or 'no fields'}. Name one: `text_field`."
         )
     text = record[field]
     if text_field is not None:

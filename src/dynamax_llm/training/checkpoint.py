@@ -55,7 +55,7 @@ class Checkpoint:
         if difference:
             raise UsageError(
                 f"{self.path.parent.parent} holds another training run: {difference}. Repeat that run's arguments to "
-                f"resume it, give another --out, or delete {self.path.parent} to start afresh."
+                f"resume it, give another `out`, or delete {self.path.parent} to start afresh."
             )
         return tensors, state
 

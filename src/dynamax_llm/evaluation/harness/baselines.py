@@ -44,7 +44,7 @@ def pruned(model: PreTrainedModel, removed: int) -> PreTrainedModel:
     if _told(shorter.config) != [[told[index] for index in kept] for told in _told(model.config)]:
         raise UsageError(
             f"layers of {whole.model_type!r} cannot be pruned: its configuration says by position what each layer is. "
-            "Leave the pruned baseline out: --no-baselines."
+            "Leave the pruned baseline out (see `baselines`)."
         )
     return shorter.eval()
 

@@ -84,7 +84,7 @@ class Records:
         if header.get("format") != FORMAT or header.get("version") != VERSION:
             raise DataError(
                 f"{self.path}, line 1: it says format {header.get('format')!r}, version {header.get('version')!r}; "
-                f"this DYNAMAX reads {FORMAT!r}, version {VERSION}. Give another --out."
+                f"this DYNAMAX reads {FORMAT!r}, version {VERSION}. Give another `out`."
             )
         theirs = header["identity"]
         if theirs != self.identity:
@@ -93,7 +93,7 @@ class Records:
             have = theirs.get(name) if isinstance(theirs, dict) else theirs
             raise UsageError(
                 f"{self.path} holds records of another run: there {name} is {have!r}, here "
-                f"{self.identity.get(name)!r}. Give another --out, or the options of that run."
+                f"{self.identity.get(name)!r}. Give another `out`, or the options of that run."
             )
 
     def _keep(self, record: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ pruned     the n layers before the last removed, for prompt and answer: the pape
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +23,7 @@ from dynamax_llm.evaluation.harness.baselines import pruned as pruned_model
 from dynamax_llm.evaluation.harness.prompts import PromptSharing, SharedPrompts
 from dynamax_llm.evaluation.harness.results import Setting
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.config import PAPER_EXITS
+from dynamax_llm.exits.config import DEFAULT_EXITS
 
 #: Costs nothing and needs no readout: judges exits that are taken unasked, and those that never are.
 UNASKED = "state_similarity"
@@ -55,6 +55,10 @@ class Variant:
     exits: Exits
     options: Mapping[str, Any]
 
+    def on(self, engine: str | None) -> Variant:
+        """The same setting on a named engine; None leaves the choice to ``EarlyExit``."""
+        return self if engine is None else replace(self, options={**self.options, "engine": engine})
+
     def early_exit(self, prompts: SharedPrompts) -> PromptSharing:
         """A decoding under this setting that shares prompts with the others."""
         return PromptSharing(self.exits, prompts=prompts, **self.options)
@@ -64,7 +68,14 @@ class Variant:
         """What decides its outcome, as JSON types: the setting and whatever was learned."""
         learned = {name: self.exits.provenance.get(name) for name in ("data", "tokens", "seed")}
         config = self.exits.config.to_json()
-        return {"setting": self.facts.model_dump(), "exits": config, "learned": learned, "weights": _digest(self.exits)}
+        found = {
+            "setting": self.facts.model_dump(),
+            "exits": config,
+            "learned": learned,
+            "weights": _digest(self.exits),
+        }
+        engine = self.options.get("engine")
+        return found if engine is None else {**found, "engine": engine}
 
 
 def full(subject: Subject, exits: Exits | None = None) -> Variant:
@@ -155,12 +166,13 @@ def grid(
     policy: str = "propagate",
     window: int = DEFAULT_WINDOW,
     baselines: bool = True,
+    engine: str | None = None,
 ) -> list[Variant]:
     """The full model, every head and measure at every threshold, and the baselines; settings of a family side by side.
 
     ``heads`` are trained exits by the name their family gets; measures judge at the places of ``at``, by default those
     of the first head. The baselines are static depth at every exit and as many layers pruned as those exits save.
-    Raises UsageError, ArtifactMismatchError.
+    ``engine`` runs all of them. Raises UsageError, ArtifactMismatchError.
     """
     places = at if at is not None else next(iter(heads.values()), None)
     places = _ready(subject, places)
@@ -176,7 +188,7 @@ def grid(
         n_layers = places.config.n_layers
         removed = sorted({n_layers - layer for layer in places.config.layers} & set(range(1, n_layers - 1)))
         found += [pruned(subject, count) for count in removed]
-    return check_ids(found)
+    return check_ids([item.on(engine) for item in found])
 
 
 def check_ids(variants: list[Variant]) -> list[Variant]:
@@ -242,7 +254,7 @@ def _facts(
 def _ready(subject: Subject, exits: Exits | None) -> Exits:
     """The exits, or untrained ones at the default places, checked against the subject's model."""
     backbone = subject.backbone
-    exits = exits if exits is not None else Exits.untrained(backbone, PAPER_EXITS)
+    exits = exits if exits is not None else Exits.untrained(backbone, DEFAULT_EXITS)
     exits.check_backbone(backbone)
     return exits
 

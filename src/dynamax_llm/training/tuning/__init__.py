@@ -8,7 +8,14 @@ folder          a plain Hugging Face folder, which appears whole or not at all
 run             the run itself, resumable
 """
 
-from dynamax_llm.training.tuning.run import Tuned, tune
+from typing import TYPE_CHECKING
+
+from dynamax_llm.lazy import lazy
 from dynamax_llm.training.tuning.settings import TuneSettings
 
+if TYPE_CHECKING:
+    from dynamax_llm.training.tuning.run import Tuned, tune
+
 __all__ = ["TuneSettings", "Tuned", "tune"]
+
+__getattr__ = lazy(__name__, {"Tuned": "run", "tune": "run"})

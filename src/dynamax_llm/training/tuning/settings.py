@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from dynamax_llm.errors import UsageError
+from dynamax_llm.settings import SEED, check_settings, setting
+from dynamax_llm.training.settings import check_chunk
 
 METHODS = ("lora", "full")
 SCHEDULES = ("weighted", "rotating")
@@ -20,54 +21,70 @@ class TuneSettings:
     """Raises UsageError, naming the setting, for a value out of bounds. Shares are between 0 and 1.
 
     ``teacher`` "original" (default): exits and last layer learn from the untouched model's last layer, k = k_L =
-    ``distil``, so that with distil 1 the full model is asked to stay what it is, whatever the text; costs one more
+    ``distil``, so that with distil 1 the full model is trained to stay what it is, whatever the text; costs one more
     forward. "current": exits learn from the model's own last layer as it is now, and the last layer from the text
     alone (k_L = 0), as the reference backbones were trained.
     """
 
-    method: str = "lora"
-    rank: int = 16  # of LoRA
-    alpha: float = 32.0  # LoRA's products are scaled by alpha / rank
-    schedule: str = "weighted"  # every exit at every step, or "rotating": some of them
-    rotating: int = 1  # exits of a step when rotating
-    distil: float = 1.0  # share of a loss that is KL to the teacher; the rest is cross-entropy on the text
-    teacher: str = "original"
-    exit_weight: float = 1.0  # of all exits together, beside the last layer's 1
-    max_tokens: int = 1_000_000  # the budget; data is repeated in a new order when it is larger than the data
-    sequence: int = 512  # tokens of a chunk
-    batch_tokens: int = 4096  # tokens of a step, padding included
-    lr: float | None = None  # peak learning rate of AdamW; None: RATES[method]
-    weight_decay: float = 0.0
-    warmup: float = 0.05  # share of the budget; then cosine down to 0
-    held_out: float = 0.05  # share of the documents kept for the figures
-    eval_tokens: int = 20_000  # held-out tokens measured, before and after
-    agreement: float = 0.98  # where the margin rule's mean depth is reported
-    checkpointing: bool = False  # run layers again in the backward pass instead of keeping what they made
-    autocast: bool = True  # on a GPU: products in bfloat16
-    checkpoint_seconds: float = 60.0  # at most about this much work is lost by a kill
-    seed: int = 0
+    method: str = setting(
+        "lora",
+        "lora: adapters, merged into the saved weights; full: all weights.",
+        choices=METHODS,
+        metavar="NAME",
+    )
+    rank: int = setting(16, "Rank of LoRA's adapters.", least=1)
+    alpha: float = setting(32.0, "LoRA's products are scaled by alpha / rank.", flag="", above=0)
+    schedule: str = setting(
+        "weighted",
+        "weighted: every exit at every step; rotating: a few, drawn anew each step.",
+        flag="--exit-schedule",
+        choices=SCHEDULES,
+        metavar="NAME",
+    )
+    rotating: int = setting(1, "Exits of a step when rotating.", least=1)
+    distil: float = setting(
+        1.0,
+        "Share of the loss that is distillation (KL to the teacher); the rest is cross-entropy on the text.",
+        flag="--distill",
+        least=0,
+        most=1,
+    )
+    teacher: str = setting(
+        "original",
+        "original: exits and last layer learn from the untouched model, so that it stays what it is; current: exits "
+        "from the last layer as it is, the last layer from the text.",
+        choices=TEACHERS,
+        metavar="NAME",
+    )
+    exit_weight: float = setting(1.0, "Weight of all exits together, beside the last layer's 1.", flag="", above=0)
+    max_tokens: int = setting(
+        1_000_000,
+        "Training tokens: 300k, 1M, 2.5M … Data repeats, in a new order, if it is shorter.",
+        flag="--tokens",
+        count=True,
+        least=1,
+    )
+    sequence: int = setting(512, "Tokens of a chunk of text, at most.", flag="--seq-length", least=2)
+    batch_tokens: int = setting(
+        4096, "Tokens of a step, padding included; at least one chunk.", flag="--tokens-per-step", least=1
+    )
+    lr: float | None = setting(
+        None, "Peak learning rate of AdamW. Default: 1e-3 for lora, 1e-4 for full.", above=0, most=1
+    )
+    weight_decay: float = setting(0.0, "Weight decay.", flag="", least=0)
+    warmup: float = setting(0.05, "Share of the budget; then cosine down to 0.", flag="", least=0, most=1)
+    held_out: float = setting(0.05, "Share of the documents kept for the figures.", flag="--heldout", above=0, below=1)
+    eval_tokens: int = setting(20_000, "Held-out tokens measured, before and after.", count=True, least=1)
+    agreement: float = setting(0.98, "Where the margin rule's mean depth is reported.", flag="", above=0, below=1)
+    checkpointing: bool = setting(False, "Less memory: layers run again in the backward pass.")
+    autocast: bool = setting(True, "On a GPU: products in bfloat16.", flag="")
+    checkpoint_seconds: float = setting(60.0, "Seconds of work lost by a kill, about, at most.", flag="", least=0)
+    seed: int = setting(0, "Seed of adapters, data order and draws.", **SEED)
     quiet: bool = False  # no progress bar
 
     def __post_init__(self) -> None:
-        for name, allowed in (("method", METHODS), ("schedule", SCHEDULES), ("teacher", TEACHERS)):
-            self._check(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
-        for name in ("rank", "rotating", "max_tokens", "batch_tokens", "eval_tokens"):
-            self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("sequence", self.sequence >= 2, "at least 2 tokens")
-        self._check("batch_tokens", self.batch_tokens >= self.sequence, f"at least one chunk of {self.sequence} tokens")
-        self._check("lr", self.lr is None or 0 < self.lr <= 1, "above 0 and at most 1")
-        for name in ("alpha", "exit_weight"):
-            self._check(name, getattr(self, name) > 0, "above 0")
-        for name in ("weight_decay", "checkpoint_seconds"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("warmup", "distil"):
-            self._check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        for name in ("held_out", "agreement"):
-            self._check(name, 0 < getattr(self, name) < 1, "between 0 and 1, both excluded")
-
-    def _check(self, name: str, fine: bool, allowed: str) -> None:
-        if not fine:
-            raise UsageError(f"tuning setting {name} = {getattr(self, name)!r}: give {allowed}.")
+        check_settings(self, "tuning setting")
+        check_chunk(self, "tuning setting")
 
     @property
     def peak(self) -> float:

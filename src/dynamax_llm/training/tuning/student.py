@@ -71,7 +71,7 @@ def _adapted(backbone: Backbone, settings: TuneSettings) -> Iterator[Student]:
     peft = check_peft()
     model, names = backbone.model, adaptable(backbone)
     if not names:
-        raise UsageError(f"no layer of this {backbone.model_type} has a linear map for LoRA: use --method full.")
+        raise UsageError(f"no layer of this {backbone.model_type} has a linear map for LoRA: use `method` full.")
     config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=names, bias="none")
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -132,6 +132,6 @@ def check_peft() -> Any:
     except ImportError as error:
         raise UsageError(
             f"tuning with LoRA needs peft, which is not installed ({error}). "
-            "Install it: pip install 'dynamax-llm[tune]', or use --method full."
+            "Install it: pip install 'dynamax-llm[tune]', or use `method` full."
         ) from error
     return peft
