@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
@@ -136,7 +136,7 @@ def _unparsed(error: typer.TyperException, arguments: Sequence[str]) -> str:
     return f"{problem}{'' if problem.endswith('?') else '.'} See: dynamax {verb + ' ' if verb else ''}--help"
 
 
-def _parameters(verb: str | None) -> Sequence[object]:
+def _parameters(verb: str | None) -> Sequence[Any]:
     return _parser().commands[verb].params if verb else ()  # type: ignore[attr-defined]
 
 

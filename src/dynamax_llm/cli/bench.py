@@ -131,8 +131,8 @@ def _show(found: Bench) -> None:
     if found.sameness:
         terminal.print(same)
     for lack in found.missing:
-        terminal.line(f"Not measured, batch {lack.batch}: {lack.label}: {lack.reason}.")
-    terminal.line(
+        terminal.write_line(f"Not measured, batch {lack.batch}: {lack.label}: {lack.reason}.")
+    terminal.write_line(
         "ms/token: median of one row's time per token after the first [least, greatest]. x full: wall clock against "
         "full depth of the same engine in the same turns. Bandwidth: counted bytes of weights over time, as a share of "
         "the copy's. Building: what the first call took longer than later ones. Likeliest differs: given the same text "

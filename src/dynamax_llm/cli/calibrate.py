@@ -118,30 +118,30 @@ def report(promise: Promise, exits: Exits, model: str, out: Path) -> None:
     how = {"ltt": "learn then test, p-values by betting", "crc": "conformal risk control"}.get(
         promise.method, "learn then test, p-values of Hoeffding and Bentkus"
     )
-    terminal.line(f"{promise.text}: tests from safe to risky on {promise.n} prompts ({how})")
+    terminal.write_line(f"{promise.text}: tests from safe to risky on {promise.n} prompts ({how})")
     tests = table("", "λ", "mean depth", what, "p-value", "kept", left=())
     for test in promise.evidence:
         p = "–" if test["p_value"] is None else f"{test['p_value']:.2g}"
         cells = (f"{test['parameter']:.2f}", f"{test['mean_depth']:.3f}", f"{test['estimate']:.4f}", p)
         tests.add_row(*cells, "yes" if test["kept"] else "no")
     terminal.print(tests)
-    terminal.line(f"{promise.sentence()}.")
+    terminal.write_line(f"{promise.sentence()}.")
     thresholds = ", ".join(
         f"{'never' if value is None else f'{value:.5f}'} after layer {layer}"
         for value, layer in zip(promise.thresholds, exits.config.layers, strict=True)
     )
     score = promise.data.get("full_score")
     beside = "" if score is None else f", where the full model scores {score:.4f},"
-    terminal.line(
+    terminal.write_line(
         f"Seen on them: {promise.estimate:.4f}{beside} at a mean depth of {promise.mean_depth:.3f} of the layers; "
         f"thresholds {thresholds}.",
     )
     weaker = (
         " It bounds an average over calibrations too: this one may lie above it." if promise.method == "crc" else ""
     )
-    terminal.line(
+    terminal.write_line(
         f"It says nothing about text of another kind, longer texts, another backbone or exits, or another state policy "
         f"than {promise.policy}, and it takes prompts to be independent draws from one source.{weaker}",
     )
-    terminal.line(f"Saved in {out}. Next:")
-    terminal.line(f'  dynamax generate {model} --exits {out} --prompt "…" --promise "{promise.text}"')
+    terminal.write_line(f"Saved in {out}. Next:")
+    terminal.write_line(f'  dynamax generate {model} --exits {out} --prompt "…" --promise "{promise.text}"')

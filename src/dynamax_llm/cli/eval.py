@@ -51,7 +51,8 @@ def evaluate(
     what, plan = EvalSettings(**settings), Plan(**how)
     for value in what.thresholds:
         Thresholds.parse(value, 1)
-    for folder in exits or [None]:
+    check_exits(None, exit_layers, what.measures)
+    for folder in exits or ():
         check_exits(folder, exit_layers, what.measures)
     note_unused_window(decode)
     peek_backbone(model)
@@ -65,8 +66,8 @@ def evaluate(
     # Whatever can be wrong is found before the backbone is loaded and the first document is run.
     trained = _trained(model, exits or (), exit_layers, what.measures)
     promised = _promised(trained, decode.get("promise"))
-    sizes = {"shots": what.shots, "limit": what.limit, "max_new_tokens": what.max_new_tokens, "seed": plan.seed}
-    loaded = load_tasks(what.tasks, data_dir=what.data_dir, **sizes)
+    sizes: Given = {name: getattr(what, name) for name in ("data_dir", "shots", "limit", "max_new_tokens")}
+    loaded = load_tasks(what.tasks, seed=plan.seed, **sizes)
     lm, tokenizer = load_backbone(model, dtype, device)
     subject = Subject(Path(model).name, lm, tokenizer)
     variants = _variants(subject, trained, exit_layers, what, decode)
@@ -128,5 +129,5 @@ def _variants(
     heads = {name: exits for name, exits in trained.items() if exits.heads is not None}
     at = Exits.untrained(subject.backbone, exit_layers) if exit_layers else next(iter(trained.values()), None)
     how = {name: value for name, value in decode.items() if name != "promise"}
-    chosen = {"measures": what.compared_measures, "at": at, "baselines": what.baselines}
+    chosen: Given = {"measures": what.compared_measures, "at": at, "baselines": what.baselines}
     return grid(subject, heads, what.thresholds, **chosen, **how)

@@ -16,17 +16,6 @@ if TYPE_CHECKING:
 WIDE = 150
 
 
-def show(self, what: str, done: int, total: int) -> None:
-        self._progress.update(self._task, description=what, completed=done, total=total)
-
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-
 def show(found: Evaluation, out: Path) -> None:
     """One table per backbone and task: settings as rows, figures with their intervals where there is room."""
     from dynamax_llm.cli.tables import Terminal
@@ -40,8 +29,10 @@ def show(found: Evaluation, out: Path) -> None:
                 name = f"{task.name} on {backbone.name}, {task.shots}-shot, {task.samples} documents"
                 terminal.print(_table(f"{name}; score: {task.primary}", task.primary, cells, wide))
     said = "Intervals: 95 %, bootstrap over documents." if wide else f"Intervals: {out / 'eval.json'}, or a report."
-    terminal.line(f"{said} Depth: share of the layers. Counted: multiply-accumulates not spent, which is no speed-up.")
-    terminal.line(f"Saved in {out}.")
+    terminal.write_line(
+        f"{said} Depth: share of the layers. Counted: multiply-accumulates not spent, which is no speed-up."
+    )
+    terminal.write_line(f"Saved in {out}.")
 
 
 def _table(title: str, primary: str, cells: Sequence[Cell], wide: bool) -> Table:

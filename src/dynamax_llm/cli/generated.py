@@ -81,7 +81,7 @@ class Generation:
         if in_colour(terminal):
             terminal.print(legend(out.trace.costs.depths, self.n_layers))
         trace = out.trace
-        terminal.line(
+        terminal.write_line(
             summary(
                 tokens=trace.n_tokens,
                 mean_depth=trace.mean_depth,
@@ -91,10 +91,10 @@ class Generation:
             )
         )
         if self.promise is not None:
-            terminal.line(f"promise {self.promise.text}: {self.promise.sentence()}")
+            terminal.write_line(f"promise {self.promise.text}: {self.promise.sentence()}")
         exact = exactness(trace, out.verification)
         if exact is not None:
-            terminal.line(exact)
+            terminal.write_line(exact)
 
     def json(self, out: Any, seconds: float) -> str:
         """Everything as one JSON document, escaped where stdout does not take every character."""

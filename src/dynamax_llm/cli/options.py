@@ -134,7 +134,7 @@ class Derived:
     @property
     def default(self) -> Any:
         """The field's default as the parser shows it."""
-        value = self.field.default
+        value: Any = self.field.default
         if self.option.count:
             scale, letter = next(((n, c) for n, c in ((10**6, "M"), (10**3, "k")) if value % n == 0), (1, ""))
             return f"{value // scale}{letter}"
@@ -146,16 +146,17 @@ class Derived:
         """The parameter that the parser reads."""
         as_text = self.is_list or self.option.count
         kind: Any = str if as_text else self.item_type
+        kind = kind | None if self.default is None else kind
         metavar = self.option.metavar or (None if not self.is_list else "NAMES" if self.item_type is str else "NUMBERS")
         declared = typer.Option(self.flag, help=self.option.help.replace("[", r"\["), metavar=metavar)
-        annotation = Annotated[kind | None if self.default is None else kind, declared]
+        annotation = Annotated[kind, declared]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=annotation)
 
     def value(self, given: Any) -> Any:
         """The field's value for what was given. Raises UsageError naming the option."""
         flag = self.flag.split("/")[0]
         if self.option.count:
-            value = count(given, flag)
+            value: Any = count(given, flag)
         elif self.is_list:
             try:
                 value = tuple(self.item_type(item) for item in items(given))
@@ -173,7 +174,7 @@ class Derived:
 
 
 def verb(*, resumes: bool = False, **groups: Fields) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Turn a function into a verb: its parameter ``group`` becomes that group's options, and gets those that were given.
+    """Turn a function into a verb: its parameter ``group`` becomes that group's options, those given.
 
     Values are checked before the function runs. Errors name options instead of arguments. Ctrl-C ends with one line:
     ``resumes`` says that the same command goes on afterwards.

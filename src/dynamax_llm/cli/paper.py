@@ -50,7 +50,7 @@ def paper(
 ) -> None:
     """The paper's grid: backbones x heads x tasks, thresholds swept, baselines beside, as one report."""
     work = Plan(**how)
-    settings = {"training": TrainSettings(seed=work.seed, **training), "how": work, "train_data": train_data}
+    settings: Given = {"training": TrainSettings(seed=work.seed, **training), "how": work, "train_data": train_data}
     plan = PaperPlan(models=tuple(models or MODELS), dtype=dtype, **settings, **grid, **decode)
 
     from dynamax_llm.cli.evaluated import show

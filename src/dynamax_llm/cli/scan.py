@@ -102,17 +102,17 @@ def _show(found: Scan) -> None:
         saved.add_row(policy, *(f"{100 * c.counted_reduction:.1f} % ({100 * c.pass_reduction:.0f} %)" for c in cells))
     terminal.print(saved)
     for even in found.break_even:
-        terminal.line(f"Break-even under {even.policy}: a check may cost {even.of_layer:.2f} layers.")
+        terminal.write_line(f"Break-even under {even.policy}: a check may cost {even.of_layer:.2f} layers.")
     paid = ", ".join(f"{check.of_layer:.2f} after layer {check.depth}" for check in found.checks)
-    terminal.line(f"The default head's check costs, in layers, its look included: {paid}.")
+    terminal.write_line(f"The default head's check costs, in layers, its look included: {paid}.")
     left = found.disturbed
-    terminal.line(
+    terminal.write_line(
         f"Decoded under propagate at {VERDICT_AT:.0%} ({left.tokens:,} tokens), the margin rule runs {left.margin:.3f} "
         f"of the depth, with states intact {left.margin_intact:.3f}. If as much is left for a trained head: depth "
         f"{left.predicted:.3f}, counted reduction {left.counted_reduction:.1%}.",
     )
-    terminal.line(f"\n{found.verdict.answer.capitalize()}. {found.verdict.reason}", style="bold")
-    terminal.line(
+    terminal.write_line(f"\n{found.verdict.answer.capitalize()}. {found.verdict.reason}", style="bold")
+    terminal.write_line(
         "The tables are with every layer's state intact, as under defer; propagate, copy and stale need more depth for "
         "the same agreement. Intervals: 95 %, bootstrap over "
         f"{found.data.grouped_by}s. Counted multiply-accumulates are no speed-up.",

@@ -17,7 +17,7 @@ class Terminal(Console):
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
-    def line(self, text: str = "", style: str | None = None) -> None:
+    def write_line(self, text: str = "", style: str | None = None) -> None:
         """A line that the terminal wraps, not this program: it stays one line in a pipe."""
         self.print(text, style=style, soft_wrap=True)
 

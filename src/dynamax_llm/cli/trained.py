@@ -49,7 +49,7 @@ def report(exits: Exits, model: str, out: Path, measured: Comparison) -> None:
         )
     terminal.print(shown)
     target = measured.target
-    terminal.line(
+    terminal.write_line(
         f"If skipped layers kept their true state: mean depth {held['depth']:.3f} at {target:.0%} agreement "
         f"(oracle {held['oracle_depth']:.3f})."
     )
@@ -57,20 +57,20 @@ def report(exits: Exits, model: str, out: Path, measured: Comparison) -> None:
     if reached:
         best = min(reached, key=lambda point: point.depth)
         threshold = math.ceil(1000 * best.threshold) / 1000  # rounded towards caution
-        terminal.line(
+        terminal.write_line(
             f"Decoding with exits on, policy propagate, threshold {best.threshold:.5f}: agreement "
             f"{best.agreement:.1%}, mean depth {best.depth:.3f} of the layers, counted reduction "
             f"{best.counted_reduction:.1%}."
         )
         if best.counted_reduction <= 0.0:
-            terminal.line(
+            terminal.write_line(
                 "These exits cost more than they save on this model and text, so they do not pay. dynamax tune makes a "
                 "copy of the model whose exits can."
             )
     else:
         threshold = float(DecodeSettings.threshold)
-        terminal.line(
+        terminal.write_line(
             f"No threshold tried kept {target:.0%} agreement with exits on; below, a common one to start with."
         )
-    terminal.line(f"Saved in {out}. Next:")
-    terminal.line(f'  dynamax generate {model} --exits {out} --prompt "…" --threshold {threshold}')
+    terminal.write_line(f"Saved in {out}. Next:")
+    terminal.write_line(f'  dynamax generate {model} --exits {out} --prompt "…" --threshold {threshold}')

@@ -80,9 +80,9 @@ def report(tuned: Tuned, layers: tuple[int, ...]) -> None:
             drawn.add_row(*row)
         terminal.print(drawn)
         title = ""
-    terminal.line(
+    terminal.write_line(
         f"The full model's own loss changed by {after.loss - before.loss:+.4f} nats per token; "
         f"{tuned.kept:.1%} of its tokens are the original's."
     )
-    terminal.line(f"Saved in {tuned.folder}: a stock model folder. Next:")
-    terminal.line(f"  dynamax train {tuned.folder} --data {tuned.record['data']} --out my-exits")
+    terminal.write_line(f"Saved in {tuned.folder}: a stock model folder. Next:")
+    terminal.write_line(f"  dynamax train {tuned.folder} --data {tuned.record['data']} --out my-exits")

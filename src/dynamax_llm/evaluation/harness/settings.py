@@ -68,14 +68,9 @@ class Variant:
         """What decides its outcome, as JSON types: the setting and whatever was learned."""
         learned = {name: self.exits.provenance.get(name) for name in ("data", "tokens", "seed")}
         config = self.exits.config.to_json()
-        found = {
-            "setting": self.facts.model_dump(),
-            "exits": config,
-            "learned": learned,
-            "weights": _digest(self.exits),
-        }
-        engine = self.options.get("engine")
-        return found if engine is None else {**found, "engine": engine}
+        named = {name: value for name, value in self.options.items() if name == "engine"}
+        what = {"setting": self.facts.model_dump(), "exits": config, "learned": learned}
+        return {**what, "weights": _digest(self.exits), **named}
 
 
 def full(subject: Subject, exits: Exits | None = None) -> Variant:
