@@ -28,7 +28,7 @@ class Option:
     """Help and bounds of one field. ``least`` and ``most`` are allowed, ``above`` and ``below`` excluded bounds.
 
     ``flag``: the option's name on the command line; None: the field's name; "": no option. ``count``: numbers may be
-    written as 300k or 1M. Bounds and choices hold for each item of a tuple; None is allowed.
+    written as 300k or 1M. ``note`` is added where a text is not a number. Bounds and choices hold for each item of a tuple; None is allowed.
     """
 
     help: str
@@ -40,6 +40,7 @@ class Option:
     below: float | None = None
     choices: tuple[str, ...] = ()
     count: bool = False
+    note: str = ""
 
     def allowed(self) -> str:
         """The allowed values in words."""
@@ -58,8 +59,9 @@ class Option:
         wrong = [item for item in items if not self._fits(item)]
         if not wrong:
             return None
+        which = f"{wrong[0]!r} is not allowed: " if len(items) > 1 else ""
         near = difflib.get_close_matches(str(wrong[0]), self.choices, n=1)
-        return f"give {self.allowed()}." + (f" Did you mean {near[0]!r}?" if near else "")
+        return f"{which}give {self.allowed()}." + (f" Did you mean {near[0]!r}?" if near else "")
 
     def _fits(self, item: Any) -> bool:
         return (

@@ -48,11 +48,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate exits on tasks of lm-evaluation-harness, beside the full model and baselines."""
-    what, plan = EvalSettings(**settings), Plan(**how)
+    once = {name: tuple(dict.fromkeys(value)) for name, value in settings.items() if isinstance(value, tuple)}
+    what, plan = EvalSettings(**{**settings, **once}), Plan(**how)
     for value in what.thresholds:
         Thresholds.parse(value, 1)
-    check_exits(None, exit_layers, what.measures)
-    for folder in exits or ():
+    for folder in exits or (None,):
         check_exits(folder, exit_layers, what.measures)
     note_unused_window(decode)
     peek_backbone(model)

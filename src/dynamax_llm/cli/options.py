@@ -69,8 +69,8 @@ def count(text: str, name: str = "tokens") -> int:
 
 
 def items(text: str) -> tuple[str, ...]:
-    """The parts of a comma list, each once, without blanks."""
-    return tuple(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
+    """The parts of a comma list, without blanks."""
+    return tuple(item.strip() for item in text.split(",") if item.strip())
 
 
 class Fields:
@@ -162,7 +162,9 @@ class Derived:
                 value = tuple(self.item_type(item) for item in items(given))
             except ValueError:
                 like = "1,8" if self.item_type is int else "0,0.5,1"
-                raise UsageError(f"{flag} {given!r}: give numbers separated by commas, like {like}.") from None
+                raise UsageError(
+                    f"{flag} {given!r}: give numbers separated by commas, like {like}.{self.option.note}"
+                ) from None
             if not value:
                 raise UsageError(f"{flag} {given!r}: give at least one, separated by commas.")
         else:

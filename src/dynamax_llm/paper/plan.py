@@ -37,6 +37,7 @@ class PaperPlan:
         THRESHOLDS,
         "Comma list; each is one setting of every head and of the margin rule.",
         flag="--threshold",
+        note=" The full model is always run: leave never out.",
         least=0,
         most=1,
     )
