@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import dynamax_llm as dx
 from dynamax_llm.backbones import adapt
+from dynamax_llm.testing import zero_tail
 from dynamax_llm.text.sources import find_source
-from tests.folders import backbone, byte_tokenizer, corpus, make_exits
+from tests.folders import backbone, byte_tokenizer, corpus
 
 TRAIN = dx.TrainSettings(max_tokens=2000, sequence=64, batch_tokens=256, held_out=0.2, quiet=True)
 
@@ -37,13 +40,13 @@ def test_scan_takes_a_model_or_what_was_made_of_it():
 
 
 def test_calibrate_takes_a_folder_of_exits(tmp_path):
-    make_exits("llama").save(tmp_path / "exits")
+    model, data = copy.deepcopy(backbone("llama")), str(corpus())
+    zero_tail(model, 2)  # so that leaving at the second layer is right
+    dx.Exits.untrained(adapt(model), (2, 3)).save(tmp_path / "exits")
     settings = dx.CalibrationSettings(prompts=40, prompt_tokens=6, new_tokens=6)
-    data = str(corpus())
-    promise = dx.calibrate(
-        backbone("llama"), byte_tokenizer(), tmp_path / "exits", data, "agreement>=0.01", settings=settings
-    )
-    assert (promise.text, promise.policy, promise.data["source"]) == ("agreement>=0.01", "propagate", data)
+    how = {"measure": "entropy", "settings": settings}
+    promise = dx.calibrate(model, byte_tokenizer(), tmp_path / "exits", data, "agreement>=0.8", **how)
+    assert (promise.text, promise.policy, promise.data["source"]) == ("agreement>=0.8", "propagate", data)
 
 
 def test_tune_takes_a_model_and_plain_strings(tmp_path):
