@@ -30,6 +30,7 @@ from dynamax_llm.settings import (
     THRESHOLD_SCHEDULES,
     DecodeSettings,
     GenerateSettings,
+    PlaceSettings,
     check_settings,
     option_of,
     setting,
@@ -41,11 +42,11 @@ from tests.folders import exits_folder
 #: Parameters of verbs that no settings class has.
 OWN = {
     *("context", "model", "models", "evaluations", "data", "out", "figures", "exits", "exit_layers", "prompt"),
-    *("prompt_file", "preset", "text_field", "dtype", "device", "as_json", "no_color", "shape", "promise"),
+    *("prompt_file", "preset", "text_field", "as_json", "no_color", "shape", "promise"),
     *("train_data", "help"),
 }
 SETTINGS = {
-    "generate": (DecodeSettings, GenerateSettings),
+    "generate": (DecodeSettings, GenerateSettings, PlaceSettings),
     "train": (TrainSettings,),
     "tune": (TuneSettings,),
     "scan": (ScanSettings,),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynamax_llm.errors import DataError, DynamaxError
+from dynamax_llm.settings import PlaceSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,12 +31,13 @@ def peek_backbone(model: str) -> PreTrainedConfig:
     return peek(model)
 
 
-def load_backbone(model: str, dtype: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model, on a GPU if there is one and no device was named, and its tokenizer."""
+def load_backbone(model: str, place: Mapping[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, on a GPU if there is one and ``place`` names no device, and its tokenizer."""
     from dynamax_llm.backbones.loading import load
 
     quiet()
-    return load(model, dtype=dtype, device_map=device or default_device())
+    chosen = PlaceSettings(**place)
+    return load(model, dtype=chosen.dtype, device_map=chosen.device or default_device())
 
 
 def default_device() -> str:

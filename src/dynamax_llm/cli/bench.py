@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dynamax_llm.cli import options as opt
 from dynamax_llm.cli.backbone import command_line, default_device, load_backbone, peek_backbone, quiet
-from dynamax_llm.cli.options import DTYPE, AsJson, Device, Dtype, Fields, Given, Target, verb
 from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.bench.settings import BenchSettings
+from dynamax_llm.settings import PlaceSettings
 
 #: Columns of a terminal from which on times carry their ranges.
 WIDE = 120
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from dynamax_llm.evaluation.bench.document import Row, Spread
 
 
-@verb(settings=Fields(BenchSettings))
+@opt.verb(place=opt.PLACE, settings=opt.Fields(BenchSettings))
 def bench(
     *,
     model: Annotated[
@@ -36,11 +37,10 @@ def bench(
             metavar="NAME",
         ),
     ] = None,
-    settings: Given,
-    out: Target = None,
-    dtype: Dtype = DTYPE,
-    device: Device = None,
-    as_json: AsJson = False,
+    settings: opt.Given,
+    out: opt.Target = None,
+    place: opt.Given,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Time decoding on this machine: policies, exit depths and batch sizes against full depth, in one run.
 
@@ -55,7 +55,14 @@ def bench(
 
     if out is not None:
         target(out)
-    lm, tail = _made(shape, plan, dtype, device) if shape else _loaded(str(model), dtype, device)
+    chosen = PlaceSettings(**place)
+    lm, tail = _random(shape, plan, chosen) if shape else (_loaded(str(model), place), None)
+
+    def save(part: Bench) -> None:
+        path = target(Path(str(out)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.save(path)
+
     found = measure(
         lm,
         plan,
@@ -63,19 +70,19 @@ def bench(
         zero_tail_from=tail,
         command=command_line("bench"),
         tell=lambda line: typer.echo(line, err=True),
-        on_part=None if out is None else lambda part: part.save(_room(target(out))),
+        on_part=None if out is None else save,
     )
     typer.echo(found.model_dump_json(indent=1)) if as_json else _show(found)
     if out is not None:
         typer.echo(f"Saved: {', '.join(map(str, write_bench(found, out)))}.", err=as_json)
 
 
-def _loaded(model: str, dtype: str, device: str | None) -> tuple[PreTrainedModel, None]:
+def _loaded(model: str, place: opt.Given) -> PreTrainedModel:
     peek_backbone(model)
-    return load_backbone(model, dtype, device)[0], None
+    return load_backbone(model, place)[0]
 
 
-def _made(shape: str, plan: BenchSettings, dtype: str, device: str | None) -> tuple[PreTrainedModel, int]:
+def _random(shape: str, plan: BenchSettings, chosen: PlaceSettings) -> tuple[PreTrainedModel, int]:
     """Random weights at a shape, and the depth after which its layers add nothing."""
     import torch
 
@@ -85,7 +92,7 @@ def _made(shape: str, plan: BenchSettings, dtype: str, device: str | None) -> tu
 
     quiet()
     first = place_exits(plan.exit_at, RANDOM_SHAPES.lookup(shape).num_hidden_layers)[0]
-    wanted, place = DTYPES.lookup(dtype), device or default_device()
+    wanted, place = DTYPES.lookup(chosen.dtype), chosen.device or default_device()
     try:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
@@ -98,14 +105,9 @@ def _made(shape: str, plan: BenchSettings, dtype: str, device: str | None) -> tu
     return lm, first
 
 
-def _room(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def _show(found: Bench) -> None:
     """Times, then what engines say, then what is missing."""
-    from dynamax_llm.cli.tables import Terminal, table
+    from dynamax_llm.cli.tables import Terminal
 
     terminal = Terminal()
     place, load = found.place, found.load
@@ -117,19 +119,20 @@ def _show(found: Bench) -> None:
     columns: tuple[str, ...] = ("setting · engine", "ms/token", "tokens/s", "x full", "bandwidth")
     columns += ("first token", "building") if wide else ()
     for batch in sorted({row.batch for row in found.rows}):
-        times = table(f"{heading}, batch {batch}", *columns)
-        for row in (row for row in found.rows if row.batch == batch):
-            times.add_row(*_cells(row, wide)[: len(columns)])
-        terminal.print(times)
-    same = table("Same tokens?", "of, against", "batch", "tokens", "likeliest differs", "equal")
-    for item in found.sameness:
-        differing = "–" if item.differing is None else f"{item.differing:.2%}"
-        equal = "–" if item.equal is None else f"{item.equal:.1%}"
-        where = "" if item.model == found.backbone.name else f" ({item.model}, {item.dtype})"
-        of = f"{item.of}, against {item.reference}{where}"
-        same.add_row(of, str(item.batch), f"{item.positions:,}", differing, equal)
-    if found.sameness:
-        terminal.print(same)
+        rows = [_cells(row, wide)[: len(columns)] for row in found.rows if row.batch == batch]
+        terminal.write_table(f"{heading}, batch {batch}", columns, rows)
+    same = [
+        (
+            f"{item.of}, against {item.reference}"
+            + ("" if item.model == found.backbone.name else f" ({item.model}, {item.dtype})"),
+            str(item.batch),
+            f"{item.positions:,}",
+            "–" if item.differing is None else f"{item.differing:.2%}",
+            "–" if item.equal is None else f"{item.equal:.1%}",
+        )
+        for item in found.sameness
+    ]
+    terminal.write_table("Same tokens?", ("of, against", "batch", "tokens", "likeliest differs", "equal"), same)
     for lack in found.missing:
         terminal.write_line(f"Not measured, batch {lack.batch}: {lack.label}: {lack.reason}.")
     terminal.write_line(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dynamax_llm.calibration.settings import CalibrationSettings, PromiseSettings
+from dynamax_llm.cli import options as opt
 from dynamax_llm.cli.backbone import load_backbone, no_empty_folder, peek_backbone, text_of
 from dynamax_llm.cli.deciding import ExitsFolder, check_exits, note_unused_window
-from dynamax_llm.cli.options import DTYPE, Device, Dtype, Fields, Given, Model, TextField, verb
 from dynamax_llm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from dynamax_llm.exits.promise import Promise
 
 
-@verb(proof=Fields(PromiseSettings), settings=Fields(CalibrationSettings))
+@opt.verb(place=opt.PLACE, proof=opt.Fields(PromiseSettings), settings=opt.Fields(CalibrationSettings))
 def calibrate(
     *,
-    model: Model,
+    model: opt.Model,
     data: Annotated[
         str,
         typer.Option(
@@ -38,16 +38,17 @@ def calibrate(
         Path | None,
         typer.Option(help="Folder for the exits with the promise. Default: the folder of --exits; shipped need one."),
     ] = None,
-    proof: Given,
-    settings: Given,
-    text_field: TextField = None,
-    dtype: Dtype = DTYPE,
-    device: Device = None,
+    proof: opt.Given,
+    settings: opt.Given,
+    text_field: opt.TextField = None,
+    place: opt.Given,
 ) -> None:
     """Find the thresholds that save most and keep a promise, prove it, and record it with the exits."""
     draws = CalibrationSettings(**settings)
     note_unused_window(proof)
     check_exits(exits, None, None)
+
+    from rich.console import Console
 
     from dynamax_llm.backbones import adapt
     from dynamax_llm.calibration.calibrate import Request
@@ -64,9 +65,15 @@ def calibrate(
     found.estimator(how.measure)
     with no_empty_folder(target):
         prepare_folder(target, (MANIFEST, TENSORS))
-        lm, tokenizer = load_backbone(model, dtype, device)
-        with _Status() as status:
-            arguments = {**vars(how), "settings": draws, "on_test": status}
+        lm, tokenizer = load_backbone(model, place)
+        # One line on stderr while tests are made; nothing where stderr is not a terminal.
+        with Console(stderr=True).status("learning the path of thresholds …") as status:
+
+            def on_test(test: dict[str, Any]) -> None:
+                at = f"λ {test['parameter']:.2f}: {test['estimate']:.4f} at depth {test['mean_depth']:.3f} …"
+                status.update(at)
+
+            arguments = {**vars(how), "settings": draws, "on_test": on_test}
             proved = prove(adapt(lm), tokenizer, found, source, promise, **arguments)
         found.keep(proved).save(target)
     report(proved, found, model, target)
@@ -90,28 +97,9 @@ def _exits(model: str, exits: str | None, out: Path | None) -> tuple[Exits, Path
     return Exits.from_pretrained(name), folder if out is None else out.expanduser()
 
 
-class _Status:
-    """One line on stderr while tests are made; nothing where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self._status = Console(stderr=True).status("learning the path of thresholds …")
-
-    def __enter__(self) -> _Status:
-        self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._status.stop()
-
-    def __call__(self, test: dict[str, Any]) -> None:
-        self._status.update(f"λ {test['parameter']:.2f}: {test['estimate']:.4f} at depth {test['mean_depth']:.3f} …")
-
-
 def report(promise: Promise, exits: Exits, model: str, out: Path) -> None:
     """Print the tests, what is promised and what is not, and the command that uses it."""
-    from dynamax_llm.cli.tables import Terminal, table
+    from dynamax_llm.cli.tables import Terminal
 
     terminal = Terminal()
     what = "drop" if promise.measure.startswith("risk:") else promise.measure
@@ -119,12 +107,17 @@ def report(promise: Promise, exits: Exits, model: str, out: Path) -> None:
         promise.method, "learn then test, p-values of Hoeffding and Bentkus"
     )
     terminal.write_line(f"{promise.text}: tests from safe to risky on {promise.n} prompts ({how})")
-    tests = table("", "λ", "mean depth", what, "p-value", "kept", left=())
-    for test in promise.evidence:
-        p = "–" if test["p_value"] is None else f"{test['p_value']:.2g}"
-        cells = (f"{test['parameter']:.2f}", f"{test['mean_depth']:.3f}", f"{test['estimate']:.4f}", p)
-        tests.add_row(*cells, "yes" if test["kept"] else "no")
-    terminal.print(tests)
+    rows = [
+        (
+            f"{test['parameter']:.2f}",
+            f"{test['mean_depth']:.3f}",
+            f"{test['estimate']:.4f}",
+            "–" if test["p_value"] is None else f"{test['p_value']:.2g}",
+            "yes" if test["kept"] else "no",
+        )
+        for test in promise.evidence
+    ]
+    terminal.write_table("", ("λ", "mean depth", what, "p-value", "kept"), rows)
     terminal.write_line(f"{promise.sentence()}.")
     thresholds = ", ".join(
         f"{'never' if value is None else f'{value:.5f}'} after layer {layer}"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dynamax_llm.cli import options as opt
 from dynamax_llm.cli.backbone import command_line, load_backbone, peek_backbone
 from dynamax_llm.cli.deciding import MeasureLayers, check_exits, note_unused_window, saved_exits
-from dynamax_llm.cli.options import DTYPE, AsJson, Device, Dtype, Fields, Given, Model, verb
 from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.harness.plan import EvalSettings, Plan
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from dynamax_llm.exits.artifact import Exits
 
 
-@verb(
+@opt.verb(
+    place=opt.PLACE,
     resumes=True,
-    settings=Fields(EvalSettings),
-    decode=Fields(DecodeSettings, "policy", "window", "promise", "engine"),
-    how=Fields(Plan),
+    settings=opt.Fields(EvalSettings),
+    decode=opt.Fields(DecodeSettings, "policy", "window", "promise", "engine"),
+    how=opt.Fields(Plan),
 )
 def evaluate(
     *,
-    model: Model,
+    model: opt.Model,
     out: Annotated[Path, typer.Option(help="Folder for eval.json and records; a killed run goes on where it stopped.")],
     exits: Annotated[
         list[str] | None,
@@ -40,12 +41,11 @@ def evaluate(
         ),
     ] = None,
     exit_layers: MeasureLayers = None,
-    settings: Given,
-    decode: Given,
-    how: Given,
-    dtype: Dtype = DTYPE,
-    device: Device = None,
-    as_json: AsJson = False,
+    settings: opt.Given,
+    decode: opt.Given,
+    how: opt.Given,
+    place: opt.Given,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Evaluate exits on tasks of lm-evaluation-harness, beside the full model and baselines."""
     once = {name: tuple(dict.fromkeys(value)) for name, value in settings.items() if isinstance(value, tuple)}
@@ -57,8 +57,7 @@ def evaluate(
     note_unused_window(decode)
     peek_backbone(model)
 
-    from dynamax_llm.cli.evaluated import show
-    from dynamax_llm.cli.tables import Bar
+    from dynamax_llm.cli.tables import Bar, show_evaluation
     from dynamax_llm.evaluation.harness.evaluate import evaluate as run
     from dynamax_llm.evaluation.harness.settings import Subject, by_promise
     from dynamax_llm.evaluation.harness.tasks import load_tasks
@@ -66,9 +65,9 @@ def evaluate(
     # Whatever can be wrong is found before the backbone is loaded and the first document is run.
     trained = _trained(model, exits or (), exit_layers, what.measures)
     promised = _promised(trained, decode.get("promise"))
-    sizes: Given = {name: getattr(what, name) for name in ("data_dir", "shots", "limit", "max_new_tokens")}
+    sizes: opt.Given = {name: getattr(what, name) for name in ("data_dir", "shots", "limit", "max_new_tokens")}
     loaded = load_tasks(what.tasks, seed=plan.seed, **sizes)
-    lm, tokenizer = load_backbone(model, dtype, device)
+    lm, tokenizer = load_backbone(model, place)
     subject = Subject(Path(model).name, lm, tokenizer)
     variants = _variants(subject, trained, exit_layers, what, decode)
     variants += [by_promise(subject, exits, text).on(decode.get("engine")) for exits, text in promised]
@@ -77,7 +76,7 @@ def evaluate(
     kept = {subject.name: tuple(item.to_json() for exits in trained.values() for item in exits.promises)}
     found = found.model_copy(update={"promises": kept})
     found.save(out)
-    typer.echo(found.model_dump_json(indent=1)) if as_json else show(found, out)
+    typer.echo(found.model_dump_json(indent=1)) if as_json else show_evaluation(found, out)
 
 
 def _trained(
@@ -121,7 +120,7 @@ def _family(exits: Exits) -> str:
 
 
 def _variants(
-    subject: Subject, trained: dict[str, Exits], exit_layers: str | None, what: EvalSettings, decode: Given
+    subject: Subject, trained: dict[str, Exits], exit_layers: str | None, what: EvalSettings, decode: opt.Given
 ) -> list[Variant]:
     from dynamax_llm.evaluation.harness.settings import grid
     from dynamax_llm.exits.artifact import Exits
@@ -129,5 +128,5 @@ def _variants(
     heads = {name: exits for name, exits in trained.items() if exits.heads is not None}
     at = Exits.untrained(subject.backbone, exit_layers) if exit_layers else next(iter(trained.values()), None)
     how = {name: value for name, value in decode.items() if name != "promise"}
-    chosen: Given = {"measures": what.compared_measures, "at": at, "baselines": what.baselines}
+    chosen: opt.Given = {"measures": what.compared_measures, "at": at, "baselines": what.baselines}
     return grid(subject, heads, what.thresholds, **chosen, **how)

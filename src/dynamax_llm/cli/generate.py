@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dynamax_llm.cli import options as opt
 from dynamax_llm.cli.backbone import load_backbone, peek_backbone
 from dynamax_llm.cli.deciding import ExitsFolder, MeasureLayers, at_layers, check_exits, decode_options, saved_exits
-from dynamax_llm.cli.options import DTYPE, AsJson, Device, Dtype, Fields, Given, Model, verb
 from dynamax_llm.errors import DataError, UsageError
 from dynamax_llm.settings import DecodeSettings, GenerateSettings
 
@@ -18,19 +18,18 @@ if TYPE_CHECKING:
     from dynamax_llm.cli.generated import Generation
 
 
-@verb(decode=Fields(DecodeSettings), settings=Fields(GenerateSettings))
+@opt.verb(place=opt.PLACE, decode=opt.Fields(DecodeSettings), settings=opt.Fields(GenerateSettings))
 def generate(
     *,
-    model: Model,
+    model: opt.Model,
     exits: ExitsFolder = None,
     exit_layers: MeasureLayers = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; may be given more than once.")] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="A text file with one prompt per line.")] = None,
-    decode: Given,
-    settings: Given,
-    dtype: Dtype = DTYPE,
-    device: Device = None,
-    as_json: AsJson = False,
+    decode: opt.Given,
+    settings: opt.Given,
+    place: opt.Given,
+    as_json: opt.AsJson = False,
     no_color: Annotated[bool, typer.Option("--no-color", help="Mark depths in plain text: the[8] cat[16].")] = False,
 ) -> None:
     """Continue prompts with as many layers as each token needs, and show the depth of every token."""
@@ -49,7 +48,7 @@ def generate(
     saved = saved_exits(model, exits, exit_layers, measure)
     # With saved exits, a wrong threshold is refused before the backbone is loaded, which may take minutes.
     early_exit = None if saved is None else EarlyExit(saved, **options)
-    lm, tokenizer = load_backbone(model, dtype, device)
+    lm, tokenizer = load_backbone(model, place)
     backbone = adapt(lm)
     if early_exit is None:
         early_exit = at_layers(backbone, exit_layers, options)

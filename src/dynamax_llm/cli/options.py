@@ -19,7 +19,7 @@ import typer
 
 from dynamax_llm.errors import DynamaxError, UsageError
 from dynamax_llm.exits.config import DEFAULT_EXITS
-from dynamax_llm.settings import DTYPES, Option, option_of
+from dynamax_llm.settings import Option, PlaceSettings, option_of
 
 INTERRUPTED, BROKEN_PIPE = 130, 141
 
@@ -38,15 +38,6 @@ ExitLayers = Annotated[
 ]
 DEFAULT_LAYERS = ",".join(DEFAULT_EXITS)
 TextField = Annotated[str | None, typer.Option(help="Field of a .jsonl or dataset record that holds the text.")]
-Dtype = Annotated[
-    str,
-    typer.Option(help="float32, bfloat16, float16, or auto: as stored on a GPU, float32 on a CPU.", metavar="NAME"),
-]
-DTYPE = DTYPES[0]
-Device = Annotated[
-    str | None,
-    typer.Option(help="cpu, cuda, cuda:1 …, or auto to spread layers. Default: a GPU if there is one.", metavar="NAME"),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the whole document as JSON.")]
 Target = Annotated[
     Path | None,
@@ -98,6 +89,10 @@ class Fields:
             flag = self.flags.get(name) or (option.flag if option else "")
             if option is not None and flag != "":
                 yield Derived(group, field, option, hints[name], flag or f"--{name.replace('_', '-')}")
+
+
+#: Where the model runs: an option group of most verbs.
+PLACE = Fields(PlaceSettings)
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,21 @@ from typing import Annotated
 
 import typer
 
+from dynamax_llm.cli import options as opt
 from dynamax_llm.cli.backbone import command_line, default_device, quiet
-from dynamax_llm.cli.options import DTYPE, Device, Dtype, Fields, Given, verb
 from dynamax_llm.evaluation.harness.plan import Plan
 from dynamax_llm.paper.plan import MODELS, PaperPlan
 from dynamax_llm.settings import DecodeSettings
 from dynamax_llm.training.settings import TrainSettings
 
 
-@verb(
+@opt.verb(
+    place=opt.PLACE,
     resumes=True,
-    grid=Fields(PaperPlan),
-    decode=Fields(DecodeSettings, "engine"),
-    how=Fields(Plan),
-    training=Fields(TrainSettings, "max_tokens", flags={"max_tokens": "--train-tokens"}),
+    grid=opt.Fields(PaperPlan),
+    decode=opt.Fields(DecodeSettings, "engine"),
+    how=opt.Fields(Plan),
+    training=opt.Fields(TrainSettings, "max_tokens", flags={"max_tokens": "--train-tokens"}),
 )
 def paper(
     *,
@@ -35,35 +36,33 @@ def paper(
             metavar="[MODEL]...", help="Backbones to compare. Default: Mistral 7B v0.3 and Codestral Mamba 7B v0.1."
         ),
     ] = None,
-    grid: Given,
-    decode: Given,
-    how: Given,
-    training: Given,
+    grid: opt.Given,
+    decode: opt.Given,
+    how: opt.Given,
+    training: opt.Given,
     train_data: Annotated[
         str,
         typer.Option(
             help="Text for exits that are not trained yet; the shipped backbones bring theirs.", metavar="PATH|ID"
         ),
     ] = "HuggingFaceFW/fineweb-edu:sample-10BT",
-    dtype: Dtype = DTYPE,
-    device: Device = None,
+    place: opt.Given,
 ) -> None:
     """The paper's grid: backbones x heads x tasks, thresholds swept, baselines beside, as one report."""
     work = Plan(**how)
-    settings: Given = {"training": TrainSettings(seed=work.seed, **training), "how": work, "train_data": train_data}
-    plan = PaperPlan(models=tuple(models or MODELS), dtype=dtype, **settings, **grid, **decode)
+    settings: opt.Given = {"training": TrainSettings(seed=work.seed, **training), "how": work, "train_data": train_data}
+    plan = PaperPlan(models=tuple(models or MODELS), **place, **settings, **grid, **decode)
 
-    from dynamax_llm.cli.evaluated import show
-    from dynamax_llm.cli.tables import Bar
+    from dynamax_llm.cli.tables import Bar, show_evaluation
     from dynamax_llm.paper import run
     from dynamax_llm.report import check_targets, write_report
 
     quiet()
-    plan = replace(plan, device=device or default_device())
+    plan = replace(plan, device=plan.device or default_device())
     page, figures = out / "report.html", out / "figures"
     check_targets(page, figures)
     with Bar() as bar:
         found = run(plan, out, command=command_line("paper"), on_progress=bar.show)
     write_report([found], page, figures)
-    show(found, out)
+    show_evaluation(found, out)
     typer.echo(f"Report: {page}")

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from dynamax_llm.cli.options import verb
+from dynamax_llm.cli import options as opt
 
 
-@verb()
+@opt.verb()
 def report(
     evaluations: Annotated[
         list[Path],

@@ -8,26 +8,13 @@ from typing import Annotated
 
 import typer
 
+from dynamax_llm.cli import options as opt
 from dynamax_llm.cli.backbone import load_backbone, no_empty_folder, peek_backbone, text_of
-from dynamax_llm.cli.options import (
-    DEFAULT_LAYERS,
-    DTYPE,
-    Data,
-    Device,
-    Dtype,
-    ExitLayers,
-    Fields,
-    Given,
-    Model,
-    TextField,
-    verb,
-    was_given,
-)
 from dynamax_llm.exits.config import HEADS, INPUTS, LABELS, READOUTS, ExitConfig
 from dynamax_llm.settings import Option
 from dynamax_llm.training.settings import TrainSettings
 
-#: Fields of an ExitConfig that are options; their defaults are ExitConfig's.
+#: opt.Fields of an ExitConfig that are options; their defaults are ExitConfig's.
 CONFIG = {
     "head": Option("Exit head: linear, mlp, transformer or mamba.", choices=HEADS, metavar="NAME"),
     "inputs": Option(
@@ -49,29 +36,30 @@ CONFIG = {
 }
 
 
-@verb(resumes=True, config=Fields(ExitConfig, options=CONFIG), settings=Fields(TrainSettings))
+@opt.verb(
+    place=opt.PLACE, resumes=True, config=opt.Fields(ExitConfig, options=CONFIG), settings=opt.Fields(TrainSettings)
+)
 def train(
     *,
     context: typer.Context,
-    model: Model,
-    data: Data,
+    model: opt.Model,
+    data: opt.Data,
     out: Annotated[Path, typer.Option(help="Folder for the exits; the same command again resumes a killed run.")],
-    exit_layers: ExitLayers = DEFAULT_LAYERS,
+    exit_layers: opt.ExitLayers = opt.DEFAULT_LAYERS,
     preset: Annotated[
         str | None,
         typer.Option(help="Start from a named set of options (dynamax-paper); those given here win.", metavar="NAME"),
     ] = None,
-    config: Given,
-    settings: Given,
-    text_field: TextField = None,
-    dtype: Dtype = DTYPE,
-    device: Device = None,
+    config: opt.Given,
+    settings: opt.Given,
+    text_field: opt.TextField = None,
+    place: opt.Given,
 ) -> None:
     """Train exits on a frozen backbone and save them as an artifact."""
     from dynamax_llm.training.presets import PRESETS, Preset
 
     plan = Preset(exit_layers, {}, {}) if preset is None else PRESETS.lookup(preset)
-    if was_given(context, "exit_layers"):
+    if opt.was_given(context, "exit_layers"):
         plan = replace(plan, exits=exit_layers)
     training = plan.train_settings(**settings)
 
@@ -86,8 +74,8 @@ def train(
     source = text_of(data, text_field)
     with no_empty_folder(out):
         prepare_folder(out, (MANIFEST, TENSORS))
-        group = Group.join(cpu=device == "cpu")
-        lm, tokenizer = load_backbone(model, dtype, device)
+        group = Group.join(cpu=place.get("device") == "cpu")
+        lm, tokenizer = load_backbone(model, place)
         trained = train_exits(adapt(lm), tokenizer, source, exits, training, out)
     if group.main:
         report(trained, model, out, on_policy(adapt(lm), tokenizer, source, training, trained))

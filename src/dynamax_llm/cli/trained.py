@@ -36,18 +36,16 @@ def on_policy(
 
 def report(exits: Exits, model: str, out: Path, measured: Comparison) -> None:
     """Print what the held-out text says of the trained exits, and the command that uses them."""
-    from dynamax_llm.cli.tables import Terminal, table
+    from dynamax_llm.cli.tables import Terminal
 
     config, held = exits.config, exits.provenance["held_out"]
     terminal = Terminal()
-    columns = ("exit", "depth", "agreement if all leave", "AUROC of the head")
-    shown = table(f"{config.head} head on {held['tokens']:,} held-out tokens", *columns, left=())
-    rows = zip(config.layers, held["base_rate"], held["auroc"], strict=True)
-    for index, (depth, rate, quality) in enumerate(rows, start=1):
-        shown.add_row(
-            str(index), f"{depth} of {config.n_layers}", f"{rate:.3f}", "–" if quality is None else f"{quality:.3f}"
-        )
-    terminal.print(shown)
+    rows = [
+        (f"{depth} of {config.n_layers}", f"{rate:.3f}", "–" if quality is None else f"{quality:.3f}")
+        for depth, rate, quality in zip(config.layers, held["base_rate"], held["auroc"], strict=True)
+    ]
+    columns = ("exit after layer", "agreement if all leave", "AUROC of the head")
+    terminal.write_table(f"{config.head} head on {held['tokens']:,} held-out tokens", columns, rows)
     target = measured.target
     terminal.write_line(
         f"If skipped layers kept their true state: mean depth {held['depth']:.3f} at {target:.0%} agreement "
