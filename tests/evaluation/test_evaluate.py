@@ -187,7 +187,7 @@ def test_two_backbones_in_one_document(tmp_path):
         merge([])
 
 
-@pytest.mark.parametrize(("options", "said"), [({"batch": 0}, "batch 0"), ({"timed": -1}, "timed -1")])
+@pytest.mark.parametrize(("options", "said"), [({"batch": 0}, "batch = 0"), ({"timed": -1}, "timed = -1")])
 def test_plans_that_cannot_be(options, said):
     with pytest.raises(UsageError, match=said):
         Plan(**options)

@@ -78,7 +78,7 @@ def test_the_text_field_can_be_named(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "no", "title": "yes"}) + "\n\n")
     assert list(documents(path, text_field="title")) == ["yes"]
     with pytest.raises(
-        DataError, match=r"a\.jsonl, line 1: no text in a field 'body'\. It has text, title\..*--text-field"
+        DataError, match=r"a\.jsonl, line 1: no text in a field 'body'\. It has text, title\..*`text_field`"
     ):
         list(documents(path, text_field="body"))
 

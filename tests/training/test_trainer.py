@@ -270,7 +270,7 @@ def test_sigkill_and_the_same_command(backbone, corpus: Path, tokenizer, tmp_pat
 def test_another_run_in_the_same_folder_is_refused(backbone, corpus: Path, tokenizer, tmp_path: Path) -> None:
     adapter, source, out = backbone("mistral"), find_source(corpus), tmp_path / "out"
     train(adapter, tokenizer, source, CONFIG, SETTINGS, out)
-    with pytest.raises(UsageError, match=r"holds another training run: lr is 0\.5 here, and was .*--out.*delete"):
+    with pytest.raises(UsageError, match=r"holds another training run: lr is 0\.5 here, and was .*`out`.*delete"):
         train(adapter, tokenizer, source, CONFIG, dataclasses.replace(SETTINGS, lr=0.5), out)
     with pytest.raises(UsageError, match=r"head is 'mlp' here, and was 'mamba'"):
         train(adapter, tokenizer, source, dataclasses.replace(CONFIG, head="mlp"), SETTINGS, out)
