@@ -35,7 +35,7 @@ class TokenBar:
             disable=quiet or not console.is_terminal,
         )
         self._shown = 0.0
-        self._task = self._progress.add_task("training", total=total, completed=done, note="")
+        self._task = self._progress.add_task("starting", total=total, completed=done, note="")
 
     def show(self, tokens: int, note: Callable[[], tuple[str, str]]) -> None:
         """Move to ``tokens`` tokens done, at most once in PAUSE: ``note`` makes phase and figures, and costs time."""

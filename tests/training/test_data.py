@@ -88,7 +88,7 @@ def test_the_text_field_can_be_named(tmp_path: Path) -> None:
     [
         (b'{"text": "a"}\n{"text": \n', r"x\.jsonl, line 2, column \d+: no valid JSON"),
         (b"[1, 2]\n", r"line 1: the record is a list, not a JSON object"),
-        (b'{"length": 3}\n', r"line 1: no text in any of text, content.*It has length\..*--text-field"),
+        (b'{"length": 3}\n', r"line 1: no text in any of text, content.*It has length\..*`text_field`"),
         (b'{"text": 7}\n', r"line 1: no text in any of"),
         (b'{"text": "a"}\n{"text": "\xff"}\n', r"x\.jsonl: byte 0xff at offset 24 is not UTF-8.*iconv"),
     ],

@@ -129,21 +129,13 @@ def calibrate(
     exits.check_backbone(backbone)
     _check_length(backbone, settings)
     drawn = _draw(request.target, source, tokenizer, settings)
-    given = f"data {source.spec!r} gives {len(drawn.items)} prompts"
-    request.check_count(len(drawn.items), settings, given)
-    n_path = settings.split(len(drawn.items))
-    path_risk = _risk(request.target, backbone, tokenizer, drawn.items[:n_path], settings)
-    risk = _risk(request.target, backbone, tokenizer, drawn.items[n_path:], settings)
+    request.check_count(len(drawn.items), settings, f"data {source.spec!r} gives {len(drawn.items)} prompts")
+    items, n_path = drawn.items, settings.split(len(drawn.items))
+    parts = (items[:n_path], items[n_path:])
+    path_risk, risk = (_risk(request.target, backbone, tokenizer, part, settings) for part in parts)
     score = _full_score(exits, request, risk)
     path = fit_path(exits, path_risk, request.target.limit, request.how, PARAMETERS)
-    evidence: list[dict[str, Any]] = []
-    for test, losses in _tests(exits, request, path.points, path_risk, risk):
-        if not (evidence or test["kept"]):
-            raise _not_kept(request, test, losses)
-        evidence.append(test)
-        if on_test is not None:
-            on_test(test)
-    best = [test for test in evidence if test["kept"]][-1]
+    evidence = _evidence(request, _tests(exits, request, path.points, path_risk, risk), on_test)
     return Promise(
         text=request.target.text,
         measure=request.target.measure,
@@ -153,8 +145,7 @@ def calibrate(
         n=len(risk.items),
         n_path=n_path,
         unit="sequences",
-        **{name: best[name] for name in ("parameter", "estimate", "p_value", "mean_depth")},
-        thresholds=tuple(best["thresholds"]),
+        **_riskiest(evidence),
         policy=policy,
         window=window,
         readout=exits.config.readout,
@@ -165,6 +156,29 @@ def calibrate(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         evidence=tuple(evidence),
     )
+
+
+def _evidence(
+    request: Request,
+    tests: Iterator[tuple[dict[str, Any], torch.Tensor]],
+    on_test: Callable[[dict[str, Any]], None] | None,
+) -> list[dict[str, Any]]:
+    """The tests made, each given to ``on_test``. Raises PromiseError if the first of them fails."""
+    evidence: list[dict[str, Any]] = []
+    for test, losses in tests:
+        if not (evidence or test["kept"]):
+            raise _not_kept(request, test, losses)
+        evidence.append(test)
+        if on_test is not None:
+            on_test(test)
+    return evidence
+
+
+def _riskiest(evidence: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the promise records of the last test that was passed."""
+    best = [test for test in evidence if test["kept"]][-1]
+    figures = {name: best[name] for name in ("parameter", "estimate", "p_value", "mean_depth")}
+    return {**figures, "thresholds": tuple(best["thresholds"])}
 
 
 def _full_score(exits: Exits, request: Request, risk: Risk) -> dict[str, float]:
