@@ -19,7 +19,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from dynamax_llm.cli.train import count
+from dynamax_llm.cli.options import count
 
 
 def start(args: argparse.Namespace, out: Path) -> subprocess.Popen:

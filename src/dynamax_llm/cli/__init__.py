@@ -1,6 +1,6 @@
 """The command line: one verb per stage. Every refusal is one clear message on stderr and exit code 2.
 
-Other codes: 0 done, 1 a bug (one line; DYNAMAX_TRACEBACK=1 shows where), 130 after Ctrl-C, 141 if nobody reads stdout.
+Other codes: 0 done, 1 a bug (one line; DYNAMAX_TRACEBACK=1 shows where), 130 after Ctrl-C, 141 if stdout is closed.
 """
 
 from __future__ import annotations

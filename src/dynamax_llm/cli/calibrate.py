@@ -57,8 +57,8 @@ def calibrate(
     from dynamax_llm.exits.files import prepare_folder
 
     how = PromiseSettings(**proof)
-    asked = Request.of(promise, how.confidence, how.method, how.policy, how.window, how.measure)
-    asked.check_count(draws.prompts, draws, f"prompts = {draws.prompts}")
+    request = Request.of(promise, how.confidence, how.method, how.policy, how.window, how.measure)
+    request.check_count(draws.prompts, draws, f"prompts = {draws.prompts}")
     source = text_of(data, text_field)
     peek_backbone(model)
     found, target = _exits(model, exits, out)

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Annotated, Any
 
 import typer
@@ -88,7 +88,13 @@ class Fields:
             option = self.options.get(name) or option_of(field)
             flag = self.flags.get(name) or (option.flag if option else "")
             if option is not None and flag != "":
-                yield Derived(group, field, option, hints[name], flag or f"--{name.replace('_', '-')}")
+                yield Derived(group, field, option, _plain(hints[name]), flag or f"--{name.replace('_', '-')}")
+
+
+def _plain(hint: Any) -> Any:
+    """The type without None; text where that is one of several."""
+    kinds = [kind for kind in typing.get_args(hint) if kind is not NoneType] if isinstance(hint, UnionType) else [hint]
+    return str if str in kinds else kinds[0]
 
 
 #: Where the model runs: an option group of most verbs.
@@ -102,7 +108,7 @@ class Derived:
     group: str
     field: dataclasses.Field
     option: Option
-    hint: Any
+    kind: Any
     flag: str
 
     @property
@@ -111,20 +117,13 @@ class Derived:
         return self.flag.split("/")[0].removeprefix("--").replace("-", "_")
 
     @property
+    def is_list(self) -> bool:
+        return typing.get_origin(self.kind) is tuple
+
+    @property
     def item_type(self) -> type:
         """The type of the value, or of one item of a tuple."""
-        hint = next(iter(self._types))
-        return typing.get_args(hint)[0] if self.is_list else hint
-
-    @property
-    def is_list(self) -> bool:
-        return typing.get_origin(next(iter(self._types))) is tuple
-
-    @property
-    def _types(self) -> tuple[Any, ...]:
-        alternatives = typing.get_args(self.hint) if typing.get_origin(self.hint) is not tuple else ()
-        known = [part for part in alternatives if part is not NoneType] or [self.hint]
-        return (str,) if str in known else tuple(known)
+        return typing.get_args(self.kind)[0] if self.is_list else self.kind
 
     @property
     def default(self) -> Any:
