@@ -19,7 +19,7 @@ WIDE = 150
 
 
 class Terminal(Console):
-    """Prints text as it is: no markup, no emoji codes, no highlighting. Raises BrokenPipeError where stdout is closed."""
+    """Prints text as it is: no markup, no emoji codes, no highlighting. BrokenPipeError where stdout is closed."""
 
     def __init__(self, **how: bool | None) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **how)  # type: ignore[arg-type]
