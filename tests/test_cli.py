@@ -12,7 +12,7 @@ import torch
 from dynamax_llm import cli
 from dynamax_llm.backbones import loading
 from dynamax_llm.backbones.loading import load
-from dynamax_llm.cli.train import count
+from dynamax_llm.cli.options import count
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
 from tests.folders import copy, corpus, exits_folder, model_folder
@@ -40,7 +40,7 @@ def test_help_names_every_verb_and_its_options(dynamax, monkeypatch):
         assert dynamax(verb, "--help")
     for option in ("--threshold", "--policy", "--measure", "--json"):
         assert option in dynamax("generate", "--help")
-    for option in ("--head", "--exits", "--readout", "--tokens", "--out"):
+    for option in ("--head", "--exit-layers", "--readout", "--tokens", "--out"):
         assert option in dynamax("train", "--help")
 
 
@@ -96,14 +96,14 @@ def test_exact_policies_say_what_they_did(model_type, dynamax):
 
 def test_thresholds_per_exit(dynamax):
     found = generate(
-        dynamax, "llama", "--measure", "entropy", "--exits", "1,3", "--threshold", "never,0", "--prompt", "a"
+        dynamax, "llama", "--measure", "entropy", "--exit-layers", "1,3", "--threshold", "never,0", "--prompt", "a"
     )
     assert {token["depth"] for token in found["results"][0]["tokens"][1:]} <= {3}
 
 
 def test_measure_needs_no_artifact_and_exits_may_be_shares(dynamax):
     found = generate(
-        dynamax, "mamba2", "--measure", "softmax_max", "--exits", "2/5", "--threshold", "0", "--prompt", "a"
+        dynamax, "mamba2", "--measure", "softmax_max", "--exit-layers", "2/5", "--threshold", "0", "--prompt", "a"
     )
     assert {token["depth"] for token in found["results"][0]["tokens"][1:]} <= {2}
 
@@ -164,7 +164,7 @@ def test_a_shipped_backbone_brings_its_exits(dynamax, monkeypatch, tmp_path):
     assert Exits.from_pretrained("mamba-ee").config.head == "mlp"
 
 
-TRAIN = ("--tokens", "3k", "--seq-length", 64, "--batch", 256, "--heldout", "0.2", "--exits", "2,3")
+TRAIN = ("--tokens", "3k", "--seq-length", 64, "--tokens-per-step", 256, "--heldout", "0.2", "--exit-layers", "2,3")
 
 
 @pytest.mark.parametrize(
@@ -224,18 +224,25 @@ def test_interrupted_training_says_how_to_go_on(capsys, monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dynamax_llm.training.trainer.train", interrupted)
-    command = ["train", str(model_folder()), "--data", str(corpus()), "--out", str(tmp_path), "--exits", "2"]
+    command = ["train", str(model_folder()), "--data", str(corpus()), "--out", str(tmp_path), "--exit-layers", "2"]
     assert cli.run(command) == 130
-    assert "the same command continues where it stopped" in capsys.readouterr().err
+    assert "the same command goes on where it stopped" in capsys.readouterr().err
 
 
-def test_other_failures_are_not_hidden(monkeypatch):
+def test_other_failures_are_one_line_and_not_hidden(capsys, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("dynamax_llm.cli.generate.load_backbone", broken)
+    command = ["generate", str(model_folder()), "--measure", "entropy", "--prompt", "a"]
+    assert cli.run(command) == 1
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("error: unexpected RuntimeError: a bug. This is a bug in DYNAMAX") and error.count("\n") == 1
+    )
+    monkeypatch.setenv("DYNAMAX_TRACEBACK", "1")
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.run(["generate", str(model_folder()), "--measure", "entropy", "--prompt", "a"])
+        cli.run(command)
 
 
 def test_running_out_of_memory_is_a_clear_error(capsys, monkeypatch):
@@ -262,7 +269,7 @@ def test_a_preset_is_a_beginning_and_options_win(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("dynamax_llm.training.trainer.train", train)
     arguments = ["train", str(model_folder("llama")), "--data", str(corpus()), "--out", str(tmp_path / "out")]
     paper = [*arguments, "--preset", "dynamax-paper"]
-    assert cli.run([*paper, "--lr", "1e-3", "--exits", "2,3", "--head", "linear"]) == 130
+    assert cli.run([*paper, "--lr", "1e-3", "--exit-layers", "2,3", "--head", "linear"]) == 130
     config, settings = asked["config"], asked["settings"]
     assert (config.layers, config.head, settings.label, config.readout) == ((2, 3), "linear", "topk", "tail")
     assert (settings.lr, settings.documents, settings.optimiser) == (1e-3, 1000, "schedule-free")
@@ -270,6 +277,6 @@ def test_a_preset_is_a_beginning_and_options_win(monkeypatch, tmp_path, capsys):
     assert cli.run([*arguments, "--tokens", "5k"]) == 130
     config, settings = asked["config"], asked["settings"]
     assert (config.head, settings.label, config.inputs) == ("mlp", "action", ("hidden", "statistics", "tokens"))
-    assert (settings.lr, settings.documents, settings.optimiser, settings.max_tokens) == (3e-3, None, "adamw", 5000)
+    assert (settings.lr, settings.documents, settings.optimiser, settings.max_tokens) == (1e-2, None, "adamw", 5000)
     assert cli.run([*arguments, "--preset", "paper"]) == 2
     assert "unknown preset 'paper'" in capsys.readouterr().err

@@ -14,7 +14,18 @@ from tests.folders import corpus, model_folder
 
 def tune(*options: object, out: object, model: object = None, data: object = None) -> list[str]:
     """A run that takes a moment; later options override earlier ones."""
-    short = ["--tokens", "600", "--seq-length", 48, "--batch", 192, "--exits", "1/5,3", "--eval-tokens", 100]
+    short = [
+        "--tokens",
+        "600",
+        "--seq-length",
+        48,
+        "--tokens-per-step",
+        192,
+        "--exit-layers",
+        "1/5,3",
+        "--eval-tokens",
+        100,
+    ]
     command = [
         "tune",
         model or model_folder(),
@@ -32,7 +43,7 @@ def tune(*options: object, out: object, model: object = None, data: object = Non
 
 def test_a_run_shows_what_changed_and_the_result_goes_on(tmp_path: Path, capsys) -> None:
     out = tmp_path / "tuned"
-    assert cli.run(tune("--schedule", "rotating", "--distill", 0.5, "--checkpointing", out=out)) == 0
+    assert cli.run(tune("--exit-schedule", "rotating", "--distill", 0.5, "--checkpointing", out=out)) == 0
     printed = capsys.readouterr().out
     record = json.loads((out / "tuning.json").read_text())
     before, after = record["before"], record["after"]
@@ -40,21 +51,21 @@ def test_a_run_shows_what_changed_and_the_result_goes_on(tmp_path: Path, capsys)
     assert f"changed by {after['loss'] - before['loss']:+.4f} nats" in printed
     assert "1*" in printed and "3*" in printed and f"dynamax train {out}" in printed
     assert record["layers"] == [1, 3] and record["settings"]["schedule"] == "rotating"
-    assert cli.run(tune("--method", "full", "--exits", "all", out=tmp_path / "again", model=out)) == 0
+    assert cli.run(tune("--method", "full", "--exit-layers", "all", out=tmp_path / "again", model=out)) == 0
     assert json.loads((tmp_path / "again" / "tuning.json").read_text())["layers"] == [1, 2, 3, 4]
 
 
 WRONG = {
-    "method": (("--method", "qlora"), "method = 'qlora'", "lora, full"),
-    "rank": (("--rank", 0), "rank = 0", "at least 1"),
-    "schedule": (("--schedule", "every"), "schedule = 'every'", "weighted, rotating"),
-    "distillation": (("--distill", 1.5), "distil = 1.5", "between 0 and 1"),
-    "teacher": (("--teacher", "other"), "teacher = 'other'", "original, current"),
-    "exits": (("--exits", "2,5"), "'5'", "after layers 1 to 4"),
+    "method": (("--method", "qlora"), "--method 'qlora'", "lora, full"),
+    "rank": (("--rank", 0), "--rank 0", "at least 1"),
+    "schedule": (("--exit-schedule", "every"), "--exit-schedule 'every'", "weighted, rotating"),
+    "distillation": (("--distill", 1.5), "--distill 1.5", "between 0 and 1"),
+    "teacher": (("--teacher", "other"), "--teacher 'other'", "original, current"),
+    "exits": (("--exit-layers", "2,5"), "'5'", "after layers 1 to 4"),
     "tokens": (("--tokens", "none"), "'none'", "300k, 1M"),
-    "batch": (("--batch", 32), "batch_tokens = 32", "one chunk of 48"),
-    "rate": (("--lr", 0), "lr = 0.0", "above 0"),
-    "everything held out": (("--heldout", 1), "held_out = 1.0", "between 0 and 1"),
+    "batch": (("--tokens-per-step", 32), "--tokens-per-step 32", "one chunk of 48"),
+    "rate": (("--lr", 0), "--lr 0.0", "above 0"),
+    "everything held out": (("--heldout", 1), "--heldout 1.0", "between 0 and 1"),
     "spread over devices": (("--device", "auto"), "'auto'", "give cpu, cuda"),
 }
 

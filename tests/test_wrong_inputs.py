@@ -31,7 +31,7 @@ def with_exits(*options: object) -> list[object]:
 
 def train(*options: object, data: object = None, out: object = None, model: object = None) -> list[object]:
     """A run that would take a second; later options override earlier ones."""
-    short = ["--tokens", "2k", "--seq-length", 64, "--batch", 256, "--exits", "2,3", "--head", "linear"]
+    short = ["--tokens", "2k", "--seq-length", 64, "--tokens-per-step", 256, "--exit-layers", "2,3", "--head", "linear"]
     return ["train", model or model_folder(), "--data", data or corpus(), "--out", out, *short, *options]
 
 
@@ -178,8 +178,8 @@ DECISIONS: dict[str, tuple[Command, str, str]] = {
     "unknown measure": (lambda t: with_exits("--measure", "entrpy"), "'entrpy'", "Did you mean 'entropy'"),
     "window of nothing": (
         lambda t: with_exits("--policy", "defer", "--window", "0"),
-        "'--window'",
-        "greater than or equal to 1",
+        "--window 0",
+        "give at least 1",
     ),
     "unknown policy": (lambda t: with_exits("--policy", "propogate"), "'propogate'", "Did you mean 'propagate'"),
     "stale on a Transformer": (
@@ -192,16 +192,24 @@ DECISIONS: dict[str, tuple[Command, str, str]] = {
         "'copy'",
         "Use 'propagate', 'stale', 'defer' or 'verify'",
     ),
-    "unknown schedule": (lambda t: with_exits("--schedule", "linear"), "'linear'", "fixed, decaying"),
-    "exit 0 for a measure": (lambda t: generate("--measure", "entropy", "--exits", "0"), "'0'", "after layers 1 to 4"),
+    "unknown schedule": (lambda t: with_exits("--threshold-schedule", "linear"), "'linear'", "fixed, decaying"),
+    "exit 0 for a measure": (
+        lambda t: generate("--measure", "entropy", "--exit-layers", "0"),
+        "'0'",
+        "after layers 1 to 4",
+    ),
     "exit at the last layer": (
-        lambda t: generate("--measure", "entropy", "--exits", "5"),
+        lambda t: generate("--measure", "entropy", "--exit-layers", "5"),
         "'5'",
         "after layers 1 to 4",
     ),
-    "exit past the depth": (lambda t: generate("--measure", "entropy", "--exits", "9/8"), "'9/8'", "1 to 4"),
-    "no such fraction": (lambda t: generate("--measure", "entropy", "--exits", "1/0"), "'1/0'", "shares of the depth"),
-    "two exits on one layer": (lambda t: generate("--measure", "entropy", "--exits", "2,2/5"), "'2/5'", "once"),
+    "exit past the depth": (lambda t: generate("--measure", "entropy", "--exit-layers", "9/8"), "'9/8'", "1 to 4"),
+    "no such fraction": (
+        lambda t: generate("--measure", "entropy", "--exit-layers", "1/0"),
+        "'1/0'",
+        "shares of the depth",
+    ),
+    "two exits on one layer": (lambda t: generate("--measure", "entropy", "--exit-layers", "2,2/5"), "'2/5'", "once"),
 }
 
 PROMPTS: dict[str, tuple[Command, str, str]] = {
@@ -233,9 +241,9 @@ PROMPTS: dict[str, tuple[Command, str, str]] = {
         "200 tokens",
         "at most 127",
     ),
-    "temperature 0": (lambda t: with_exits("--temperature", 0), "temperature 0", "give a number above 0"),
-    "top-p above 1": (lambda t: with_exits("--top-p", "1.5"), "top-p 1.5", "up to 1"),
-    "no new tokens": (lambda t: with_exits("--max-new-tokens", 0), "got '0'", "greater than or equal to 1"),
+    "temperature 0": (lambda t: with_exits("--temperature", 0), "--temperature 0.0", "give above 0"),
+    "top-p above 1": (lambda t: with_exits("--top-p", "1.5"), "--top-p 1.5", "at most 1"),
+    "no new tokens": (lambda t: with_exits("--max-new-tokens", 0), "--max-new-tokens 0", "give at least 1"),
 }
 
 TRAINING: dict[str, tuple[Command, str, str]] = {
@@ -243,7 +251,7 @@ TRAINING: dict[str, tuple[Command, str, str]] = {
     "unreachable dataset": (lambda t: train(data="who/what", out=t / "o"), "'who/what'", "Check the name"),
     "folder without text": (lambda t: train(data=t, out=t / "o"), "no usable file", ".jsonl, .jsonl.xz, .txt"),
     "file of another kind": (lambda t: train(data=file(t, "a.pdf", "x"), out=t / "o"), "a.pdf", "Allowed: "),
-    "empty data": (lambda t: train(data=file(t, "a.jsonl", ""), out=t / "o"), "a.jsonl", "Give more text"),
+    "empty data": (lambda t: train(data=file(t, "a.jsonl", ""), out=t / "o"), "a.jsonl", "the file is empty"),
     "data not UTF-8": (lambda t: train(data=file(t, "a.txt", b"caf\xe9 \xff"), out=t / "o"), "offset 3", "iconv"),
     "bad JSON line": (
         lambda t: train(data=file(t, "a.jsonl", records({"text": "fine"}, '{"text": ')), out=t / "o"),
@@ -258,13 +266,13 @@ TRAINING: dict[str, tuple[Command, str, str]] = {
     "named field is not there": (lambda t: train("--text-field", "body", out=t / "o"), "'body'", "It has text"),
     "damaged .xz": (lambda t: train(data=file(t, "a.jsonl.xz", b"no xz"), out=t / "o"), "a.jsonl.xz", "Copy it again"),
     "unknown head": (lambda t: train("--head", "mambo", out=t / "o"), "'mambo'", "Did you mean 'mamba'"),
-    "unknown readout": (lambda t: train("--readout", "tial", out=t / "o"), "'tial'", "head, tail, lens"),
+    "unknown readout": (lambda t: train("--readout", "tial", out=t / "o"), "--readout 'tial'", "head, tail, lens"),
     "unknown label": (lambda t: train("--label", "top", out=t / "o"), "'top'", "action, topk"),
     "unknown input": (lambda t: train("--inputs", "hidden,logits", out=t / "o"), "logits", "hidden, statistics"),
-    "exit 0": (lambda t: train("--exits", "0,2", out=t / "o"), "'0'", "after layers 1 to 4"),
-    "exit beyond the depth": (lambda t: train("--exits", "2,9", out=t / "o"), "'9'", "after layers 1 to 4"),
+    "exit 0": (lambda t: train("--exit-layers", "0,2", out=t / "o"), "'0'", "after layers 1 to 4"),
+    "exit beyond the depth": (lambda t: train("--exit-layers", "2,9", out=t / "o"), "'9'", "after layers 1 to 4"),
     "exit that is no number": (
-        lambda t: train("--exits", "half", out=t / "o"),
+        lambda t: train("--exit-layers", "half", out=t / "o"),
         "'half'",
         "shares of the depth (1/2,0.75)",
     ),
@@ -273,13 +281,17 @@ TRAINING: dict[str, tuple[Command, str, str]] = {
         "tail of 3",
         "1 to 2 layers",
     ),
-    "batch 0": (lambda t: train("--batch", 0, out=t / "o"), "batch_tokens = 0", "give at least 1"),
-    "batch below one chunk": (lambda t: train("--batch", 32, out=t / "o"), "batch_tokens = 32", "one chunk of 64"),
+    "batch 0": (lambda t: train("--tokens-per-step", 0, out=t / "o"), "--tokens-per-step 0", "give at least 1"),
+    "batch below one chunk": (
+        lambda t: train("--tokens-per-step", 32, out=t / "o"),
+        "--tokens-per-step 32",
+        "one chunk of 64",
+    ),
     "negative tokens": (lambda t: train("--tokens=-5k", out=t / "o"), "'-5k'", "300k, 1M"),
-    "seq-length 1": (lambda t: train("--seq-length", 1, out=t / "o"), "sequence = 1", "at least 2"),
-    "learning rate 0": (lambda t: train("--lr", 0, out=t / "o"), "lr = 0.0", "above 0"),
-    "everything held out": (lambda t: train("--heldout", 1, out=t / "o"), "held_out = 1.0", "between 0 and 1"),
-    "patience 0": (lambda t: train("--patience", 0, out=t / "o"), "patience = 0", "at least 1"),
+    "seq-length 1": (lambda t: train("--seq-length", 1, out=t / "o"), "--seq-length 1", "at least 2"),
+    "learning rate 0": (lambda t: train("--lr", 0, out=t / "o"), "--lr 0.0", "above 0"),
+    "everything held out": (lambda t: train("--heldout", 1, out=t / "o"), "--heldout 1.0", "between 0 and 1"),
+    "patience 0": (lambda t: train("--patience", 0, out=t / "o"), "--patience 0", "at least 1"),
     "output below a file": (lambda t: train(out=file(t, "f", "x") / "o"), "Not a directory", "Give a folder"),
     "output is a file": (lambda t: train(out=file(t, "f", "x")), "cannot write to", "Give a folder"),
     "output holds something else": (
@@ -354,7 +366,7 @@ def test_the_installed_command_refuses_the_same_way(name, tmp_path):
 
 
 def test_a_refused_run_leaves_no_output_folder(capsys, tmp_path):
-    for options in (["--exits", "9"], ["--head", "mambo"]):
+    for options in (["--exit-layers", "9"], ["--head", "mambo"]):
         assert cli.run([str(word) for word in train(*options, out=tmp_path / "o")]) == 2
     assert cli.run([str(word) for word in train(model="./nowhere", out=tmp_path / "o")]) == 2
     assert not (tmp_path / "o").exists()

@@ -34,26 +34,26 @@ bench() { # PART OPTIONS ...
 }
 
 default_head() {
-    bench default-head --shape "$shape" --batch 1 --policy propagate --checks 4 --new 128 --no-baselines \
+    bench default-head --shape "$shape" --batch-size 1 --policy propagate --checks 4 --max-new-tokens 128 --no-baselines \
         --no-sameness --repeats 3 --dtype bfloat16
 }
 
 for part in "${parts[@]}"; do
     case $part in
     short)
-        bench short --shape "$shape" --batch 1 --checks 4 --inputs hidden --no-baselines --baseline-new 48 --dtype bfloat16
+        bench short --shape "$shape" --batch-size 1 --checks 4 --inputs hidden --no-baselines --baseline-tokens 48 --dtype bfloat16
         default_head ;;
     default-head) default_head ;;
-    spread) bench spread --shape "$shape" --batch 8 --policy propagate --spread 0 --checks 4 --new 128 \
+    spread) bench spread --shape "$shape" --batch-size 8 --policy propagate --spread 0 --checks 4 --max-new-tokens 128 \
         --repeats 3 --no-baselines --no-sameness --dtype bfloat16 ;;
-    stock) bench stock --shape "$shape" --batch 1 --policy propagate --new 128 --baseline-new 32 --repeats 2 \
+    stock) bench stock --shape "$shape" --batch-size 1 --policy propagate --max-new-tokens 128 --baseline-tokens 32 --repeats 2 \
         --no-sameness --dtype bfloat16 ;;
-    batch) bench batch --shape "$shape" --batch 8 --policy propagate,defer --window 8 --spread 0,0.5,1 --new 128 \
+    batch) bench batch --shape "$shape" --batch-size 8 --policy propagate,defer --window 8 --spread 0,0.5,1 --max-new-tokens 128 \
         --repeats 2 --no-baselines --no-sameness --dtype bfloat16 ;;
-    long) bench long --shape "$shape" --batch 1 --policy propagate --prompt 2000 --new 2000 --repeats 1 \
+    long) bench long --shape "$shape" --batch-size 1 --policy propagate --prompt-tokens 2000 --max-new-tokens 2000 --repeats 1 \
         --no-baselines --no-sameness --dtype bfloat16 ;;
-    exact) bench exact --shape "$tiny" --batch 1 --policy propagate,verify --window 16 --prompt 2000 --new 2000 \
-        --baseline-new 2000 --repeats 1 --no-baselines --dtype float32 ;;
+    exact) bench exact --shape "$tiny" --batch-size 1 --policy propagate,verify --window 16 --prompt-tokens 2000 --max-new-tokens 2000 \
+        --baseline-tokens 2000 --repeats 1 --no-baselines --dtype float32 ;;
     *) echo "no part $part: short, default-head, batch, spread, long, exact, stock" >&2; exit 2 ;;
     esac
 done

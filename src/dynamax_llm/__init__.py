@@ -5,73 +5,81 @@ The public names, nothing else; each is imported when it is first used, so that 
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dynamax_llm import errors
+from dynamax_llm.lazy import lazy
+
 if TYPE_CHECKING:
-    from dynamax_llm.backbones import adapt
+    from dynamax_llm.api import calibrate, scan, train, tune
     from dynamax_llm.backbones.loading import load
-    from dynamax_llm.calibration.calibrate import CalibrationSettings, calibrate
-    from dynamax_llm.decoding import EarlyExit, EarlyExitOutput
-    from dynamax_llm.evaluation.scan.scan import ScanSettings, scan
+    from dynamax_llm.calibration.settings import CalibrationSettings
+    from dynamax_llm.decoding import EarlyExit, EarlyExitOutput, Thresholds, Trace
+    from dynamax_llm.evaluation.scan.settings import ScanSettings
     from dynamax_llm.exits.artifact import Exits
-    from dynamax_llm.exits.config import ExitConfig, place_exits
+    from dynamax_llm.exits.config import ExitConfig
     from dynamax_llm.exits.promise import Promise
-    from dynamax_llm.text.sources import find_source
     from dynamax_llm.training.settings import TrainSettings
-    from dynamax_llm.training.trainer import train, train_many
-    from dynamax_llm.training.tuning import TuneSettings, tune
+    from dynamax_llm.training.tuning import TuneSettings
 
-_HOMES = {
-    "CalibrationSettings": "calibration.calibrate",
-    "EarlyExit": "decoding",
-    "EarlyExitOutput": "decoding",
-    "ExitConfig": "exits.config",
-    "Exits": "exits.artifact",
-    "Promise": "exits.promise",
-    "ScanSettings": "evaluation.scan.collect",
-    "TrainSettings": "training.settings",
-    "TuneSettings": "training.tuning",
-    "adapt": "backbones",
-    "calibrate": "calibration.calibrate",
-    "find_source": "text.sources",
-    "load": "backbones.loading",
-    "place_exits": "exits.config",
-    "scan": "evaluation.scan.scan",
-    "train": "training.trainer",
-    "train_many": "training.trainer",
-    "tune": "training.tuning",
-}
-
-__all__ = [
-    "CalibrationSettings",
+__all__ = [  # noqa: RUF022  by purpose
+    # generate
+    "load",
+    "Exits",
     "EarlyExit",
     "EarlyExitOutput",
+    "Thresholds",
+    "Trace",
+    # before, in and after training
+    "scan",
+    "train",
+    "tune",
+    "calibrate",
+    # what is configured and recorded
     "ExitConfig",
-    "Exits",
-    "Promise",
     "ScanSettings",
     "TrainSettings",
     "TuneSettings",
-    "adapt",
-    "calibrate",
-    "find_source",
-    "load",
-    "place_exits",
-    "scan",
-    "train",
-    "train_many",
-    "tune",
+    "CalibrationSettings",
+    "Promise",
+    "errors",
 ]
+
+_lazy = lazy(
+    __name__,
+    {
+        "load": "backbones.loading",
+        "Exits": "exits.artifact",
+        "EarlyExit": "decoding",
+        "EarlyExitOutput": "decoding",
+        "Thresholds": "decoding",
+        "Trace": "decoding",
+        "scan": "api",
+        "train": "api",
+        "tune": "api",
+        "calibrate": "api",
+        "ExitConfig": "exits.config",
+        "ScanSettings": "evaluation.scan.settings",
+        "TrainSettings": "training.settings",
+        "TuneSettings": "training.tuning.settings",
+        "CalibrationSettings": "calibration.settings",
+        "Promise": "exits.promise",
+        # of the rooms; not public here
+        "adapt": "backbones",
+        "find_source": "text.sources",
+        "place_exits": "exits.config",
+        "train_many": "training.trainer",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'dynamax_llm' has no attribute {name!r}")
-    value = getattr(import_module(f"dynamax_llm.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    if name == "__version__":
+        from dynamax_llm.version import installed_version
+
+        return installed_version()
+    return _lazy(name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "__version__"])

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.loading import DEFAULT_HEAD, REFERENCE_BACKBONES, load, shipped_exits
 from dynamax_llm.decoding import EarlyExit, EarlyExitOutput
-from dynamax_llm.evaluation import HeadComparison, HeadSetting
+from dynamax_llm.evaluation.compare.heads import HeadComparison, HeadSetting
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.registries import HEADS
 from dynamax_llm.render import legend, marked, percent, pieces, summary, tinted

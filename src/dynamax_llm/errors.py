@@ -1,14 +1,14 @@
 """Every error DYNAMAX raises on purpose, in one tree.
 
     DynamaxError
-    ├── UsageError             an argument the caller can correct (also a ValueError)
+    ├── UsageError                      an argument the caller can correct (also a ValueError)
     │   ├── UnsupportedModelError       no adapter for this model type
     │   ├── ExitPlacementError          exit layers that do not exist in this backbone
     │   ├── PolicyMismatchError         a state policy that this family or artifact does not allow
-    │   └── PromiseError           a promise that is not recorded, or that nothing keeps
-    ├── DataError              text that cannot be read, decoded or used
-    ├── BackboneError          a model folder or hub id that cannot be loaded
-    └── ArtifactError          a saved set of exits that cannot be used
+    │   └── PromiseError                a promise that is not recorded, or that nothing keeps
+    ├── DataError                       text that cannot be read, decoded or used
+    ├── BackboneError                   a model folder or hub id that cannot be loaded
+    └── ArtifactError                   a saved set of exits that cannot be used
         ├── ArtifactCorruptError        truncated, malformed, NaN or wrongly shaped
         ├── ArtifactVersionError        written by a newer DYNAMAX
         └── ArtifactMismatchError       made for another backbone

@@ -27,8 +27,9 @@ _KEY = "option"
 class Option:
     """Help and bounds of one field. ``least`` and ``most`` are allowed, ``above`` and ``below`` excluded bounds.
 
-    ``flag``: the option's name on the command line; None: the field's name; "": no option. ``count``: numbers may be
-    written as 300k or 1M. ``note`` is added where a text is not a number. Bounds and choices hold for each item of a tuple; None is allowed.
+    Bounds and choices hold for each item of a tuple; None is allowed. ``flag``: the option's name on the command line;
+    None: the field's name; "": no option. ``count``: a number may be written as 300k or 1M. ``note`` is added where a
+    text is not a number.
     """
 
     help: str
@@ -131,6 +132,21 @@ class DecodeSettings:
     )
     engine: str | None = setting(
         None, "eager or cuda. Default: the fastest that can run this.", choices=ENGINES, metavar="NAME"
+    )
+
+
+@dataclass(frozen=True)
+class PlaceSettings:
+    """Where and in which numbers a model runs."""
+
+    dtype: str = setting(
+        DTYPES[0],
+        "float32, bfloat16, float16, or auto: as stored on a GPU, float32 on a CPU.",
+        choices=DTYPES,
+        metavar="NAME",
+    )
+    device: str | None = setting(
+        None, "cpu, cuda, cuda:1 …, or auto to spread layers. Default: a GPU if there is one.", metavar="NAME"
     )
 
 

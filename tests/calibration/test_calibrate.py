@@ -212,7 +212,7 @@ def test_the_command_records_what_generation_uses(tmp_path, capsys):
         "--measure",
         "entropy",
     ]
-    short = ["--prompts", 40, "--prompt-tokens", 6, "--new-tokens", 8, "--promise", "agreement>=0.8"]
+    short = ["--prompts", 40, "--prompt-tokens", 6, "--max-new-tokens", 8, "--promise", "agreement>=0.8"]
     assert cli.run([str(part) for part in (*command, *short)]) == 0
     printed = capsys.readouterr().out
     assert "At most 20 % of tokens differ from the full model's given the same prefix, with 95 % confidence" in printed
@@ -236,7 +236,7 @@ def test_the_command_records_what_generation_uses(tmp_path, capsys):
 def test_shipped_exits_get_a_copy(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dynamax_llm.calibration.calibrate.PARAMETERS", (0.5,))
     shipped = ["calibrate", "transformer-ee", "--data", corpus(), "--promise", "agreement>=0.6", "--prompts", 11]
-    short = ["--prompt-tokens", 8, "--new-tokens", 8, "--out", tmp_path / "copy"]
+    short = ["--prompt-tokens", 8, "--max-new-tokens", 8, "--out", tmp_path / "copy"]
     assert cli.run([str(part) for part in (*shipped, *short)]) == 0
     (promise,) = Exits.from_pretrained(tmp_path / "copy").promises
     assert promise.estimator == "mlp" and Exits.from_pretrained("transformer-ee").promises == ()

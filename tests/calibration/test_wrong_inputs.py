@@ -12,7 +12,7 @@ from dynamax_llm.exits.artifact import Exits
 from tests.calibration.promised import promised_folder
 from tests.folders import copy, corpus, exits_folder, model_folder
 
-SHORT = ["--prompt-tokens", 8, "--new-tokens", 8]
+SHORT = ["--prompt-tokens", 8, "--max-new-tokens", 8]
 
 
 def calibrate(*options: object, exits: object = None, promise: str = "agreement>=0.5", prompts: int = 50) -> list:
@@ -21,8 +21,9 @@ def calibrate(*options: object, exits: object = None, promise: str = "agreement>
     return [*given, "--prompts", prompts, *SHORT, *options]
 
 
-def generate(folder: Path, *options: object, model: object = None) -> list:
-    return ["generate", model or model_folder(), "--exits", folder, "--prompt", "The cat", *options]
+def generate(folder: Path | None, *options: object, model: object = None) -> list:
+    chosen = [] if folder is None else ["--exits", folder]
+    return ["generate", model or model_folder(), *chosen, "--prompt", "The cat", *options]
 
 
 PROMISED = ("--promise", "agreement>=0.9")
@@ -35,7 +36,7 @@ ASKED = {
     "bound of 98": (lambda t: calibrate(promise="consistency>=98"), "'consistency>=98'", "between 0 and 1"),
     "metric": (lambda t: calibrate(promise="risk[bleu]<=0.1"), "'bleu'", "f1, exact_match"),
     "metric of agreement": (lambda t: calibrate(promise="agreement[f1]>=0.1"), "cannot be read", "risk[f1]<=0.02"),
-    "confidence": (lambda t: calibrate("--confidence", 1.5), "1.5", "0.95"),
+    "confidence": (lambda t: calibrate("--confidence", 1.5), "--confidence 1.5", "between 0 and 1"),
     "method": (lambda t: calibrate("--method", "hope"), "'hope'", "ltt, ltt-hb, crc"),
     "policy": (lambda t: calibrate("--policy", "hope"), "'hope'", "propagate"),
     "verify": (lambda t: calibrate("--policy", "verify"), "'verify'", "nothing to calibrate"),
@@ -61,8 +62,8 @@ ASKED = {
         "no threshold keeps agreement>=0.92 on these 40 prompts",
         "Nothing was saved",
     ),
-    "settings": (lambda t: calibrate("--path-share", 1.0), "path_share = 1.0", "between 0 and 1"),
-    "too long": (lambda t: calibrate("--new-tokens", 999), "999 new tokens", "context of 128"),
+    "settings": (lambda t: calibrate("--path-share", 1.0), "--path-share 1.0", "between 0 and 1"),
+    "too long": (lambda t: calibrate("--max-new-tokens", 999), "999 new tokens", "context of 128"),
     "no such data": (lambda t: calibrate("--data", "./nowhere.jsonl"), "./nowhere.jsonl", "Give a"),
     "documents too short": (
         lambda t: calibrate("--prompt-tokens", 120, "--data", short(t)),
@@ -123,7 +124,7 @@ USED = {
         "Give only one",
     ),
     "a schedule": (
-        lambda t: generate(promised_folder(t), *PROMISED, "--schedule", "decaying"),
+        lambda t: generate(promised_folder(t), *PROMISED, "--threshold-schedule", "decaying"),
         "schedule 'decaying' beside the promise",
         "Give only one",
     ),
@@ -143,7 +144,7 @@ USED = {
         "dynamax calibrate",
     ),
     "places instead of exits": (
-        lambda t: generate("2,3", *PROMISED, "--measure", "entropy"),
+        lambda t: generate(None, *PROMISED, "--exit-layers", "2,3", "--measure", "entropy"),
         "is not recorded",
         "dynamax calibrate",
     ),

@@ -169,7 +169,9 @@ def test_a_token_is_what_many_take_longer_than_one_and_turns_are_paired(monkeypa
         return 0.010 + (new - 1) * (0.004 if setting.kind == "full" else 0.001), out
 
     monkeypatch.setattr(running._Run, "call", told)
-    settings = BenchSettings(prompt=3, new=5, repeats=2, policies=("propagate",), baselines=False, parity=False)
+    settings = BenchSettings(
+        prompt=3, new=5, repeats=2, batches=(1,), policies=("propagate",), baselines=False, parity=False
+    )
     found = bench(model, settings)
     assert model.generation_config.eos_token_id == ends
     full, own = found.rows
@@ -195,7 +197,7 @@ def test_what_runs_out_of_memory_is_said_and_the_rest_goes_on(monkeypatch):
         return real(self, setting, new)
 
     monkeypatch.setattr(running._Run, "call", small)
-    settings = BenchSettings(prompt=3, new=3, repeats=1, policies=("propagate",), baselines=False)
+    settings = BenchSettings(prompt=3, new=3, repeats=1, batches=(1,), policies=("propagate",), baselines=False)
     found = bench(model, settings)
     assert [row.kind for row in found.rows] == ["full"]
     assert [(item.label, item.reason) for item in found.missing] == [("propagate, all leave at 2", "out of memory")]
@@ -214,7 +216,7 @@ def test_counted_layers_of_a_mixed_depth():
     ("changes", "message"),
     [
         ({"policies": ("copy",)}, "'copy' is not defined for the mamba layers of 'mamba2'"),
-        ({"checks": 4}, "checks 4: this backbone has 4 layers, so at most 3 exits"),
+        ({"checks": 4}, "checks = 4: this backbone has 4 layers, so at most 3 exits"),
         ({"exit_at": "4"}, "exits may sit after layers 1 to 3"),
     ],
 )
@@ -229,20 +231,20 @@ def test_what_the_model_does_not_allow(changes, message):
         ((), "give either a MODEL or --shape"),
         (("transformer-ee", "--shape", "tiny-mamba"), "give either a MODEL or --shape"),
         (("--shape", "tiny-mambo"), "unknown model shape 'tiny-mambo'. Did you mean 'tiny-mamba'?"),
-        (("--shape", "tiny-mamba", "--batch", "1,x"), "--batch '1,x': give numbers separated by commas"),
-        (("--shape", "tiny-mamba", "--batch", "0"), "batches 0: give whole numbers from 1"),
-        (("--shape", "tiny-mamba", "--new", "1"), "new 1: give a whole number from 2"),
-        (("--shape", "tiny-mamba", "--policy", "verfy"), "unknown state policy 'verfy'. Did you mean 'verify'?"),
-        (("--shape", "tiny-mamba", "--spread", "2"), "spread 2.0: give shares between 0 and 1"),
-        (("--shape", "tiny-mamba", "--spread", "1", "--batch", "1"), "give a batch size above 1 too"),
-        (("--shape", "tiny-mamba", "--engine", "gpu"), "unknown engine 'gpu'"),
+        (("--shape", "tiny-mamba", "--batch-size", "1,x"), "--batch-size '1,x': give numbers separated by commas"),
+        (("--shape", "tiny-mamba", "--batch-size", "0"), "--batch-size '0': give at least 1"),
+        (("--shape", "tiny-mamba", "--max-new-tokens", "1"), "--max-new-tokens 1: give at least 2"),
         (
-            ("--shape", "tiny-mamba", "--checks", "2", "--head", "state_similarity"),
-            "estimator 'state_similarity': give",
+            ("--shape", "tiny-mamba", "--policy", "verfy"),
+            "stale, defer, verify. Did you mean 'verify'?",
         ),
+        (("--shape", "tiny-mamba", "--spread", "2"), "--spread '2': give between 0 and 1"),
+        (("--shape", "tiny-mamba", "--spread", "1", "--batch-size", "1"), "give --batch-size above 1 too"),
+        (("--shape", "tiny-mamba", "--engine", "gpu"), "--engine 'gpu': give one of eager, cuda"),
+        (("--shape", "tiny-mamba", "--checks", "2", "--head", "state_similarity"), "--head 'state_similarity': give"),
         (("--shape", "tiny-mamba", "--device", "cuda:9"), "device 'cuda:9' cannot be used here"),
         (("--shape", "tiny-mamba", "--engine", "cuda"), "engine 'cuda' cannot run this: the weights lie on 'cpu'"),
-        (("--shape", "tiny-transformer", "--new", "9000"), "this backbone has 8192 positions"),
+        (("--shape", "tiny-transformer", "--max-new-tokens", "9000"), "Lower --prompt-tokens or --max-new-tokens"),
     ],
 )
 def test_refusals(arguments, message, capsys, monkeypatch):
@@ -254,8 +256,8 @@ def test_refusals(arguments, message, capsys, monkeypatch):
 
 
 def test_the_command(capsys, tmp_path):
-    arguments = "bench --shape tiny-transformer --batch 1 --prompt 4 --new 4 --repeats 1 --policy propagate,copy"
-    assert cli.run([*arguments.split(), "--out", str(tmp_path)]) == 0
+    arguments = "bench --shape tiny-transformer --batch-size 1 --prompt-tokens 4 --max-new-tokens 4 --repeats 1"
+    assert cli.run([*arguments.split(), "--policy", "propagate,copy", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert "propagate, all leave at 2 · eager" in printed.out and "Same tokens?" in printed.out
     assert "batch 1, eager, full depth:" in printed.err

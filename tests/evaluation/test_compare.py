@@ -12,7 +12,6 @@ import torch
 from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.errors import UsageError
-from dynamax_llm.evaluation import HeadComparison, HeadSetting, comparison_table
 from dynamax_llm.evaluation.common.points import Points
 from dynamax_llm.evaluation.common.random_models import (
     SHAPES,
@@ -21,7 +20,8 @@ from dynamax_llm.evaluation.common.random_models import (
     projected_reduction,
     zero_tail,
 )
-from dynamax_llm.evaluation.compare.heads import full_depth_tokens
+from dynamax_llm.evaluation.compare.heads import HeadComparison, HeadSetting, full_depth_tokens
+from dynamax_llm.evaluation.compare.table import comparison_table
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig

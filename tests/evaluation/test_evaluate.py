@@ -286,7 +286,7 @@ def test_the_first_difference_is_the_telling_one():
     assert difference({"seed": 0}, {}) == "seed 0, now None"
 
 
-@pytest.mark.parametrize(("options", "said"), [({"batch": 0}, "batch 0"), ({"timed": -1}, "timed -1")])
+@pytest.mark.parametrize(("options", "said"), [({"batch": 0}, "batch = 0"), ({"timed": -1}, "timed = -1")])
 def test_plans_that_cannot_be(options, said):
     with pytest.raises(UsageError, match=said):
         Plan(**options)

@@ -114,7 +114,7 @@ def test_a_tail_zeroed_in_part_gets_its_weights_back(monkeypatch):
 
 def test_a_stack_whose_layers_are_told_by_a_rule_is_refused():
     """Jamba's period puts attention at layers 1 and 4 of seven; of layers 0-3 and 6 the last is none, and would be."""
-    with pytest.raises(UsageError, match=r"'jamba' cannot be pruned.*--no-baselines"):
+    with pytest.raises(UsageError, match=r"'jamba' cannot be pruned.*`baselines`"):
         pruned(tiny_model("jamba", layers=7), 2)
 
 

@@ -226,7 +226,7 @@ def test_numbers_that_are_none_are_refused():
     ("changes", "says"),
     [
         ({"tokens": 0}, "tokens = 0: give at least 1"),
-        ({"sequence": 1}, "sequence = 1: give at least 2 tokens"),
+        ({"sequence": 1}, "sequence = 1: give at least 2"),
         ({"batch_tokens": 5}, "at least one chunk of 512"),
         ({"held_out": 0.0}, "held_out = 0.0: give above 0"),
     ],
@@ -237,7 +237,7 @@ def test_settings_out_of_bounds_are_named(changes, says):
 
 
 def test_the_command_prints_tables_or_the_document(capsys, tmp_path):
-    arguments = ["scan", str(model_folder()), "--data", str(corpus()), "--tokens", "600", "--exits", "2,3"]
+    arguments = ["scan", str(model_folder()), "--data", str(corpus()), "--tokens", "600", "--exit-layers", "2,3"]
     assert cli.run([*arguments, "--seq-length", "64", "--out", str(tmp_path / "found")]) == 0
     printed = capsys.readouterr().out
     for text in ("oracle, these exits", "predicted for a trained head", "propagate", "Break-even", "worth it"):
@@ -251,8 +251,8 @@ def test_the_command_prints_tables_or_the_document(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--exits", "9"), "layers 1 to 4"),
-        (("--tokens", "none"), "tokens 'none'"),
+        (("--exit-layers", "9"), "layers 1 to 4"),
+        (("--tokens", "none"), "--tokens 'none'"),
         (("--data", "nowhere.jsonl"), "no file or folder 'nowhere.jsonl'"),
         (("--candidates", "2"), "candidates 2"),
         (("--out", str(corpus() / "below")), "is a file"),

@@ -62,28 +62,28 @@ def test_another_task_and_threshold_are_added(tmp_path, capsys):
 
 
 def test_places_need_a_measure_and_no_heads(tmp_path, capsys):
-    options = ("--exits", "1,3", "--measure", "entropy", "--no-baselines", "--policy", "defer")
+    options = ("--exit-layers", "1,3", "--measure", "entropy", "--no-baselines", "--policy", "defer")
     assert cli.run(command(tmp_path, *options, exits=False)) == 0
     settings = Evaluation.read(tmp_path).settings["llama-0"]
     assert [(item.id, item.layers, item.policy) for item in settings[1:]] == [("entropy@0.9", (1, 3), "defer")]
-    assert cli.run(command(tmp_path, "--exits", "1,3", exits=False)) == 2
-    assert "name who judges there: --measure" in capsys.readouterr().err
+    assert cli.run(command(tmp_path, "--exit-layers", "1,3", "--no-baselines", exits=False)) == 2
+    assert "layers need --measure" in capsys.readouterr().err
 
 
 WRONG = {
     "unknown task": (("--tasks", "trivaqa"), "unknown task 'trivaqa'. Did you mean 'triviaqa'?"),
-    "no task": (("--tasks", " , "), "tasks ' , '"),
-    "no documents": (("--limit", 0), "limit 0"),
-    "negative shots": (("--shots", -1), "shots -1"),
-    "no tokens": (("--max-new-tokens", 0), "max_new_tokens 0"),
-    "no rows": (("--batch", 0), "batch 0"),
+    "no task": (("--tasks", " , "), "--tasks ' , '"),
+    "no documents": (("--limit", 0), "--limit 0"),
+    "negative shots": (("--shots", -1), "--shots -1"),
+    "no tokens": (("--max-new-tokens", 0), "--max-new-tokens 0"),
+    "no rows": (("--batch-size", 0), "--batch-size 0"),
     "threshold beyond 1": (("--threshold", "0.5,1.5"), "threshold '1.5'"),
     "unknown measure": (("--measure", "softmax_margn"), "Did you mean 'softmax_margin'?"),
     "unknown policy": (("--policy", "propagte"), "Did you mean 'propagate'?"),
     "policy of the other family": (("--policy", "stale"), "'stale' is not defined for the attention layers"),
     "no data folder": (("--data-dir", "./nowhere"), "no folder 'nowhere'"),
     "exits that are not there": (("--exits", "./nowhere"), "exits './nowhere'"),
-    "places and folders": (("--exits", "1,3"), "give folders, or once the layers"),
+    "places and folders": (("--exit-layers", "1,3"), "give either --exits DIR or --exit-layers"),
     "exits of another backbone": (("--exits", str(exits_folder("mamba2"))), "made for another backbone"),
 }
 

@@ -21,7 +21,20 @@ def grid(out: Path, *options: object) -> list[str]:
     """Two tiny backbones, one head, one task of two documents."""
     words = [
         *("paper", model_folder("llama"), model_folder("mamba2"), "--heads", "linear", "--tasks", "triviaqa"),
-        *("--threshold", "0.5", "--limit", 2, "--batch", 2, "--timed", 0, "--max-new-tokens", 4, "--data-dir", ROWS),
+        *(
+            "--threshold",
+            "0.5",
+            "--limit",
+            2,
+            "--batch-size",
+            2,
+            "--timed",
+            0,
+            "--max-new-tokens",
+            4,
+            "--data-dir",
+            ROWS,
+        ),
         *("--train-data", corpus(), "--train-tokens", "1k", "--out", out, *options),
     ]
     return [str(word) for word in words]
@@ -84,8 +97,8 @@ def test_nothing_is_said_of_small_models_where_none_is():
     [
         (("--heads", "mambo"), "'mambo'", "Did you mean 'mamba'"),
         (("--heads", "linear,linear"), "linear given twice", "name each once"),
-        (("--threshold", "0.5,2"), "'2'", "between 0 and 1"),
-        (("--threshold", "never"), "'never'", "leave it out"),
+        (("--threshold", "0.5,2"), "2.0", "between 0 and 1"),
+        (("--threshold", "never"), "'never'", "leave never out"),
         (("--threshold", ","), "','", "separated by commas"),
         (("--limit", "0"), "limit 0", "at least 1"),
         (("--policy", "propagat"), "'propagat'", "propagate"),
@@ -107,5 +120,5 @@ def test_missing_exits_need_text():
     plan = PaperPlan(train_data=None)
     from dynamax_llm.paper.heads import exits_of
 
-    with pytest.raises(UsageError, match="train_data"):
+    with pytest.raises(UsageError, match="`train_data`"):
         exits_of("elsewhere", None, None, plan.heads, plan.train_data, plan.training, Path("/nowhere"))

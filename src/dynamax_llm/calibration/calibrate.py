@@ -173,6 +173,29 @@ def calibrate(
     )
 
 
+def _evidence(
+    request: Request,
+    tests: Iterator[tuple[dict[str, Any], torch.Tensor]],
+    on_test: Callable[[dict[str, Any]], None] | None,
+) -> list[dict[str, Any]]:
+    """The tests made, each given to ``on_test``. Raises PromiseError if the first of them fails."""
+    evidence: list[dict[str, Any]] = []
+    for test, losses in tests:
+        if not (evidence or test["kept"]):
+            raise _not_kept(request, test, losses)
+        evidence.append(test)
+        if on_test is not None:
+            on_test(test)
+    return evidence
+
+
+def _riskiest(evidence: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the promise records of the last test that was passed."""
+    best = [test for test in evidence if test["kept"]][-1]
+    figures = {name: best[name] for name in ("parameter", "estimate", "p_value", "mean_depth")}
+    return {**figures, "thresholds": tuple(best["thresholds"])}
+
+
 def _full_score(exits: Exits, request: Request, risk: Risk) -> dict[str, float]:
     """The full model's mean score, of a risk alone. Raises PromiseError if no text could lose more than the limit."""
     if not isinstance(risk, TextRisk) or request.metric is None:

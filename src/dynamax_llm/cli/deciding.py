@@ -1,116 +1,112 @@
-"""What decides where a token leaves, as options of a verb."""
+"""What decides where a token leaves: saved exits or places for a measure, and thresholds."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.errors import UsageError
+from dynamax_llm.exits.config import DEFAULT_EXITS, place_exits
+from dynamax_llm.settings import DecodeSettings
 
 if TYPE_CHECKING:
+    from dynamax_llm.backbones import Backbone
     from dynamax_llm.decoding import EarlyExit
     from dynamax_llm.exits.artifact import Exits
 
-#: What --exits may hold instead of a folder: layers or shares of the depth.
+#: Layers or shares of the depth.
 _PLACES = re.compile(r"[\d./, ]+")
+#: Policies under which tokens wait.
+_WINDOWED = ("defer", "verify")
 
-ExitsAt = Annotated[
+ExitsFolder = Annotated[
     str | None,
     typer.Option(
         "--exits",
-        help="The folder that dynamax train wrote (or a hub id); with --measure also layers (8,12) or shares "
-        "(1/2,3/4). Default: what ships with a shipped backbone, else 1/2,5/8,3/4,7/8.",
-        metavar="DIR|LAYERS",
+        help="The folder that dynamax train wrote, a hub id, or a shipped backbone's name. Default: what ships with a "
+        "shipped backbone.",
+        metavar="DIR",
     ),
 ]
-Measure = Annotated[
+MeasureLayers = Annotated[
     str | None,
     typer.Option(
-        help="Judge by softmax_max, softmax_margin, entropy or state_similarity, not by a head.", metavar="NAME"
+        "--exit-layers",
+        help="Instead of --exits, with --measure: layers (8,12) or shares of the depth (1/2,3/4). "
+        f"Default: {','.join(DEFAULT_EXITS)}.",
+        metavar="LAYERS",
     ),
 ]
-Threshold = Annotated[
-    str | None,
-    typer.Option(
-        help="Least confidence to leave with: one value, one per exit (0.8,0.9,…), or never. Default: 0.9.",
-        metavar="SHARE",
-    ),
-]
-Policy = Annotated[
-    str | None,
-    typer.Option(
-        help="State of skipped layers: propagate (default), copy (attention), stale (Mamba); defer: exact state; "
-        "verify: exact state and the full model's own text.",
-        metavar="NAME",
-    ),
-]
-Window = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Tokens that may wait (defer) or be drafted (verify) before layers catch up. Default: 16."
-    ),
-]
-Promised = Annotated[
-    str | None,
-    typer.Option(
-        "--promise",
-        help="A promise that dynamax calibrate recorded with the exits (agreement>=0.98); it decides threshold, "
-        "policy, window and judge.",
-        metavar="TEXT",
-    ),
-]
-Schedule = Annotated[str, typer.Option(help="fixed, or CALM's decaying threshold.")]
 
 
-@dataclass(frozen=True)
-class Rule:
-    """The options' values, until there are exits to apply them to."""
-
-    threshold: str | None
-    policy: str | None
-    window: int | None
-    measure: str | None
-    schedule: str
-    promise: str | None = None
-
-    def apply(self, exits: Exits) -> EarlyExit:
-        """The decoding these options ask for. Raises UsageError."""
-        from dynamax_llm.decoding import EarlyExit
-
-        return EarlyExit(
-            exits,
-            threshold=None if self.threshold is None else _threshold(self.threshold),
-            policy=self.policy,
-            window=self.window,
-            measure=self.measure,
-            schedule=self.schedule,
-            promise=self.promise,
+def check_exits(exits: str | None, exit_layers: str | None, measure: object) -> None:
+    """Raise UsageError for layers where a folder belongs, both at once, or layers without a measure."""
+    if exits is not None and _PLACES.fullmatch(exits) and not Path(exits).is_dir():
+        raise UsageError(
+            f"exits {exits!r}: --exits takes a folder. For layers give --exit-layers {exits} with --measure NAME."
+        )
+    if exits is not None and exit_layers is not None:
+        raise UsageError("give either --exits DIR or --exit-layers with --measure, and not both.")
+    if exit_layers is not None and not measure:
+        raise UsageError(
+            f"exit layers {exit_layers!r} have no trained head: layers need --measure NAME (softmax_margin, say)."
         )
 
 
-def _threshold(text: str) -> str | list[str]:
-    """One value, or one per exit; what is allowed is the decoding room's business."""
-    items = [item.strip() for item in text.split(",")]
-    return items[0] if len(items) == 1 else items
+def saved_exits(model: str, exits: str | None, exit_layers: str | None, measure: object) -> Exits | None:
+    """The exits in a folder, or those that ship with the backbone; None where a measure decides at layers.
 
-
-def saved_exits(model: str, exits: str | None, measure: str | None) -> Exits | None:
-    """The exits in a folder, or those that ship with the backbone; None if a measure is to judge at places in it."""
+    Raises UsageError where there are neither exits nor a measure.
+    """
     from dynamax_llm.backbones.loading import shipped_exits
     from dynamax_llm.exits.artifact import Exits
 
-    is_place = exits is not None and _PLACES.fullmatch(exits) is not None and not Path(exits).is_dir()
-    if exits is not None and not is_place:
+    if exits is not None:
         return Exits.from_pretrained(exits)
-    if exits is None and shipped_exits(model) is not None:
+    if exit_layers is None and shipped_exits(model) is not None:
         return Exits.from_pretrained(model)
-    if measure is None:
+    if not measure:
         raise UsageError(
             f"no trained exits for {model!r}. Give --exits DIR, the folder that dynamax train wrote, "
             "or --measure NAME (softmax_margin, say) to decide without training."
         )
     return None
+
+
+def decode_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """EarlyExit's arguments for the options given; thresholds are checked. Raises UsageError."""
+    options = dict(given)
+    if "threshold" in options:
+        parts = [item.strip() for item in str(options["threshold"]).split(",")]
+        Thresholds.parse(parts, len(parts))
+        options["threshold"] = parts[0] if len(parts) == 1 else parts
+    note_unused_window(options)
+    return options
+
+
+def note_unused_window(given: Mapping[str, Any]) -> None:
+    """Print a note where a window was given that the policy does not use."""
+    policy = given.get("policy", DecodeSettings.policy)
+    if "window" in given and "promise" not in given and policy not in _WINDOWED:
+        typer.echo(f"note: --window has no effect under --policy {policy}; it is for defer and verify.", err=True)
+
+
+def at_layers(backbone: Backbone, exit_layers: str | None, options: Mapping[str, Any]) -> EarlyExit:
+    """Decoding with a measure at layers. Thresholds belong to the layers in the order in which both were given."""
+    from dynamax_llm.decoding import EarlyExit
+    from dynamax_llm.exits.artifact import Exits
+
+    options = dict(options)
+    places: tuple[str, ...] = DEFAULT_EXITS
+    if exit_layers is not None:
+        places = tuple(item.strip() for item in exit_layers.split(","))
+    thresholds = options.get("threshold")
+    if isinstance(thresholds, list) and len(thresholds) == len(places):
+        order = sorted(range(len(places)), key=lambda index: place_exits(places[index], backbone.n_layers))
+        options["threshold"] = [thresholds[index] for index in order]
+    return EarlyExit(Exits.untrained(backbone, places), **options)

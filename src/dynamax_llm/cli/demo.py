@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dynamax_llm.cli import options as opt
 
+
+@opt.verb()
 def demo() -> None:
     """Continue real prompts with both shipped backbones, tinted by depth, and print what exits save."""
     from dynamax_llm.demo import main

@@ -2,136 +2,98 @@
 
 from __future__ import annotations
 
-import re
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dynamax_llm.cli.deciding import Policy, Promised, Window, saved_exits
-from dynamax_llm.cli.evaluated import Bar, Batch, DataDir, Limit, NewTokens, Timed, show
-from dynamax_llm.cli.options import Device, Dtype, Model, load_backbone, peek_backbone
+from dynamax_llm.cli import options as opt
+from dynamax_llm.cli.backbone import command_line, load_backbone, peek_backbone
+from dynamax_llm.cli.deciding import MeasureLayers, check_exits, note_unused_window, saved_exits
+from dynamax_llm.decoding.thresholds import Thresholds
 from dynamax_llm.errors import UsageError
+from dynamax_llm.evaluation.harness.plan import EvalSettings, Plan
+from dynamax_llm.settings import DecodeSettings
 
 if TYPE_CHECKING:
     from dynamax_llm.evaluation.harness.settings import Subject, Variant
     from dynamax_llm.exits.artifact import Exits
 
-#: Layers or shares of the depth, where a folder of exits could stand.
-_PLACES = re.compile(r"[\d./, ]+")
-_DEFAULT_TASKS = "triviaqa,coqa,truthfulqa_gen"
 
-
+@opt.verb(
+    place=opt.PLACE,
+    resumes=True,
+    settings=opt.Fields(EvalSettings),
+    decode=opt.Fields(DecodeSettings, "policy", "window", "promise", "engine"),
+    how=opt.Fields(Plan),
+)
 def evaluate(
-    model: Model,
+    *,
+    model: opt.Model,
     out: Annotated[Path, typer.Option(help="Folder for eval.json and records; a killed run goes on where it stopped.")],
     exits: Annotated[
         list[str] | None,
         typer.Option(
-            help="A folder that dynamax train wrote (or a hub id); may be given more than once, to compare heads. With "
-            "--measure also layers (8,12) or shares (1/2,3/4). Default: what ships with a shipped backbone.",
-            metavar="DIR|LAYERS",
+            help="A folder that dynamax train wrote, a hub id, or a shipped backbone's name; may be given more than "
+            "once, to compare heads. Default: what ships with a shipped backbone.",
+            metavar="DIR",
         ),
     ] = None,
-    tasks: Annotated[
-        str,
-        typer.Option(
-            help="Comma list: triviaqa, coqa, truthfulqa_gen, truthfulqa_mc1, truthfulqa_mc2; online also every other "
-            "single task of lm-evaluation-harness."
-        ),
-    ] = _DEFAULT_TASKS,
-    threshold: Annotated[str, typer.Option(help="Comma list of settings, each for all exits: 0.8,0.9,never.")] = "0.9",
-    measure: Annotated[
-        str | None,
-        typer.Option(
-            help="Comma list of confidence measures to evaluate beside the heads; default with --baselines: "
-            "softmax_margin.",
-            metavar="NAMES",
-        ),
-    ] = None,
-    policy: Policy = None,
-    window: Window = None,
-    promise: Promised = None,
-    baselines: Annotated[
-        bool,
-        typer.Option("--baselines/--no-baselines", help="Margin rule, static depth at every exit, pruned layers."),
-    ] = True,
-    limit: Limit = 32,
-    batch: Batch = 16,
-    timed: Timed = 4,
-    shots: Annotated[
-        int | None, typer.Option(help="Worked examples in a prompt. Default: 2 triviaqa, 0 coqa, 1 truthfulqa.")
-    ] = None,
-    max_new_tokens: NewTokens = 32,
-    data_dir: DataDir = None,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of documents and of the bootstrap.")] = 0,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole document instead of tables.")] = False,
+    exit_layers: MeasureLayers = None,
+    settings: opt.Given,
+    decode: opt.Given,
+    how: opt.Given,
+    place: opt.Given,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Evaluate exits on tasks of lm-evaluation-harness, beside the full model and baselines."""
-    command = "dynamax " + shlex.join(sys.argv[1:]) if sys.argv[1:2] == ["eval"] else "dynamax eval"
-    thresholds = _items("threshold", threshold)
-    names = _items("tasks", tasks)
-    measures = _items("measure", measure) if measure else ["softmax_margin"] if baselines else []
+    once = {name: tuple(dict.fromkeys(value)) for name, value in settings.items() if isinstance(value, tuple)}
+    what, plan = EvalSettings(**{**settings, **once}), Plan(**how)
+    for value in what.thresholds:
+        Thresholds.parse(value, 1)
+    for folder in exits or (None,):
+        check_exits(folder, exit_layers, what.measures)
+    note_unused_window(decode)
     peek_backbone(model)
 
+    from dynamax_llm.cli.tables import Bar, show_evaluation
     from dynamax_llm.evaluation.harness.combine import add_to
-    from dynamax_llm.evaluation.harness.evaluate import Plan
     from dynamax_llm.evaluation.harness.evaluate import evaluate as run
     from dynamax_llm.evaluation.harness.settings import Subject, by_promise
     from dynamax_llm.evaluation.harness.tasks import load_tasks
 
-    # Whatever can be wrong is found before the backbone is loaded and the first document is asked.
-    plan = Plan(batch=batch, timed=timed, seed=seed)
-    trained, places = _trained(model, exits, measure)
-    promised = _promised(trained, promise)
-    _check_decisions(thresholds, measures)
-    loaded = load_tasks(names, data_dir=data_dir, shots=shots, limit=limit, max_new_tokens=max_new_tokens, seed=seed)
-    lm, tokenizer = load_backbone(model, dtype, device)
+    # Whatever can be wrong is found before the backbone is loaded and the first document is run.
+    trained = _trained(model, exits or (), exit_layers, what.measures)
+    promised = _promised(trained, decode.get("promise"))
+    sizes: opt.Given = {name: getattr(what, name) for name in ("data_dir", "shots", "limit", "max_new_tokens")}
+    loaded = load_tasks(what.tasks, seed=plan.seed, **sizes)
+    lm, tokenizer = load_backbone(model, place)
     subject = Subject(Path(model).name, lm, tokenizer)
-    settings = _settings(subject, trained, places, thresholds, measures, policy, window, baselines)
-    settings += [by_promise(subject, exits, text) for exits, text in promised]
+    variants = _variants(subject, trained, exit_layers, what, decode)
+    variants += [by_promise(subject, exits, text).on(decode.get("engine")) for exits, text in promised]
     with Bar() as bar:
-        found = run(subject, settings, loaded, plan, out, command=command, on_progress=bar.show)
+        found = run(subject, variants, loaded, plan, out, command=command_line("eval"), on_progress=bar.show)
     kept = {subject.name: tuple(item.to_json() for exits in trained.values() for item in exits.promises)}
     found = add_to(out, found.model_copy(update={"promises": kept}))
-    typer.echo(found.model_dump_json(indent=1)) if as_json else show(found, out)
+    typer.echo(found.model_dump_json(indent=1)) if as_json else show_evaluation(found, out)
 
 
-def _items(name: str, text: str) -> list[str]:
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    if not items:
-        raise UsageError(f"{name} {text!r}: give at least one, separated by commas.")
-    return list(dict.fromkeys(items))
-
-
-def _trained(model: str, exits: Sequence[str] | None, measure: str | None) -> tuple[dict[str, Exits], str | None]:
-    """Trained exits by the name of their family, and places for measures if --exits named places instead."""
+def _trained(
+    model: str, folders: Sequence[str], exit_layers: str | None, measures: Sequence[str] | None
+) -> dict[str, Exits]:
+    """Trained exits by the name of their family; none where measures decide at layers."""
     from dynamax_llm.exits.artifact import Exits
 
-    given = list(exits or [])
-    places = [item for item in given if _PLACES.fullmatch(item) and not Path(item).is_dir()]
-    if len(places) > 1 or (places and len(given) > 1):
-        raise UsageError(f"exits {', '.join(map(repr, given))}: give folders, or once the layers where measures judge.")
-    if places:
-        if measure is None:
-            raise UsageError(f"exits {places[0]!r} are places without a head: name who judges there: --measure NAMES.")
-        return {}, places[0]
-    if not given:
-        saved = saved_exits(model, None, measure)
-        return ({} if saved is None else {_family(saved): saved}), None
+    if not folders:
+        saved = saved_exits(model, None, exit_layers, measures)
+        return {} if saved is None else {_family(saved): saved}
     found: dict[str, Exits] = {}
-    for folder in given:
+    for folder in folders:
         loaded = Exits.from_pretrained(folder)
         name = _family(loaded)
-        if name in found:
-            name = f"{name} ({Path(folder).name})"
-        found[name] = loaded
-    return found, None
+        found[f"{name} ({Path(folder).name})" if name in found else name] = loaded
+    return found
 
 
 def _promised(trained: dict[str, Exits], promise: str | None) -> list[tuple[Exits, str]]:
@@ -157,32 +119,14 @@ def _family(exits: Exits) -> str:
     return f"{exits.config.head} head"
 
 
-def _check_decisions(thresholds: Sequence[str], measures: Sequence[str]) -> None:
-    from dynamax_llm.decoding.thresholds import Thresholds
-    from dynamax_llm.exits.confidence.measures import measure
-
-    for value in thresholds:
-        Thresholds.parse(value, 1)
-    for name in measures:
-        measure(name)
-
-
-def _settings(
-    subject: Subject,
-    trained: dict[str, Exits],
-    places: str | None,
-    thresholds: Sequence[str],
-    measures: Sequence[str],
-    policy: str | None,
-    window: int | None,
-    baselines: bool,
+def _variants(
+    subject: Subject, trained: dict[str, Exits], exit_layers: str | None, what: EvalSettings, decode: opt.Given
 ) -> list[Variant]:
-    from dynamax_llm.decoding.generate import DEFAULT_POLICY
-    from dynamax_llm.engines.plan import DEFAULT_WINDOW
     from dynamax_llm.evaluation.harness.settings import grid
     from dynamax_llm.exits.artifact import Exits
 
     heads = {name: exits for name, exits in trained.items() if exits.heads is not None}
-    at = Exits.untrained(subject.backbone, places) if places else next(iter(trained.values()), None)
-    how: dict[str, Any] = {"policy": policy or DEFAULT_POLICY, "window": window or DEFAULT_WINDOW}
-    return grid(subject, heads, thresholds, measures=measures, at=at, baselines=baselines, **how)
+    at = Exits.untrained(subject.backbone, exit_layers) if exit_layers else next(iter(trained.values()), None)
+    how = {name: value for name, value in decode.items() if name != "promise"}
+    chosen: opt.Given = {"measures": what.compared_measures, "at": at, "baselines": what.baselines}
+    return grid(subject, heads, what.thresholds, **chosen, **how)

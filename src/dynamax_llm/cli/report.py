@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from dynamax_llm.cli import options as opt
 
+
+@opt.verb()
 def report(
     evaluations: Annotated[
         list[Path],

@@ -4,15 +4,22 @@ generate       ``EarlyExit``, the ``custom_generate`` of Hugging Face's ``genera
 session        rows that are admitted, advance together, and are released
 decoder        one token per row, over any engine
 sampler        how tokens are chosen and rows end
+
+Imported when used: thresholds can be checked without PyTorch.
 """
 
-from dynamax_llm.decoding.generate import EarlyExit, EarlyExitOutput
-from dynamax_llm.decoding.rows import RowSettings
-from dynamax_llm.decoding.session import Event, Session
+from typing import TYPE_CHECKING
+
 from dynamax_llm.decoding.thresholds import Thresholds
-from dynamax_llm.decoding.trace import Trace
-from dynamax_llm.decoding.verification import Verification
-from dynamax_llm.engines.plan import POLICIES
+from dynamax_llm.lazy import lazy
+
+if TYPE_CHECKING:
+    from dynamax_llm.decoding.generate import EarlyExit, EarlyExitOutput
+    from dynamax_llm.decoding.rows import RowSettings
+    from dynamax_llm.decoding.session import Event, Session
+    from dynamax_llm.decoding.trace import Trace
+    from dynamax_llm.decoding.verification import Verification
+    from dynamax_llm.engines.plan import POLICIES
 
 __all__ = [
     "POLICIES",
@@ -25,3 +32,14 @@ __all__ = [
     "Trace",
     "Verification",
 ]
+
+_HOMES = {
+    "EarlyExit": "generate",
+    "EarlyExitOutput": "generate",
+    "Event": "session",
+    "RowSettings": "rows",
+    "Session": "session",
+    "Trace": "trace",
+    "Verification": "verification",
+}
+__getattr__ = lazy(__name__, _HOMES)

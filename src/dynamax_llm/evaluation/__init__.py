@@ -1,5 +1,1 @@
-"""What exits are worth: estimators compared on the same text, under the state policy in use, with every cost."""
-
-from dynamax_llm.evaluation.compare import HeadComparison, HeadResult, HeadSetting, comparison_table
-
-__all__ = ["HeadComparison", "HeadResult", "HeadSetting", "comparison_table"]
+"""What exits are worth: ``harness`` on tasks, ``bench`` by the clock, ``scan`` before training, ``compare`` on text."""

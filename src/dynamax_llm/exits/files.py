@@ -69,12 +69,12 @@ def fetch(name: str, files: Sequence[str]) -> list[Path]:
         if absent:
             raise ArtifactError(
                 f"{name} holds no exits: {' and '.join(absent)} not found there. "
-                "Give the folder that dynamax train wrote with --out."
+                "Give the folder that dynamax train wrote."
             )
         return [folder / file for file in files]
     if folder.exists() or not _HUB_ID.fullmatch(name):
         what = "is a file, not a folder" if folder.exists() else "is no folder, nor a hub id (owner/name)"
-        raise ArtifactError(f"exits {name!r}: it {what}. Give the folder that dynamax train wrote with --out.")
+        raise ArtifactError(f"exits {name!r}: it {what}. Give the folder that dynamax train wrote.")
     try:
         return [Path(hf_hub_download(name, file)) for file in files]
     except Exception as error:  # the hub client raises its own, requests' and the system's errors

@@ -11,73 +11,21 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load, peek
-from dynamax_llm.decoding.thresholds import Thresholds
-from dynamax_llm.engines.plan import POLICIES
-from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.harness.combine import add_to, combine
-from dynamax_llm.evaluation.harness.evaluate import OnProgress, Plan, evaluate
+from dynamax_llm.evaluation.harness.evaluate import OnProgress, evaluate
+from dynamax_llm.evaluation.harness.plan import MARGIN
 from dynamax_llm.evaluation.harness.results import Evaluation
 from dynamax_llm.evaluation.harness.settings import Subject, grid
 from dynamax_llm.evaluation.harness.tasks import EvalTask, load_tasks
-from dynamax_llm.exits.registries import HEADS as KINDS
 from dynamax_llm.paper.heads import exits_of
-from dynamax_llm.training.settings import TrainSettings
+from dynamax_llm.paper.plan import PaperPlan
 
-MODELS = ("mistralai/Mistral-7B-v0.3", "mistralai/Mamba-Codestral-7B-v0.1")
-HEADS = ("linear", "transformer", "mamba")
-TASKS = ("triviaqa", "coqa", "truthfulqa_gen")
-#: The author's code swept 0.25 to 0.7; our heads' confidences estimate agreement, so higher ones are of interest too.
-THRESHOLDS = (0.25, 0.4, 0.55, 0.7, 0.85, 0.95)
 #: Parameters below which a model is said to answer hardly any question.
 SMALL = 1_000_000_000
-
-
-@dataclass(frozen=True)
-class PaperPlan:
-    """Models, heads, tasks and settings of a grid. ``train_data`` is needed only where trained exits are missing.
-
-    ``limit``: documents per task. ``data_dir``: local task files, for use offline. Raises UsageError.
-    """
-
-    models: tuple[str, ...] = MODELS
-    heads: tuple[str, ...] = HEADS
-    tasks: tuple[str, ...] = TASKS
-    thresholds: tuple[float, ...] = THRESHOLDS
-    limit: int = 100
-    max_new_tokens: int = 32
-    data_dir: Path | None = None
-    train_data: str | None = None
-    training: TrainSettings = field(default_factory=TrainSettings)
-    how: Plan = field(default_factory=Plan)
-    policy: str = "propagate"
-    dtype: str = "auto"
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("models", "heads", "tasks", "thresholds"):
-            values = getattr(self, name)
-            if not values:
-                raise UsageError(f"no {name}: give at least one.")
-            twice = sorted({str(value) for value in values if values.count(value) > 1})
-            if twice:
-                raise UsageError(f"{name} {', '.join(twice)} given twice: name each once.")
-        for head in self.heads:
-            KINDS.lookup(head)
-        for value in self.thresholds:
-            Thresholds.parse(value, 1)
-        POLICIES.lookup(self.policy)
-
-    @property
-    def names(self) -> dict[str, str]:
-        """Names in the document: the end of a model's path, or all of it where two ends are the same."""
-        ends = [Path(model).name for model in self.models]
-        short = len(set(ends)) == len(ends)
-        return {model: end if short else model.replace("/", "--") for model, end in zip(self.models, ends, strict=True)}
 
 
 def run(plan: PaperPlan, out: str | Path, *, command: str = "", on_progress: OnProgress | None = None) -> Evaluation:
@@ -108,7 +56,7 @@ def _backbone(
     exits = exits_of(model, adapt(lm), tokenizer, plan.heads, data, settings, folder / "exits" / name)
     subject = Subject(name, lm, tokenizer)
     families = {f"{head} head": trained for head, trained in exits.items()}
-    variants = grid(subject, families, plan.thresholds, measures=("softmax_margin",), policy=plan.policy)
+    variants = grid(subject, families, plan.thresholds, measures=(MARGIN,), policy=plan.policy, engine=plan.engine)
 
     def report(what: str, done: int, total: int) -> None:
         if on_progress is not None:

@@ -38,7 +38,7 @@ def exits_of(
     if not all((folder / head / MANIFEST).is_file() for head in own):
         if data is None:
             raise UsageError(
-                f"no trained exits for {model!r} with head {', '.join(own)}. Give train_data, a path or a dataset "
+                f"no trained exits for {model!r} with head {', '.join(own)}. Give `train_data`, a path or a dataset "
                 "id, and they are trained first."
             )
         layers = place_exits(PAPER_EXITS, backbone.n_layers)

@@ -45,12 +45,12 @@ def check_targets(out: str | Path, figures: str | Path | None = None) -> tuple[P
     """The paths of page and figures, if they can be written. Raises UsageError, OSError if a folder is not writable."""
     target = Path(out).expanduser()
     if target.is_dir():
-        raise UsageError(f"--out {str(out)!r} is a folder. Give the file to write, such as {target / 'report.html'}.")
+        raise UsageError(f"`out` {str(out)!r} is a folder. Give the file to write, such as {target / 'report.html'}.")
     if target.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"--out {str(out)!r} does not end in .html. Give a name such as report.html.")
+        raise UsageError(f"`out` {str(out)!r} does not end in .html. Give a name such as report.html.")
     folder = Path(figures).expanduser() if figures is not None else None
     if folder is not None and folder.exists() and not folder.is_dir():
-        raise UsageError(f"--figures {str(figures)!r} is a file. Give a folder, new or existing.")
+        raise UsageError(f"`figures` {str(figures)!r} is a file. Give a folder, new or existing.")
     for place in (target.parent, *([folder] if folder else [])):
         file = check_writable(place)
         if file is not None:

@@ -17,6 +17,9 @@ LABELS = ("action", "topk", "probability", "overlap")
 SHARE = {"least": 0, "most": 1}
 INNER_SHARE = {"above": 0, "below": 1}
 
+_SHARE = {"least": 0, "most": 1}
+_INNER_SHARE = {"above": 0, "below": 1}
+
 
 @dataclass(frozen=True)
 class RunSettings:

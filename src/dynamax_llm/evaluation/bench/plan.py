@@ -6,65 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.engines.choose import check_engine
 from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.errors import PolicyMismatchError, UsageError
-from dynamax_llm.evaluation.common import FREE_MEASURE
-from dynamax_llm.exits.config import INPUTS, ExitConfig, place_exits
-from dynamax_llm.exits.registries import HEADS, MEASURES
+from dynamax_llm.evaluation.bench.settings import BenchSettings
+from dynamax_llm.exits.config import ExitConfig, place_exits
 
 #: Settings that take turns with full depth: the GPU engine keeps the programs of four, and building is not timed.
 GROUP = 3
 EAGER, STOCK, COMPILED = "eager", "transformers", "transformers, compiled"
-#: What can be checked so that no token leaves: heads, and measures that stay low for random weights.
-CHECKED = (*HEADS, *(name for name in MEASURES if name != FREE_MEASURE))
-
-
-@dataclass(frozen=True)
-class BenchSettings:
-    """What to measure; every field has its option of ``dynamax bench``.
-
-    ``exit_at``: depths at each of which all tokens leave, one setting each, under every one of ``policies`` and, where
-    tokens wait, every one of ``windows``. ``checks``: this many exits, evenly spaced, are checked by ``estimator`` (a
-    kind of head with random weights that reads ``inputs``, or a measure), and no token leaves by them. ``spread``: at
-    batch sizes above 1, rows leave at a share ``leave`` of their tokens, and at these shares of those all together.
-    ``parity``: whether engines are compared. Raises UsageError for values that are not allowed."""
-
-    prompt: int = 64
-    new: int = 256
-    baseline_new: int = 64
-    repeats: int = 3
-    batches: tuple[int, ...] = (1,)
-    policies: tuple[str, ...] = ("propagate", "defer", "verify")
-    windows: tuple[int, ...] = (8, 16)
-    exit_at: str = "1/2"
-    checks: int = 0
-    estimator: str = "mlp"
-    inputs: tuple[str, ...] = INPUTS
-    spread: tuple[float, ...] = ()
-    leave: float = 0.5
-    engine: str | None = None
-    baselines: bool = True
-    parity: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, floor in {"prompt": 1, "new": 2, "baseline_new": 2, "repeats": 1, "checks": 0}.items():
-            if getattr(self, name) < floor:
-                raise UsageError(f"{name} {getattr(self, name)}: give a whole number from {floor}.")
-        for name, values in (("batches", self.batches), ("windows", self.windows)):
-            if not values or min(values) < 1:
-                raise UsageError(f"{name} {','.join(map(str, values))}: give whole numbers from 1, like 1,8.")
-        for name, share in (*(("spread", value) for value in self.spread), ("leave", self.leave)):
-            if not 0.0 <= share <= 1.0:
-                raise UsageError(f"{name} {share}: give shares between 0 and 1.")
-        for policy in self.policies:
-            POLICIES.lookup(policy)
-        check_engine(self.engine)
-        if self.checks and self.estimator not in CHECKED:
-            raise UsageError(f"estimator {self.estimator!r}: give one of {', '.join(CHECKED)}.")
-        if self.spread and max(self.batches) == 1:
-            raise UsageError("spread is about rows that leave on their own: give a batch size above 1 too.")
 
 
 @dataclass(frozen=True)
@@ -105,11 +54,11 @@ class Planned:
             if wrong:
                 raise PolicyMismatchError(
                     f"state policy {name!r} is not defined for the {' and '.join(wrong)} layers of "
-                    f"{backbone.model_type!r}. Leave it out of the policies."
+                    f"{backbone.model_type!r}. Leave it out of `policies`."
                 )
         if settings.checks >= self.n_layers:
             raise UsageError(
-                f"checks {settings.checks}: this backbone has {self.n_layers} layers, so at most "
+                f"checks = {settings.checks}: this backbone has {self.n_layers} layers, so at most "
                 f"{self.n_layers - 1} exits."
             )
         count = settings.checks
@@ -119,7 +68,8 @@ class Planned:
         limit = backbone.max_positions()
         if limit is not None and settings.prompt + settings.new > limit:
             raise UsageError(
-                f"{settings.prompt} + {settings.new} tokens: this backbone has {limit} positions. Lower prompt or new."
+                f"{settings.prompt} + {settings.new} tokens: this backbone has {limit} positions. "
+                "Lower `prompt` or `new`."
             )
 
     def groups(self) -> Iterator[list[Setting]]:

@@ -44,7 +44,7 @@ def pruned(model: PreTrainedModel, removed: int) -> PreTrainedModel:
     if _kinds(shorter.config) != [[kinds[index] for index in kept] for kinds in _kinds(model.config)]:
         raise UsageError(
             f"layers of {whole.model_type!r} cannot be pruned: its configuration derives kinds from positions. "
-            "Leave the pruned baseline out: baselines=False (--no-baselines)."
+            "Leave the pruned baseline out (see `baselines`)."
         )
     return shorter.eval()
 

@@ -22,6 +22,7 @@ from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
 from dynamax_llm.evaluation.harness import summary
 from dynamax_llm.evaluation.harness.combine import check_addition
 from dynamax_llm.evaluation.harness.forced import Prompted, agreement, confidences, forced
+from dynamax_llm.evaluation.harness.plan import Plan
 from dynamax_llm.evaluation.harness.prompts import SharedPrompts
 from dynamax_llm.evaluation.harness.records import Records, cell_path
 from dynamax_llm.evaluation.harness.results import Cell, Evaluation, Example, Reliability, ShownToken
@@ -36,26 +37,6 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 #: Called as the work goes on: what is being done, samples done, samples in all (resumed ones are done).
 OnProgress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How an evaluation is carried out, whatever its tasks and settings.
-
-    ``batch``: rows at a time. ``timed``: documents per task whose decoding is timed against the full model's, at
-    batch 1. ``examples``: documents per generation task that are kept token by token. Raises UsageError.
-    """
-
-    batch: int = 16
-    timed: int = 4
-    seed: int = 0
-    examples: int = 2
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("timed", 0), ("examples", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise UsageError(f"{name} {value}: give a whole number from {least}.")
 
 
 def evaluate(

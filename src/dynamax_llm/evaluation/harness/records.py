@@ -85,12 +85,12 @@ class Records:
         if header.get("format") != FORMAT or header.get("version") != VERSION:
             raise DataError(
                 f"{self.path}, line 1: it has format {header.get('format')!r}, version {header.get('version')!r}; "
-                f"this DYNAMAX reads {FORMAT!r}, version {VERSION}. Give another folder."
+                f"this DYNAMAX reads {FORMAT!r}, version {VERSION}. Give another `out`."
             )
         change = difference(header["identity"], self.identity)
         if change:
             raise UsageError(
-                f"{self.path} holds records of another run: {change}. Give another folder, or the options of that run."
+                f"{self.path} holds records of another run: {change}. Give another `out`, or the options of that run."
             )
 
     def _keep(self, record: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ from dynamax_llm.evaluation.harness.baselines import pruned as pruned_model
 from dynamax_llm.evaluation.harness.prompts import PromptSharing, SharedPrompts
 from dynamax_llm.evaluation.harness.results import Setting
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.config import PAPER_EXITS
+from dynamax_llm.exits.config import DEFAULT_EXITS
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,10 @@ class Variant:
     exits: Exits
     options: Mapping[str, Any]
 
+    def on(self, engine: str | None) -> Variant:
+        """The same setting on a named engine; None leaves the choice to ``EarlyExit``."""
+        return self if engine is None else replace(self, options={**self.options, "engine": engine})
+
     def early_exit(self, prompts: SharedPrompts) -> PromptSharing:
         """A decoding under this setting that shares prompts with the others."""
         return PromptSharing(self.exits, prompts=prompts, **self.options)
@@ -63,7 +67,9 @@ class Variant:
         """What decides its outcome, as JSON types: the setting and whatever was learned."""
         learned = {name: self.exits.provenance.get(name) for name in ("data", "tokens", "seed")}
         config = self.exits.config.to_json()
-        return {"setting": self.facts.model_dump(), "exits": config, "learned": learned, "weights": _digest(self.exits)}
+        named = {name: value for name, value in self.options.items() if name == "engine"}
+        what = {"setting": self.facts.model_dump(), "exits": config, "learned": learned}
+        return {**what, "weights": _digest(self.exits), **named}
 
 
 def full(subject: Subject, exits: Exits | None = None) -> Variant:
@@ -144,12 +150,13 @@ def grid(
     policy: str = "propagate",
     window: int = DEFAULT_WINDOW,
     baselines: bool = True,
+    engine: str | None = None,
 ) -> list[Variant]:
     """The full model, every head and measure at every threshold, and the baselines; settings of a family side by side.
 
     ``heads`` are trained exits by the name their family gets; measures are used at the layers of ``at``, by default
     those of the first head. The baselines are static depth at every exit and as many layers pruned as those exits save.
-    Raises UsageError, ArtifactMismatchError.
+    ``engine`` runs all of them. Raises UsageError, ArtifactMismatchError.
     """
     places = at if at is not None else next(iter(heads.values()), None)
     places = _ready(subject, places)
@@ -165,7 +172,7 @@ def grid(
         n_layers = places.config.n_layers
         removed = sorted({n_layers - layer for layer in places.config.layers} & set(range(1, n_layers - 1)))
         variants += [pruned(subject, count) for count in removed]
-    return check_ids(variants)
+    return check_ids([item.on(engine) for item in variants])
 
 
 def check_ids(variants: list[Variant]) -> list[Variant]:
@@ -213,7 +220,7 @@ def _variant(
 def _ready(subject: Subject, exits: Exits | None) -> Exits:
     """The exits, or untrained ones at the default places, checked against the subject's model."""
     backbone = subject.backbone
-    exits = exits if exits is not None else Exits.untrained(backbone, PAPER_EXITS)
+    exits = exits if exits is not None else Exits.untrained(backbone, DEFAULT_EXITS)
     exits.check_backbone(backbone)
     return exits
 

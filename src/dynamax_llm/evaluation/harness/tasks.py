@@ -21,6 +21,7 @@ from typing import Any
 
 from dynamax_llm.errors import DataError, UsageError, first_line
 from dynamax_llm.evaluation.harness.patches import single_scores, squad_metrics
+from dynamax_llm.evaluation.harness.plan import EvalSettings
 from dynamax_llm.evaluation.harness.results import TaskFacts
 
 #: The harness's own seed for drawing few-shot examples.
@@ -104,8 +105,8 @@ def load_tasks(
     *,
     data_dir: str | Path | None = None,
     shots: int | None = None,
-    limit: int | None = 32,
-    max_new_tokens: int = 32,
+    limit: int | None = EvalSettings.limit,
+    max_new_tokens: int = EvalSettings.max_new_tokens,
     seed: int = 0,
 ) -> list[EvalTask]:
     """The named tasks with their requests built.
@@ -162,7 +163,7 @@ def _check_name(name: str, manager: Any) -> None:
 def _folder(data_dir: str | Path) -> Path:
     folder = Path(data_dir).expanduser()
     if not folder.is_dir():
-        raise DataError(f"no folder {str(data_dir)!r}. Give --data-dir the folder that holds the tasks' .jsonl files.")
+        raise DataError(f"no folder {str(data_dir)!r}. Give `data_dir`, the folder that holds the tasks' .jsonl files.")
     return folder
 
 
@@ -174,7 +175,7 @@ def _files(name: str, folder: Path | None) -> dict[str, Path]:
     for path in files.values():
         if not path.is_file():
             raise DataError(
-                f"task {name!r} needs {path.name}, which {folder} does not hold. Put it there, see --data-dir."
+                f"task {name!r} needs {path.name}, which {folder} does not hold. Put it there, see `data_dir`."
             )
     return files
 
@@ -218,7 +219,7 @@ def _unavailable(name: str, files: Mapping[str, Path], error: Exception) -> Data
         wanted = " and ".join(dict.fromkeys((LOCAL[name].documents, LOCAL[name].examples)))
         return DataError(
             f"the documents of task {name!r} could not be fetched ({reason}). Check the connection, or give a folder "
-            f"that holds {wanted} as data_dir (--data-dir DIR)."
+            f"that holds {wanted}: `data_dir`."
         )
     return DataError(f"task {name!r} could not be loaded ({reason}). Check the connection.")
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.errors import BackboneError, UsageError
+from dynamax_llm.errors import BackboneError
 from dynamax_llm.evaluation.common.bootstrap import weighted
 from dynamax_llm.evaluation.common.documents import Interval
-from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.evaluation.scan.settings import ScanSettings
 from dynamax_llm.exits.features import ExitFeatures
 from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.progress import TokenBar
@@ -33,30 +33,6 @@ LARGEST_SHARE = 1 / 20
 
 #: Of the progress bar.
 TITLE = "scanning"
-
-
-@dataclass(frozen=True)
-class ScanSettings:
-    """How much text, and how it is cut. Raises UsageError, naming the setting, for a value out of bounds."""
-
-    tokens: int = 20_000
-    sequence: int = 512  # tokens of a chunk
-    batch_tokens: int = 4096  # tokens of a pass, padding included
-    candidates: int = ExitConfig.candidates  # what later exits read; the check is priced as training builds it
-    held_out: float = 1.0  # share of the documents read: those that training with this share holds out
-    seed: int = 0
-    quiet: bool = False  # no progress bar
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("tokens", self.tokens >= 1, "at least 1"),
-            ("sequence", self.sequence >= SHORTEST, f"at least {SHORTEST} tokens"),
-            ("batch_tokens", self.batch_tokens >= self.sequence, f"at least one chunk of {self.sequence} tokens"),
-            ("held_out", 0 < self.held_out <= 1, "above 0 and at most 1"),
-        )
-        for name, fine, allowed in checks:
-            if not fine:
-                raise UsageError(f"scan setting {name} = {getattr(self, name)!r}: give {allowed}.")
 
 
 @dataclass(frozen=True)
@@ -152,7 +128,7 @@ def _read_layers(backbone: Backbone, readout: Readout, batch: Batch) -> tuple[Te
     if not bool(stacked.isfinite().all()):
         raise BackboneError(
             f"{backbone.model_type} gives values that are not numbers in {str(backbone.dtype).removeprefix('torch.')}. "
-            "Try float32 (--dtype float32); if it still does, the weights are damaged."
+            "Try `dtype` float32; if it still does, the weights are damaged."
         )
     return torch.stack(tokens), stacked
 
