@@ -189,7 +189,7 @@ def test_train_then_generate(model_type, head, readout, dynamax, tmp_path):
 
 
 def test_inputs_and_label_reach_the_artifact(dynamax, tmp_path):
-    options = ("--data", corpus(), "--head", "linear", "--inputs", "signals", "--label", "topk", "--label-k", 3)
+    options = ("--data", corpus(), "--head", "linear", "--inputs", "statistics", "--label", "topk", "--label-k", 3)
     dynamax("train", model_folder(), *options, "--out", tmp_path, *TRAIN)
     exits = Exits.from_pretrained(tmp_path)
     settings = exits.provenance["settings"]

@@ -14,8 +14,9 @@ from dynamax_llm.backbones import loading
 from dynamax_llm.calibration.settings import CalibrationSettings, PromiseSettings
 from dynamax_llm.cli.options import DEFAULT_LAYERS, in_flags
 from dynamax_llm.cli.train import CONFIG
-from dynamax_llm.decoding import POLICIES, EarlyExit
+from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.thresholds import SCHEDULES
+from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.evaluation.bench import BenchSettings
 from dynamax_llm.evaluation.harness.plan import EvalSettings, Plan
 from dynamax_llm.evaluation.scan.settings import ScanSettings

@@ -44,9 +44,9 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import REFERENCE_BACKBONES, load, shipped_exits
 from dynamax_llm.calibration.prompts import Item
 from dynamax_llm.calibration.risks import AgreementRisk
-from dynamax_llm.decoding import POLICIES, EarlyExit
-from dynamax_llm.engines.plan import DEFAULT_WINDOW
+from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.thresholds import NEVER
+from dynamax_llm.engines.plan import DEFAULT_WINDOW, POLICIES
 from dynamax_llm.evaluation.harness.records import Records, cell_path
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS

@@ -24,12 +24,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dynamax_llm.calibration.proof import Proof
+
 from common import bootstrap, device_name, markdown, parsed, parser, write_json
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import REFERENCE_BACKBONES, load, shipped_exits
 from dynamax_llm.calibration.fit import fit_path
 from dynamax_llm.calibration.prompts import Item
-from dynamax_llm.calibration.proof import Proof
 from dynamax_llm.calibration.risks import AgreementRisk, Risk, TextRisk, inconsistency
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.evaluation.harness.results import Interval, Shift

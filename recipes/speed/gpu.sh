@@ -35,7 +35,7 @@ bench() { # PART OPTIONS ...
 
 default_head() {
     bench default-head --shape "$shape" --batch-size 1 --policy propagate --checks 4 --max-new-tokens 128 --no-baselines \
-        --no-sameness --repeats 3 --dtype bfloat16
+        --no-parity --repeats 3 --dtype bfloat16
 }
 
 for part in "${parts[@]}"; do
@@ -45,13 +45,13 @@ for part in "${parts[@]}"; do
         default_head ;;
     default-head) default_head ;;
     spread) bench spread --shape "$shape" --batch-size 8 --policy propagate --spread 0 --checks 4 --max-new-tokens 128 \
-        --repeats 3 --no-baselines --no-sameness --dtype bfloat16 ;;
+        --repeats 3 --no-baselines --no-parity --dtype bfloat16 ;;
     stock) bench stock --shape "$shape" --batch-size 1 --policy propagate --max-new-tokens 128 --baseline-tokens 32 --repeats 2 \
-        --no-sameness --dtype bfloat16 ;;
+        --no-parity --dtype bfloat16 ;;
     batch) bench batch --shape "$shape" --batch-size 8 --policy propagate,defer --window 8 --spread 0,0.5,1 --max-new-tokens 128 \
-        --repeats 2 --no-baselines --no-sameness --dtype bfloat16 ;;
+        --repeats 2 --no-baselines --no-parity --dtype bfloat16 ;;
     long) bench long --shape "$shape" --batch-size 1 --policy propagate --prompt-tokens 2000 --max-new-tokens 2000 --repeats 1 \
-        --no-baselines --no-sameness --dtype bfloat16 ;;
+        --no-baselines --no-parity --dtype bfloat16 ;;
     exact) bench exact --shape "$tiny" --batch-size 1 --policy propagate,verify --window 16 --prompt-tokens 2000 --max-new-tokens 2000 \
         --baseline-tokens 2000 --repeats 1 --no-baselines --dtype float32 ;;
     *) echo "no part $part: short, default-head, batch, spread, long, exact, stock" >&2; exit 2 ;;

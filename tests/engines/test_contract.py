@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dynamax_llm.exits.heads import ExitHeads
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding import EarlyExit, RowSettings, Session
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.testing import random_ids
 from tests.engines.test_cuda_engine import DEVICE, small

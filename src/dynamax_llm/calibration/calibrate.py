@@ -141,14 +141,7 @@ def calibrate(
     risk = _risk(request, backbone, tokenizer, drawn.items[n_path:], settings)
     score = _full_score(exits, request, risk)
     path = fit_path(exits, path_risk, request.target.limit, request.how, PARAMETERS)
-    evidence: list[dict[str, Any]] = []
-    for test, losses in _tests(exits, request, path.points, path_risk, risk):
-        if not (evidence or test["kept"]):
-            raise _not_kept(request, test, losses)
-        evidence.append(test)
-        if on_test is not None:
-            on_test(test)
-    last = [test for test in evidence if test["kept"]][-1]
+    evidence = _evidence(request, _tests(exits, request, path.points, path_risk, risk), on_test)
     return Promise(
         text=request.target.text,
         measure=request.target.measure,
@@ -158,8 +151,7 @@ def calibrate(
         n=len(risk.items),
         n_path=n_path,
         unit="sequences",
-        **{name: last[name] for name in ("parameter", "estimate", "p_value", "mean_depth")},
-        thresholds=tuple(last["thresholds"]),
+        **_riskiest(evidence),
         policy=policy,
         window=window,
         readout=exits.config.readout,

@@ -130,7 +130,7 @@ def _show(found: Bench) -> None:
             "–" if item.differing is None else f"{item.differing:.2%}",
             "–" if item.equal is None else f"{item.equal:.1%}",
         )
-        for item in found.sameness
+        for item in found.parity
     ]
     terminal.write_table("Same tokens?", ("of, against", "batch", "tokens", "likeliest differs", "equal"), same)
     for lack in found.missing:

@@ -124,7 +124,7 @@ class Generation:
             "state_policy": out.trace.policy,
             "engine": out.engine,
             "promise": None if self.promise is None else self.promise.text,
-            "window_bytes": out.trace.spent.window_bytes,
+            "window_bytes": out.trace.stats.window_bytes,
             "verification": verification and {**vars(verification), "acceptance_rate": verification.acceptance_rate},
             "seconds": seconds,
         }

@@ -10,29 +10,25 @@ import typer
 
 from dynamax_llm.cli import options as opt
 from dynamax_llm.cli.backbone import load_backbone, no_empty_folder, peek_backbone, text_of
-from dynamax_llm.exits.config import HEADS, INPUTS, LABELS, READOUTS, ExitConfig
+from dynamax_llm.exits.config import INPUTS, ExitConfig
+from dynamax_llm.exits.registries import HEADS, READOUTS
 from dynamax_llm.settings import Option
 from dynamax_llm.training.settings import TrainSettings
 
-#: opt.Fields of an ExitConfig that are options; their defaults are ExitConfig's.
+#: Fields of an ExitConfig that are options; their defaults are ExitConfig's.
 CONFIG = {
-    "head": Option("Exit head: linear, mlp, transformer or mamba.", choices=HEADS, metavar="NAME"),
+    "head": Option("Exit head: linear, mlp, transformer or mamba.", choices=tuple(HEADS), metavar="NAME"),
     "inputs": Option(
-        "What the head reads: hidden (h), signals (statistics of the readout), tokens (its leaders).", choices=INPUTS
+        "What the head reads: hidden (h), statistics (of the readout's logits), tokens (its leaders).", choices=INPUTS
     ),
     "readout": Option(
-        "How an exit makes logits: head, tail (last layers first) or lens (learned).", choices=READOUTS, metavar="NAME"
+        "How an exit makes logits: head, tail (last layers first) or lens (learned).",
+        choices=tuple(READOUTS),
+        metavar="NAME",
     ),
-    "tail_layers": Option("Layers of the tail readout.", least=1),
     "candidates": Option(
         "Later exits read only this many of the first one's likeliest tokens; 0: the whole vocabulary.", least=0
     ),
-    "label": Option(
-        "action: the exit gives the full model's token; probability, overlap: soft; topk: the paper's.",
-        choices=LABELS,
-        metavar="NAME",
-    ),
-    "label_k": Option("k of the topk label.", least=1),
 }
 
 
@@ -49,6 +45,9 @@ def train(
     preset: Annotated[
         str | None,
         typer.Option(help="Start from a named set of options (dynamax-paper); those given here win.", metavar="NAME"),
+    ] = None,
+    tail_layers: Annotated[
+        int | None, typer.Option(help="Layers of the tail readout. Default: its own.", metavar="INTEGER")
     ] = None,
     config: opt.Given,
     settings: opt.Given,
@@ -70,6 +69,8 @@ def train(
     from dynamax_llm.training.parallel import Group
     from dynamax_llm.training.trainer import train as train_exits
 
+    if tail_layers is not None:
+        config = {**config, "tail_layers": tail_layers}
     exits = plan.exit_config(peek_backbone(model).num_hidden_layers, **config)
     source = text_of(data, text_field)
     with no_empty_folder(out):

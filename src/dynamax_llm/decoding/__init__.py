@@ -15,14 +15,12 @@ from dynamax_llm.lazy import lazy
 
 if TYPE_CHECKING:
     from dynamax_llm.decoding.generate import EarlyExit, EarlyExitOutput
-    from dynamax_llm.decoding.rows import RowSettings
-    from dynamax_llm.decoding.session import Event, Session
+    from dynamax_llm.decoding.rows import Event, RowSettings
+    from dynamax_llm.decoding.session import Session
     from dynamax_llm.decoding.trace import Trace
     from dynamax_llm.decoding.verification import Verification
-    from dynamax_llm.engines.plan import POLICIES
 
 __all__ = [
-    "POLICIES",
     "EarlyExit",
     "EarlyExitOutput",
     "Event",
@@ -36,7 +34,7 @@ __all__ = [
 _HOMES = {
     "EarlyExit": "generate",
     "EarlyExitOutput": "generate",
-    "Event": "session",
+    "Event": "rows",
     "RowSettings": "rows",
     "Session": "session",
     "Trace": "trace",

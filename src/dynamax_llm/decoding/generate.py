@@ -22,8 +22,9 @@ from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding.output import EarlyExitOutput, columns, kept_scores
 from dynamax_llm.decoding.request import Request
 from dynamax_llm.decoding.request_checks import caller_arguments, check_prompt, check_request
+from dynamax_llm.decoding.rows import Event
 from dynamax_llm.decoding.sampler import RequestSampler
-from dynamax_llm.decoding.session import Event, Session
+from dynamax_llm.decoding.session import Session
 from dynamax_llm.decoding.thresholds import NEVER, Threshold, Thresholds
 from dynamax_llm.decoding.trace import TokenCosts, Trace
 from dynamax_llm.engines.base import EngineSession

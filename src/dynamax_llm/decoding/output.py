@@ -25,7 +25,7 @@ class EarlyExitOutput(GenerateDecoderOnlyOutput):
     are 0 after a row's end. ``past_key_values``, ``attentions`` and ``hidden_states`` are always None.
     """
 
-    exit_layers: Tensor = None  # type: ignore[assignment]
+    exit_layers: Tensor = None
     trace: Trace = None  # type: ignore[assignment]
     verification: Verification | None = None
     engine: str = None  # type: ignore[assignment]

@@ -30,6 +30,16 @@ class RowSettings:
     seed: int | None = None
 
 
+@dataclass(frozen=True)
+class Event:
+    """One new token of one row: ``exit_index`` says where it left (len(exits) for full depth)."""
+
+    slot: int
+    token: int
+    exit_index: int
+    ended: bool
+
+
 class Row:
     """One sequence: prompt (1, T) with left pads, new tokens, and the exit index of each."""
 

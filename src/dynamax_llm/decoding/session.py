@@ -13,30 +13,20 @@ Face's ``generate`` is the same session: all rows begin at once, and steps follo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dynamax_llm.decoding.decoder import Decoder
-from dynamax_llm.decoding.rows import Row, RowSettings
+from dynamax_llm.decoding.rows import Event, Row, RowSettings
 from dynamax_llm.decoding.sampler import RowSampler, Sampler
 from dynamax_llm.decoding.thresholds import Thresholds
-from dynamax_llm.decoding.verification import Draft, Verification
+from dynamax_llm.decoding.verification import Verification
+from dynamax_llm.decoding.window import Window
 from dynamax_llm.engines.base import EngineSession
 from dynamax_llm.engines.plan import RowThresholds
 from dynamax_llm.errors import UsageError
 from dynamax_llm.shapes import Ids
-
-
-@dataclass(frozen=True)
-class Event:
-    """One new token of one row: ``exit_index`` says where it left (len(exits) for full depth)."""
-
-    slot: int
-    token: int
-    exit_index: int
-    ended: bool
 
 
 class Session:
@@ -49,8 +39,8 @@ class Session:
         self.rows: list[Row | None] = [None] * self.slots
         self.verification = Verification()
         self._events: list[Event] = []  # made by ``admit``, handed out by the next ``step``
-        self._chained = False  # whether the engine holds every live row's newest token
-        self._open_window = False
+        self.chained = False  # whether the engine holds every live row's newest token
+        self.open_window = False
         self._none = (None,) * self.plan.full
 
     # rows
@@ -90,7 +80,7 @@ class Session:
         logits = self.engine.admit(free, ids)
         row = Row(ids, settings.thresholds or self.thresholds, settings.max_new_tokens, settings)
         self.rows[free] = row
-        self._chained = False
+        self.chained = False
         spread = logits.new_zeros(self.slots, logits.shape[1])
         spread[free] = logits[0]
         self._events += self._first([free], spread)
@@ -106,7 +96,7 @@ class Session:
         self.engine.release(slot)
         self.rows[slot] = None
         self._events = [event for event in self._events if event.slot != slot]
-        self._chained = False
+        self.chained = False
         return row
 
     def close(self) -> None:
@@ -118,9 +108,9 @@ class Session:
 
     def _settle(self) -> None:
         """Every layer reads everything that waits, so that rows may enter and leave."""
-        if self._open_window:
+        if self.open_window:
             self.decoder.keep([self.decoder.drafted] * self.slots)
-            self._open_window = False
+            self.open_window = False
         self.engine.catch_up()
 
     # one step
@@ -130,12 +120,12 @@ class Session:
         """One token of every live row, or one window under ``verify``."""
         events, self._events = self._events, []
         if not events and self.live:
-            events = self._window() if self.plan.policy.exact_output else self._token()
+            events = Window(self).run() if self.plan.policy.exact_output else self._token()
         return events
 
     def _first(self, slots: Sequence[int], logits: Tensor) -> list[Event]:
         """The first tokens of rows ``slots``, from their prompts' logits (B, V)."""
-        rows = self._all_rows()
+        rows = self.all_rows()
         fresh = [row if slot in slots else _RESTING for slot, row in enumerate(rows)]
         banned = self.sampler.bans(fresh)
         if banned is not None:
@@ -147,19 +137,21 @@ class Session:
             tokens, _ = self.sampler.choose(fresh, scores)
         choices, events = tokens.tolist(), []
         for slot in slots:
-            self._commit(slot, choices[slot], self.plan.full, scores, logits)
-        self._end_rows(slots)
+            self.commit(slot, choices[slot], self.plan.full, scores, logits)
+        self.end_rows(slots)
         for slot in slots:
             events.append(Event(slot, choices[slot], self.plan.full, rows[slot].ended))
         return events
 
     def _token(self) -> list[Event]:
         """One token of every live row: what its exit, or the last layer, gives."""
-        slots, idle = self._live_slots()
-        rows = self._all_rows()
-        limits = self._limits(slots)
-        self.decoder.step(None if self._chained else self._newest(rows), limits, idle)
+        slots, idle = self.live_slots()
+        rows = self.all_rows()
+        limits = self.limits(slots)
         banned = self.sampler.bans(rows)
+        if banned is not None:
+            self.engine.ban(banned)  # before the step: an engine may choose as soon as it has the logits
+        self.decoder.step(None if self.chained else self.newest(rows), limits, idle)
         if banned is not None:
             tokens, exits = self._greedy_token(slots, rows, limits, idle, banned)
             scores = logits = None
@@ -168,11 +160,11 @@ class Session:
             scores = self.sampler.scores(rows, [row.ids for row in rows], logits)
             tokens, exits = self.sampler.choose(rows, scores)[0].tolist(), exit_index.tolist()
             self.decoder.note(exit_index, idle)
-            self._chained = False
+            self.chained = False
         # Rows that have ended get no tokens, but scores: Hugging Face keeps those of the whole batch.
         for slot in range(self.slots) if scores is not None and self.sampler.pads else slots:
-            self._commit(slot, tokens[slot], exits[slot], scores, logits, only_scores=slot not in slots)
-        self._end_rows(slots)
+            self.commit(slot, tokens[slot], exits[slot], scores, logits, only_scores=slot not in slots)
+        self.end_rows(slots)
         return [Event(slot, tokens[slot], exits[slot], rows[slot].ended) for slot in slots]
 
     def _greedy_token(
@@ -184,12 +176,11 @@ class Session:
         banned: tuple[int, ...],
     ) -> tuple[list[int], list[int]]:
         """The engine chooses; where nothing can change in between, it starts the next token at once."""
-        self.engine.ban(banned)
         if self._same_next(slots, rows, limits, banned):
             self.decoder.begin_ahead(limits, idle)
         tokens, exits = self.engine.chosen()
         self.decoder.note(exits, idle)
-        self._chained = True
+        self.chained = True
         return tokens, exits
 
     def _same_next(
@@ -199,7 +190,7 @@ class Session:
         if (
             not self.sampler.fixed_rows
             or self.sampler.bans(rows, ahead=1) != banned
-            or self._limits(slots, ahead=1) != limits
+            or self.limits(slots, ahead=1) != limits
         ):
             return False
         for slot in slots:
@@ -210,181 +201,29 @@ class Session:
                 return False
         return True
 
-    # verify
-
-    def _window(self) -> list[Event]:
-        slots, _ = self._live_slots()
-        draft = self._draft(slots)
-        return self._accept(slots, draft)
-
-    def _draft(self, slots: Sequence[int]) -> Draft:
-        """Propose tokens until something makes every layer read the window."""
-        rows, draft = self._all_rows(), Draft(self.slots)
-        resting = [slot not in slots for slot in range(self.slots)]
-        ids: Tensor | None = self._newest(rows)
-        banned = self.sampler.bans(rows)
-        if banned is not None:
-            self.engine.ban(banned)
-        while True:
-            drafting = [slot for slot in slots if not resting[slot]]
-            idle = self._flags(resting)
-            limits = self._limits(drafting, ahead=len(draft))
-            deep = self.decoder.step(ids, limits, idle)
-            if deep:
-                draft.exits.append([self.plan.full] * self.slots)
-                live = self.slots if idle is None else self.slots - sum(resting)
-                self.decoder.note(self.engine.exits(), idle, readouts=live * (self.decoder.drafted - 1))
-                return draft
-            ids = self._propose(rows, draft, idle, limits, banned)
-            for slot in drafting:
-                draft.proposed[slot] += 1
-                row, token = rows[slot], draft.choices[-1][slot]
-                long = len(row.tokens) + len(draft.choices) >= row.max_new_tokens
-                resting[slot] = long or token in self.sampler.eos(row)
-            if all(resting):
-                live = self.slots if idle is None else self.slots - int(idle.sum())
-                self.decoder.check()
-                self.decoder.note_readouts(live * self.decoder.drafted)
-                return draft
-
-    def _propose(
-        self,
-        rows: Sequence[Row],
-        draft: Draft,
-        idle: Tensor | None,
-        limits: list[RowThresholds],
-        banned: tuple[int, ...] | None,
-    ) -> Tensor | None:
-        """One proposal per row; returns what the next step reads, None for what the engine holds."""
-        if banned is not None and self.sampler.bans(rows, ahead=len(draft)) == banned:
-            if self._ahead_in_draft(rows, draft, idle, limits, banned):
-                self.decoder.begin_ahead(limits, idle)
-            tokens, exits = self.engine.chosen()
-            draft.choices.append(tokens)
-            draft.exits.append(exits)
-            draft.weights.append(None)
-            self.decoder.note(exits, idle)
-            return None
-        texts = [torch.cat((row.ids, self._drafted(draft, slot)), dim=1) for slot, row in enumerate(rows)]
-        exit_index = self.engine.exits()
-        scores = self.sampler.scores(rows, texts, self.engine.logits())
-        proposal, weights = self.sampler.choose(rows, scores)
-        draft.choices.append(proposal.tolist())
-        draft.exits.append(exit_index.tolist())
-        draft.weights.append(weights)
-        self.decoder.note(exit_index, idle)
-        return proposal
-
-    def _ahead_in_draft(
-        self,
-        rows: Sequence[Row],
-        draft: Draft,
-        idle: Tensor | None,
-        limits: list[RowThresholds],
-        banned: tuple[int, ...],
-    ) -> bool:
-        """Whether the engine may start the next draft step: it does not fill the window, and no row rests before it."""
-        if idle is not None or not self.sampler.fixed_rows or self.decoder.drafted + 1 >= self.plan.window:
-            return False
-        longest = max(len(row.tokens) for row in rows) + len(draft.choices) + 2
-        return (
-            all(self.sampler.eos(row) <= set(banned) and longest <= row.max_new_tokens for row in rows)
-            and self._limits(range(self.slots), ahead=len(draft) + 1) == limits
-        )
-
-    def _drafted(self, draft: Draft, slot: int) -> Tensor:
-        return torch.tensor([[step[slot] for step in draft.choices]], dtype=torch.int64, device=self._device)
-
-    def _accept(self, slots: Sequence[int], draft: Draft) -> list[Event]:
-        """Accept, replace or drop the proposals; every row keeps what it accepted, and the window is closed."""
-        rows, width = self._all_rows(), len(draft)
-        width = self.decoder.drafted
-        greedy = self.sampler.bans(rows) is not None and self.sampler.bans(rows, ahead=width) == self.sampler.bans(rows)
-        full = self.engine.window_chosen() if greedy else None
-        window = None if greedy else self.engine.window_logits()
-        counts, accepted, replaced = [width] * self.slots, [0] * self.slots, [0] * self.slots
-        lengths, open_rows, events = [len(row) for row in rows], set(slots), []
-        for place in range(width):
-            if not open_rows:
-                break
-            proposed = place < len(draft.choices)
-            scores: Tensor | None = None
-            logits: Tensor | None = None
-            if full is not None:
-                tokens = [choices[place] for choices in full]
-                kept = [proposed and token == draft.choices[place][slot] for slot, token in enumerate(tokens)]
-            else:
-                assert window is not None
-                logits = window[:, place]
-                tokens, kept, scores = self._checked(rows, draft, place, logits, lengths)
-            for slot in sorted(open_rows):
-                leaves = proposed and kept[slot]
-                self._commit(slot, tokens[slot], draft.exits[place][slot] if leaves else self.plan.full, scores, logits)
-                counts[slot] = place + 1
-                accepted[slot] += leaves
-                replaced[slot] += proposed and not kept[slot]
-            self._end_rows(sorted(open_rows))
-            for slot in sorted(open_rows):
-                events.append(Event(slot, tokens[slot], rows[slot].exits[-1], rows[slot].ended))
-                if not self.is_live(rows[slot]) or (proposed and not kept[slot]):
-                    open_rows.discard(slot)
-        self._count(draft, accepted, replaced)
-        self._close_window(counts, width)
-        return events
-
-    def _checked(
-        self, rows: Sequence[Row], draft: Draft, place: int, logits: Tensor, lengths: Sequence[int]
-    ) -> tuple[list[int], list[bool], Tensor]:
-        """The full model's tokens at ``place`` of the window, whether each is the proposal, and the scores."""
-        # Rows have grown by what was accepted of this window, so the processors' text is already in them.
-        texts = [row.ids[:, : length + place] for row, length in zip(rows, lengths, strict=True)]
-        scores = self.sampler.scores(rows, texts, logits)
-        if place >= len(draft.choices):
-            return self.sampler.choose(rows, scores)[0].tolist(), [True] * self.slots, scores
-        proposal = torch.tensor(draft.choices[place], device=scores.device)
-        tokens, kept = self.sampler.accept(rows, scores, proposal, draft.weights[place])
-        return tokens.tolist(), kept.tolist(), scores
-
-    def _close_window(self, counts: list[int], width: int) -> None:
-        """Rows that have ended keep as much as the longest live row."""
-        live = [self.is_live(row) for row in self.rows]
-        most = max((count for count, goes_on in zip(counts, live, strict=True) if goes_on), default=width)
-        self._chained = False
-        self._open_window = not any(live)
-        if any(live):
-            self.decoder.keep([count if goes_on else most for count, goes_on in zip(counts, live, strict=True)])
-
-    def _count(self, draft: Draft, accepted: list[int], replaced: list[int]) -> None:
-        stats = self.verification
-        stats.windows += bool(draft.choices)
-        stats.drafted += sum(draft.proposed)
-        stats.accepted += sum(accepted)
-        stats.corrected += sum(replaced)
-        stats.rolled_back += sum(draft.proposed) - sum(accepted) - sum(replaced)
-
     # parts
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return next(row.prompt.device for row in self.rows if row is not None)
 
-    def _all_rows(self) -> list[Row]:
+    def all_rows(self) -> list[Row]:
         """Every slot's row; one that has ended where a slot is free."""
         return [_RESTING if row is None else row for row in self.rows]
 
-    def _live_slots(self) -> tuple[list[int], Tensor | None]:
+    def live_slots(self) -> tuple[list[int], Tensor | None]:
         """Slots that go on, and flags (B,) of the others; None if all do."""
         live = [self.is_live(row) for row in self.rows]
-        return [slot for slot, goes_on in enumerate(live) if goes_on], self._flags([not goes_on for goes_on in live])
+        return [slot for slot, goes_on in enumerate(live) if goes_on], self.flags([not goes_on for goes_on in live])
 
-    def _flags(self, resting: Sequence[bool]) -> Tensor | None:
-        return torch.tensor(resting, device=self._device) if any(resting) else None
+    def flags(self, resting: Sequence[bool]) -> Tensor | None:
+        return torch.tensor(resting, device=self.device) if any(resting) else None
 
-    def _newest(self, rows: Sequence[Row]) -> Tensor:
+    def newest(self, rows: Sequence[Row]) -> Tensor:
         """The tokens (B,) that the next step reads."""
-        return torch.tensor([row.tokens[-1] if row.tokens else 0 for row in rows], device=self._device)
+        return torch.tensor([row.tokens[-1] if row.tokens else 0 for row in rows], device=self.device)
 
-    def _limits(self, slots: Sequence[int], ahead: int = 0) -> list[RowThresholds]:
+    def limits(self, slots: Sequence[int], ahead: int = 0) -> list[RowThresholds]:
         """Every slot's thresholds for the token ``ahead`` tokens later; rows that rest may leave nowhere."""
         limits: list[RowThresholds] = [self._none] * self.slots
         for slot in slots:
@@ -393,7 +232,7 @@ class Session:
             limits[slot] = row.limits(ahead)
         return limits
 
-    def _commit(
+    def commit(
         self,
         slot: int,
         token: int,
@@ -412,11 +251,11 @@ class Session:
         if self.sampler.wants_scores and scores is not None:
             row.scores.append(scores[slot])
         if self.sampler.wants_logits and logits is not None:
-            row.logits.append(logits[slot].to(device=self._device, dtype=torch.float32))
+            row.logits.append(logits[slot].to(device=self.device, dtype=torch.float32))
 
-    def _end_rows(self, slots: Sequence[int]) -> None:
+    def end_rows(self, slots: Sequence[int]) -> None:
         """Let rows ``slots`` end where their newest token ends them."""
-        ends = self.sampler.has_ended(self._all_rows())
+        ends = self.sampler.has_ended(self.all_rows())
         for slot in slots:
             row = self.rows[slot]
             assert row is not None

@@ -8,7 +8,3 @@ confidence   measures and exit heads, one file a kind; the recurrent heads' arit
 registries   the kinds by name, open to your own
 artifact     all of it as a folder of safetensors and JSON; ``promise`` is one record in it, ``files`` writes atomically
 """
-
-from dynamax_llm.exits import confidence, readouts  # registers the kinds that come with the package
-
-__all__ = ["confidence", "readouts"]

@@ -9,7 +9,6 @@ from fractions import Fraction
 from typing import Any
 
 from dynamax_llm.errors import ExitPlacementError, UsageError
-from dynamax_llm.exits.features import TOP
 from dynamax_llm.exits.registries import HEADS, READOUTS
 
 #: The paper's four exits (arXiv 2504.20922), as shares of the depth.
@@ -21,7 +20,7 @@ DEFAULT_EXITS = ("1/4", "3/8", "1/2", "5/8", "3/4", "7/8")
 OWN_WIDTH = 0
 INPUTS = ("hidden", "statistics", "tokens")
 #: ExitFeatures hold this many top probabilities, so that fewer candidates make no sense.
-LEAST_CANDIDATES = TOP
+LEAST_CANDIDATES = 5
 #: How candidates are found: "pairs", the two likeliest of each group of tokens (one pass, no sorting); "top", exactly.
 SHORTLISTS = ("pairs", "top")
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynamax_llm.exits.config import LEAST_CANDIDATES
 from dynamax_llm.shapes import Choices, Flags, Hidden, Ids, Logits, Statistics
 
 #: How many of the readout's log-probabilities are kept.
-TOP = 5
+TOP = LEAST_CANDIDATES
 #: Log-probabilities are clamped here and divided by LOG_SCALE, so that every column is of order one.
 LOG_FLOOR = -20.0
 LOG_SCALE = 4.0

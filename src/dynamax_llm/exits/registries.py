@@ -16,6 +16,28 @@ if TYPE_CHECKING:
     from dynamax_llm.exits.confidence.measures import Measure
     from dynamax_llm.exits.readouts.base import Readout
 
-READOUTS: Registry[type[Readout]] = Registry("readout")
-HEADS: Registry[type[Bank]] = Registry("head")
-MEASURES: Registry[Measure] = Registry("confidence measure")
+_EXITS = "dynamax_llm.exits"
+READOUTS: Registry[type[Readout]] = Registry(
+    "readout",
+    homes={
+        "head": f"{_EXITS}.readouts.head:HeadReadout",
+        "tail": f"{_EXITS}.readouts.tail:TailReadout",
+        "lens": f"{_EXITS}.readouts.lens:LensReadout",
+    },
+)
+HEADS: Registry[type[Bank]] = Registry(
+    "head",
+    homes={
+        "linear": f"{_EXITS}.confidence.linear:LinearBank",
+        "mlp": f"{_EXITS}.confidence.mlp:MlpBank",
+        "transformer": f"{_EXITS}.confidence.transformer:TransformerBank",
+        "mamba": f"{_EXITS}.confidence.mamba:MambaBank",
+    },
+)
+MEASURES: Registry[Measure] = Registry(
+    "confidence measure",
+    homes={
+        name: f"{_EXITS}.confidence.measures:{name.upper()}"
+        for name in ("softmax_max", "softmax_margin", "entropy", "state_similarity")
+    },
+)

@@ -50,10 +50,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         check_settings(self, self.KIND)
-        if self.batch_tokens < self.sequence:
-            raise UsageError(
-                f"{self.KIND} batch_tokens = {self.batch_tokens!r}: give at least one chunk of {self.sequence} tokens."
-            )
+        check_chunk(self, self.KIND)
 
     def deciding(self) -> dict[str, Any]:
         """The settings that decide the result."""
@@ -98,3 +95,11 @@ class TrainSettings(RunSettings):
     eval_every: int = setting(100_000, "Training tokens between evaluations.", flag="", least=1)
     patience: int = setting(5, "Evaluations without a better held-out loss before a head stops.", least=1)
     preset: str | None = None  # for the record: the preset that these settings began as
+
+
+def check_chunk(settings: Any, label: str) -> None:
+    """Raise UsageError unless ``batch_tokens`` holds one chunk of ``sequence`` tokens."""
+    if settings.batch_tokens < settings.sequence:
+        raise UsageError(
+            f"{label} batch_tokens = {settings.batch_tokens!r}: give at least one chunk of {settings.sequence} tokens."
+        )

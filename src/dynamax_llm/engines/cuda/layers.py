@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -55,4 +55,4 @@ class Layers(Protocol):
 
 
 #: By what a backbone's layers remember: (backbone, batch, largest pass, buffers of state, segment starts) to layers.
-LAYERS: dict[str, Callable[..., Layers]] = {"attention": AttentionLayers, "mamba": Mamba2Layers}
+LAYERS: dict[str, Callable[..., Any]] = {"attention": AttentionLayers, "mamba": Mamba2Layers}

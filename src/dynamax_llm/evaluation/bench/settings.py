@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynamax_llm.errors import UsageError
-from dynamax_llm.exits.config import HEADS, INPUTS
+from dynamax_llm.exits.config import INPUTS
+from dynamax_llm.exits.registries import HEADS
 from dynamax_llm.settings import ENGINES, MEASURES, SEED, STATE_POLICIES, check_settings, setting
 
 #: Measures that random weights cannot make sure: exits that they decide are estimated, and no token leaves.
@@ -58,7 +59,7 @@ class BenchSettings:
     baselines: bool = setting(
         True, "The eager engine, transformers' generate, and the same compiled.", flag="--baselines/--no-baselines"
     )
-    sameness: bool = setting(True, "Compare the tokens of the engines.", flag="--sameness/--no-sameness")
+    parity: bool = setting(True, "Compare the tokens of the engines.", flag="--parity/--no-parity")
     seed: int = setting(0, "Seed of weights, prompts and moments of leaving.", **SEED)
 
     def __post_init__(self) -> None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
 from dynamax_llm.evaluation.harness import summary
 from dynamax_llm.evaluation.harness.combine import check_addition

@@ -37,10 +37,9 @@ def measure(name: str) -> Measure:
 
 _MARGIN, _ENTROPY, _SIMILARITY = (STATISTICS.index(name) for name in ("margin", "entropy", "similarity"))
 
-for _measure in (
-    Measure("softmax_max", lambda values: (values[..., 0] * LOG_SCALE).exp()),
-    Measure("softmax_margin", lambda values: values[..., _MARGIN]),
-    Measure("entropy", lambda values: 1.0 - values[..., _ENTROPY]),
-    Measure("state_similarity", lambda values: (1.0 + values[..., _SIMILARITY]) / 2.0, needs_logits=False),
-):
-    MEASURES.register(_measure.name, _measure)
+SOFTMAX_MAX = Measure("softmax_max", lambda values: (values[..., 0] * LOG_SCALE).exp())
+SOFTMAX_MARGIN = Measure("softmax_margin", lambda values: values[..., _MARGIN])
+ENTROPY = Measure("entropy", lambda values: 1.0 - values[..., _ENTROPY])
+STATE_SIMILARITY = Measure(
+    "state_similarity", lambda values: (1.0 + values[..., _SIMILARITY]) / 2.0, needs_logits=False
+)
