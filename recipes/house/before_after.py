@@ -11,6 +11,7 @@ adds decoding at 7B shapes with random weights on the GPU engine. Prints a table
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -107,7 +108,11 @@ def worker(name: str, tokens: int, on_gpu: bool) -> None:
 def measure(tree: Path, name: str, tokens: int, on_gpu: bool) -> dict[str, float]:
     """One process of a tree."""
     flags = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment = {**os.environ, **flags, "PYTHONPATH": str(tree / "src")}
+    environment = {
+        **os.environ,
+        **flags,
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(tree / "src"), os.environ.get("EXTRA_PATH")))),
+    }
     command = [sys.executable, __file__, "worker", name, str(tokens), str(int(on_gpu))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -124,6 +129,10 @@ def compare(trees: tuple[Path, Path], name: str, rounds: int, tokens: int, on_gp
         order = trees if turn % 2 else trees[::-1]
         times = {tree: measure(tree, name, tokens, on_gpu) for tree in order}
         for label, seconds in times[trees[1]].items():
+            if on_gpu:
+                print(
+                    f"{name}, {label}: {tokens / times[trees[0]][label]:.1f} before, {tokens / seconds:.1f} after, tokens/s"
+                )
             ratios.setdefault(label, []).append(seconds / times[trees[0]][label])
         print(f"{name}: round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
     return {
@@ -137,12 +146,20 @@ def git(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def checked_out(commit: str, stack: contextlib.ExitStack) -> Path:
+    """The commit in a temporary folder, until the stack closes."""
+    before = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "before"
+    git("worktree", "add", "--detach", str(before), git("rev-parse", commit))
+    stack.callback(git, "worktree", "remove", "--force", str(before))
+    return before
+
+
 def main() -> None:
     sys.path.insert(0, str(ROOT / "recipes"))
     from common import conditions, markdown, parser, write_json
 
     made = parser(__doc__)
-    made.add_argument("commit", help="the tree before")
+    made.add_argument("commit", help="the tree before: a commit, or a folder that holds its src/")
     made.add_argument("--rounds", type=int, default=7)
     made.add_argument("--tokens", type=int, default=48)
     made.add_argument("--models", nargs="*", default=list(MODELS))
@@ -151,16 +168,11 @@ def main() -> None:
     made.add_argument("--out", type=Path, default=Path("out"))
     args = made.parse_args()
     cases = [(name, False) for name in args.models] + [(name, True) for name in args.shapes * args.gpu]
-    commit = git("rev-parse", args.commit)
-    document = {"before": commit, "after": git("rev-parse", "HEAD"), **conditions("cuda" if args.gpu else "cpu")}
-    with tempfile.TemporaryDirectory() as folder:
-        before = Path(folder) / "before"
-        git("worktree", "add", "--detach", str(before), commit)
-        try:
-            trees = (before, ROOT)
-            document["ratios"] = {c[0]: compare(trees, c[0], args.rounds, args.tokens, c[1]) for c in cases}
-        finally:
-            git("worktree", "remove", "--force", str(before))
+    document: dict[str, Any] = {"before": args.commit, **conditions("cuda" if args.gpu else "cpu")}
+    with contextlib.ExitStack() as stack:
+        given = Path(args.commit)
+        trees = (given.resolve() if given.is_dir() else checked_out(args.commit, stack), ROOT)
+        document["ratios"] = {c[0]: compare(trees, c[0], args.rounds, args.tokens, c[1]) for c in cases}
     rows = [
         [name, label, f"{ratio['median']:.3f}", f"{ratio['least']:.3f} to {ratio['greatest']:.3f}"]
         for name, found in document["ratios"].items()

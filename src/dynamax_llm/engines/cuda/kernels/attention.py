@@ -166,6 +166,22 @@ def _merge(scratch, line, used, m, d, BM: tl.constexpr, D: tl.constexpr, BD: tl.
 
 
 @triton.jit
+def _share(acc, top, total, out, target, real, scratch, counter, split, used, m, d, BM: tl.constexpr, D: tl.constexpr,
+           BD: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    """Leave this program's part in ``scratch``; the program that finishes last joins all and stores them."""
+    group = tl.program_id(0)
+    at = scratch + (group * SPLITS + split) * BM * (D + 2) + m * (D + 2)
+    tl.store(at[:, None] + d[None, :], acc, mask=(d < D)[None, :])
+    tl.store(at + D, top)
+    tl.store(at + D + 1, total)
+    tl.debug_barrier()
+    if tl.atomic_add(counter + group, 1) == used - 1:
+        merged = _merge(scratch, group * SPLITS, used, m, d, BM, D, BD)
+        tl.store(target, merged.to(out.dtype.element_ty), mask=real)
+        tl.store(counter + group, 0)
+
+
+@triton.jit
 def attend_kernel(q, where, slot, pad, out, scratch, counter, layer, T, B, SCALE, WINDOW, HQ: tl.constexpr,
                   HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
                   SPLITS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
@@ -228,13 +244,4 @@ def attend_kernel(q, where, slot, pad, out, scratch, counter, layer, T, B, SCALE
         if used == 1:
             tl.store(target, (acc / tl.maximum(total, 1e-30)[:, None]).to(kind), mask=real)
         else:
-            group = tl.program_id(0)
-            at = scratch + (group * SPLITS + split) * BM * (D + 2) + m * (D + 2)
-            tl.store(at[:, None] + d[None, :], acc, mask=(d < D)[None, :])
-            tl.store(at + D, top)
-            tl.store(at + D + 1, total)
-            tl.debug_barrier()
-            if tl.atomic_add(counter + group, 1) == used - 1:
-                merged = _merge(scratch, group * SPLITS, used, m, d, BM, D, BD)
-                tl.store(target, merged.to(kind), mask=real)
-                tl.store(counter + group, 0)
+            _share(acc, top, total, out, target, real, scratch, counter, split, used, m, d, BM, D, BD, SPLITS)

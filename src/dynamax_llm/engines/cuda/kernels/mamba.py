@@ -116,6 +116,42 @@ def _row(ready, ring, z, m, time, of_x, of_key, of_query, head, in_p, in_n, CHAN
 
 
 @triton.jit
+def _histories(ring, time, conv, conv_bias, of_x, of_key, of_query, in_p, in_n, WIDTH: tl.constexpr, RING: tl.constexpr,
+               TAPS: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
+    """The convolution of x, B and C so far, over the tokens before ``time``."""
+    x = _history(ring, time, conv, conv_bias, of_x, in_p, WIDTH, RING, TAPS)
+    key = _history(ring, time, conv, conv_bias, of_key, in_n, WIDTH, RING, TAPS)
+    query = key
+    if WRITE:
+        query = _history(ring, time, conv, conv_bias, of_query, in_n, WIDTH, RING, TAPS)
+    return x, key, query
+
+
+@triton.jit
+def _newest(x, key, query, ring, z, time, m, conv, of_x, of_key, of_query, head, in_p, in_n, CHANNELS: tl.constexpr,
+            WIDTH: tl.constexpr, RING: tl.constexpr, TAPS: tl.constexpr, INNER: tl.constexpr,
+            WRITE: tl.constexpr):  # fmt: skip
+    """x, B and C after the convolution, dt and the gate of the token at ``time``, row ``m``."""
+    x = _convolved(x, ring, time, conv, of_x, in_p, WIDTH, RING, TAPS)
+    key = _convolved(key, ring, time, conv, of_key, in_n, WIDTH, RING, TAPS)
+    dt = tl.load(ring + (time & (RING - 1)) * WIDTH + CHANNELS + head).to(tl.float32)
+    gate = x
+    if WRITE:
+        query = _convolved(query, ring, time, conv, of_query, in_n, WIDTH, RING, TAPS)
+        gate = tl.load(z + m * INNER + of_x, mask=in_p, other=0.0).to(tl.float32)
+    return x, key, query, dt, gate
+
+
+@triton.jit
+def _write(y, gate, out, target, squares, in_p):
+    """The gated output, and its sum of squares."""
+    y = (y * gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty)
+    tl.store(target, y, mask=in_p)
+    y = tl.where(in_p, y.to(tl.float32), 0.0)
+    tl.store(squares, tl.sum(y * y))
+
+
+@triton.jit
 def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, turn, slot, ready, out, squares, first, T,
                       B, sequences, HEADS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, GROUPS: tl.constexpr,
                       RING: tl.constexpr, TAPS: tl.constexpr, PB: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
@@ -156,11 +192,8 @@ def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, tu
     of_x, of_key = head * P + p, INNER + group * N + n
     of_query = INNER + (GROUPS + group) * N + n
     if not READY:
-        x = _history(ring, begin, conv, conv_bias, of_x, in_p, WIDTH, RING, TAPS)
-        key = _history(ring, begin, conv, conv_bias, of_key, in_n, WIDTH, RING, TAPS)
-        query = key
-        if WRITE:
-            query = _history(ring, begin, conv, conv_bias, of_query, in_n, WIDTH, RING, TAPS)
+        x, key, query = _histories(ring, begin, conv, conv_bias, of_x, of_key, of_query, in_p, in_n, WIDTH, RING, TAPS,
+                                   WRITE)  # fmt: skip
         wait_for_inputs(PDL)
     else:
         wait_for_inputs(PDL)
@@ -171,17 +204,10 @@ def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, tu
         m = b * T + step
         if not READY:
             if step > 0:
-                x = _history(ring, time, conv, conv_bias, of_x, in_p, WIDTH, RING, TAPS)
-                key = _history(ring, time, conv, conv_bias, of_key, in_n, WIDTH, RING, TAPS)
-                if WRITE:
-                    query = _history(ring, time, conv, conv_bias, of_query, in_n, WIDTH, RING, TAPS)
-            x = _convolved(x, ring, time, conv, of_x, in_p, WIDTH, RING, TAPS)
-            key = _convolved(key, ring, time, conv, of_key, in_n, WIDTH, RING, TAPS)
-            dt = tl.load(ring + (time & (RING - 1)) * WIDTH + CHANNELS + head).to(tl.float32)
-            gate = x
-            if WRITE:
-                query = _convolved(query, ring, time, conv, of_query, in_n, WIDTH, RING, TAPS)
-                gate = tl.load(z + m * INNER + of_x, mask=in_p, other=0.0).to(tl.float32)
+                x, key, query = _histories(ring, time, conv, conv_bias, of_x, of_key, of_query, in_p, in_n, WIDTH, RING,
+                                           TAPS, WRITE)  # fmt: skip
+            x, key, query, dt, gate = _newest(x, key, query, ring, z, time, m, conv, of_x, of_key, of_query, head, in_p,
+                                              in_n, CHANNELS, WIDTH, RING, TAPS, INNER, WRITE)  # fmt: skip
         now_x, now_key, now_query, now_gate = x, key, query, gate
         now_dt = _softplus(dt + dt0)
         if READY:  # the next token's rows are on their way while this one's state is made
@@ -191,8 +217,6 @@ def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, tu
         state = state * tl.exp(now_dt * rate) + (now_dt * now_x)[:, None] * now_key[None, :]
         if WRITE:
             y = tl.sum(state * now_query[None, :], 1) + direct * now_x
-            y = (y * now_gate / (1.0 + tl.exp(-now_gate))).to(out.dtype.element_ty)
-            tl.store(out + m * INNER + of_x, y, mask=in_p)
-            y = tl.where(in_p, y.to(tl.float32), 0.0)
-            tl.store(squares + m * HEADS * PARTS + head * PARTS + part, tl.sum(y * y))
+            part_of_squares = squares + m * HEADS * PARTS + head * PARTS + part
+            _write(y, now_gate, out, out + m * INNER + of_x, part_of_squares, in_p)
     tl.store(target + where, state.to(states.dtype.element_ty), mask=inside)
