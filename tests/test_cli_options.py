@@ -20,7 +20,7 @@ from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.evaluation.bench import BenchSettings
 from dynamax_llm.evaluation.harness.plan import EvalSettings, Plan
 from dynamax_llm.evaluation.scan.settings import ScanSettings
-from dynamax_llm.exits import features
+from dynamax_llm.exits import registries
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import DEFAULT_EXITS, ExitConfig
 from dynamax_llm.paper import PaperPlan
@@ -43,7 +43,7 @@ from tests.folders import exits_folder
 #: Parameters of verbs that no settings class has.
 OWN = {
     *("context", "model", "models", "evaluations", "data", "out", "figures", "exits", "exit_layers", "prompt"),
-    *("prompt_file", "preset", "text_field", "as_json", "no_color", "shape", "promise"),
+    *("prompt_file", "preset", "text_field", "as_json", "no_color", "shape", "promise", "tail_layers"),
     *("train_data", "help"),
 }
 SETTINGS = {
@@ -109,7 +109,7 @@ def test_decoding_has_the_arguments_and_defaults_of_early_exit():
 
 def test_names_are_those_of_the_registries():
     assert set(STATE_POLICIES) == set(POLICIES)
-    assert set(MEASURES) == set(features.MEASURES)
+    assert set(MEASURES) == set(registries.MEASURES)
     assert set(DTYPES) == set(loading.DTYPES)
     assert set(THRESHOLD_SCHEDULES) == set(SCHEDULES)
     assert ",".join(DEFAULT_EXITS) == DEFAULT_LAYERS

@@ -37,12 +37,13 @@ from common import bootstrap, conditions, generate, markdown, median_seconds, pa
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.loading import REFERENCE_FOLDER, load
 from dynamax_llm.decoding.generate import EarlyExit
-from dynamax_llm.evaluation import HeadComparison, HeadSetting, comparison_table
 from dynamax_llm.evaluation.common.random_models import costs_at_shape, projected_reduction
+from dynamax_llm.evaluation.compare import HeadComparison, HeadSetting, comparison_table
 from dynamax_llm.evaluation.compare.heads import depth_at_targets
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS, ExitConfig, place_exits
-from dynamax_llm.exits.features import MEASURES, exit_features
+from dynamax_llm.exits.features import exit_features
+from dynamax_llm.exits.registries import MEASURES
 from dynamax_llm.metrics import rouge_l
 from dynamax_llm.text.batches import Batch, find_source, pad
 from dynamax_llm.text.sources import json_records

@@ -130,9 +130,8 @@ def compare(trees: tuple[Path, Path], name: str, rounds: int, tokens: int, on_gp
         times = {tree: measure(tree, name, tokens, on_gpu) for tree in order}
         for label, seconds in times[trees[1]].items():
             if on_gpu:
-                print(
-                    f"{name}, {label}: {tokens / times[trees[0]][label]:.1f} before, {tokens / seconds:.1f} after, tokens/s"
-                )
+                before, after = tokens / times[trees[0]][label], tokens / seconds
+                print(f"{name}, {label}: {before:.1f} before, {after:.1f} after, tokens/s", flush=True)
             ratios.setdefault(label, []).append(seconds / times[trees[0]][label])
         print(f"{name}: round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
     return {

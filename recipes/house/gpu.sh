@@ -14,6 +14,6 @@ if [ "${TESTS:-1}" = 1 ]; then
     PYTHONPATH="$PWD/src:$PWD:$EXTRA_PATH" timeout "${TEST_SECONDS:-240}" "$python" -m pytest -q -p no:cacheprovider \
         -p no:xdist tests/engines 2>&1 | tail -40 | tee "$OUT/tests.txt"
 fi
-[ -z "${SHAPES-mistral-7b codestral-mamba-7b}" ] || timeout "${BENCH_SECONDS:-420}" "$python" recipes/house/before_after.py \
+[ -z "${SHAPES-mistral-7b codestral-mamba-7b}" ] || PYTHONPATH="$PWD/src:$EXTRA_PATH" timeout "${BENCH_SECONDS:-420}" "$python" recipes/house/before_after.py \
     "$before" --gpu --models --shapes ${SHAPES-mistral-7b codestral-mamba-7b} --rounds "${ROUNDS:-3}" \
     --tokens "${TOKENS:-128}" --out "$OUT"

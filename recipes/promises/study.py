@@ -24,13 +24,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dynamax_llm.calibration.proof import Proof
-
 from common import bootstrap, device_name, markdown, parsed, parser, write_json
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import REFERENCE_BACKBONES, load, shipped_exits
 from dynamax_llm.calibration.fit import fit_path
 from dynamax_llm.calibration.prompts import Item
+from dynamax_llm.calibration.risk_test import RiskTest
 from dynamax_llm.calibration.risks import AgreementRisk, Risk, TextRisk, inconsistency
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.evaluation.harness.results import Interval, Shift
@@ -132,18 +131,20 @@ def losses_of(document: dict[str, Any], measure: str, kind: str = "wikipedia") -
     return np.array(found["losses"], dtype=np.float64).T / document[measure]["unit"], np.array(found["depth"])
 
 
-def simulate(losses: np.ndarray, depth: np.ndarray, n: int, proof: Proof, draws: int = DRAWS) -> Outcomes:
+def simulate(
+    losses: np.ndarray, depth: np.ndarray, n: int, test: RiskTest, draws: int = DRAWS, seed: int = 0
+) -> Outcomes:
     """``draws`` calibrations on ``n`` sequences drawn with replacement from ``losses`` (pool, points), safe to risky,
     with mean ``depth`` (points,). The pool's mean is the truth: the pool is the whole population."""
-    rows = np.random.default_rng(0).integers(0, len(losses), (draws, n))
-    kept = np.concatenate([proof.kept(losses[some]) for some in np.array_split(rows, -(-draws // 100))])
+    rows = np.random.default_rng(seed).integers(0, len(losses), (draws, n))
+    kept = np.concatenate([test.accepted(losses[some]) for some in np.array_split(rows, -(-draws // 100))])
     truth = np.concatenate(([0.0], losses.mean(0)))
     return Outcomes(kept, truth[kept], np.concatenate(([1.0], depth))[kept])
 
 
-def proof_by(method: str, limit: float) -> Proof:
-    """A proof at CONFIDENCE, where the method has one."""
-    return Proof(method, limit, None if method == "crc" else CONFIDENCE)
+def test_by(method: str, limit: float) -> RiskTest:
+    """A test at CONFIDENCE, where the method has one."""
+    return RiskTest(method, limit, None if method == "crc" else CONFIDENCE)
 
 
 def pools(results: Path) -> dict[str, dict[str, Any]]:
@@ -161,9 +162,9 @@ def simulate_all(args: argparse.Namespace) -> None:
             about = {"backbone": model, "promise": f"{measure}>={bound:g}", "n": n}
             here = []
             for method in METHODS:
-                proof = proof_by(method, limit)
-                found = simulate(losses, depth, n, proof)
-                facts = {"method": method, "draws": DRAWS, "pool": len(losses), "least_n": proof.prompts_needed()}
+                test = test_by(method, limit)
+                found = simulate(losses, depth, n, test)
+                facts = {"method": method, "draws": DRAWS, "pool": len(losses), "least_n": test.prompts_needed()}
                 facts |= {"refused": float((found.kept == 0).mean()), "broken": float((found.loss > limit).mean())}
                 here.append({**about, **facts, "loss": float(found.loss.mean()), "depth": float(found.depth.mean())})
             rows += here
@@ -177,7 +178,7 @@ def shift(args: argparse.Namespace) -> None:
     """Calibrate on Wikipedia, measure elsewhere: objects with the fields of an evaluation's Shift."""
     found, lines, limit = [], [], round(1.0 - BOUND, 12)
     for (model, document), method in itertools.product(pools(args.results).items(), METHODS):
-        kept = int(proof_by(method, limit).kept(losses_of(document, "agreement")[0][:CALIBRATED]))
+        kept = int(test_by(method, limit).accepted(losses_of(document, "agreement")[0][:CALIBRATED]))
         if not kept:
             sys.exit(f"{model}, {method}: no point keeps the promise")
         for kind in KINDS:

@@ -8,8 +8,6 @@ import json
 
 import pytest
 import torch
-from dynamax_llm.exits.heads import ExitHeads
-from dynamax_llm.exits.readout import Readout
 
 import dynamax_llm as dx
 from dynamax_llm import cli
@@ -21,7 +19,9 @@ from dynamax_llm.evaluation.scan import collect
 from dynamax_llm.evaluation.scan.collect import gather
 from dynamax_llm.evaluation.scan.document import LEAST_COUNTED, Drift, Scan, verdict
 from dynamax_llm.evaluation.scan.estimator import cross_fitted, logistic
+from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.progress import TokenBar
 from dynamax_llm.report.scanned import check_target, write_scan
 from dynamax_llm.testing import tiny_model, zero_tail
@@ -160,7 +160,7 @@ def test_checks_are_priced_as_training_builds_them():
     settings = dataclasses.replace(SETTINGS, candidates=default, tokens=400)
     found = dx.scan(adapt(model), tokenizer, source, "2,3,4", settings)
     config = ExitConfig((2, 3, 4), 5)
-    head, readout = ExitHeads(config, adapt(model).width), Readout(adapt(model), config)
+    head, readout = ExitHeads(config, adapt(model).width), build_readout(adapt(model), config)
     expected = [readout.read_macs(index) + head.macs(index) for index in range(3)]
     assert [check.macs for check in found.checks] == expected
     assert expected[0] > expected[1] == expected[2]

@@ -44,7 +44,7 @@ def test_one_command_makes_the_grid_and_the_same_command_again_repeats_nothing(t
     words = grid(tmp_path)
     capsys.readouterr()
     assert cli.run(words) == 0, capsys.readouterr().err
-    assert capsys.readouterr().err == ""
+    assert all(line.endswith("…") for line in capsys.readouterr().err.splitlines())  # progress of training alone
     found = Evaluation.read(tmp_path)
     assert [item.name for item in found.backbones] == ["llama-0", "mamba2-0"]
     kinds = [setting.kind for setting in found.settings["llama-0"]]

@@ -39,5 +39,5 @@ def test_exits_of_another_backbone_are_refused():
 def test_the_recorded_summary_is_that_of_the_recorded_evaluation():
     folder = ROOT / "recipes" / "paper" / "results"
     recorded = (folder / "summary.md").read_text(encoding="utf-8").splitlines()
-    made = summary(Evaluation.load(folder)).splitlines()
+    made = summary(Evaluation.read(folder)).splitlines()
     assert (made[0], made[2:]) == (recorded[0], recorded[2:])

@@ -27,14 +27,14 @@ def test_a_recorded_simulation_is_reproduced() -> None:
     rows = json.loads((RESULTS / "simulate.json").read_text())
     row = next(row for row in rows if (row["promise"], row["n"], row["method"]) == ("agreement>=0.95", 100, "crc"))
     losses, depth = study.losses_of(study.pools(RESULTS)[row["backbone"]], "agreement")
-    found = study.simulate(losses, depth, 100, study.proof_by("crc", 0.05))
+    found = study.simulate(losses, depth, 100, study.test_by("crc", 0.05))
     assert float(found.depth.mean()) == pytest.approx(row["depth"])
     assert float((found.loss > 0.05).mean()) == pytest.approx(row["broken"])
 
 
 def test_losses_at_the_bound_are_promised_rarely() -> None:
     losses = np.random.default_rng(1).binomial(1, [0.0, 0.2], (4000, 2)).astype(float)
-    found = study.simulate(losses, np.array([0.9, 0.5]), 50, study.proof_by("ltt", 0.1), draws=200)
+    found = study.simulate(losses, np.array([0.9, 0.5]), 50, study.test_by("ltt", 0.1), draws=200)
     assert (found.loss > 0.1).mean() <= 0.05
     assert set(found.depth.tolist()) <= {1.0, 0.9, 0.5}
 

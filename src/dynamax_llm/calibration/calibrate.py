@@ -122,11 +122,10 @@ def calibrate(
     ``source`` holds documents, for a risk questions with answers. ``measure`` replaces the trained head as estimator.
     ``method`` "ltt" promises with ``confidence`` over draws of the sequences (Learn then Test, fixed sequence, p-values
     by betting), "ltt-hb" too (p-values of Hoeffding and Bentkus, larger where losses vary little), "crc" in
-    expectation only (conformal risk control). ``on_test`` is called with every test made. Nothing is saved:
-    ``exits.keep(promise).save(folder)`` does that.
+    expectation only (conformal risk control). ``on_test`` is called with every test. Nothing is saved.
 
-    Raises PromiseError if there are too few sequences to promise anything, with the number that would do, or if no
-    thresholds pass; UsageError and PolicyMismatchError for arguments out of bounds; DataError, ArtifactMismatchError.
+    Raises PromiseError, with the number needed, for too few sequences, or if no thresholds pass; UsageError and
+    PolicyMismatchError for arguments out of bounds; DataError, ArtifactMismatchError.
     """
     settings = settings or CalibrationSettings()
     request = Request.of(promise, confidence, method, policy, window, measure)

@@ -82,8 +82,15 @@ def generate(
 
 def _within(limit: int | None, job: Generation, new: int) -> int:
     """As many of ``new`` tokens as the context has room for, with a note if that is fewer."""
-    room = new if limit is None else limit - max(map(len, job.prompt_ids))
-    if not 0 < room < new:  # a prompt that leaves no room is refused by EarlyExit
+    if limit is None:
+        return new
+    longest = max(map(len, job.prompt_ids))
+    room = limit - longest
+    if room < 1:
+        raise UsageError(
+            f"the prompt has {longest} tokens, and the context of this model holds {limit}: give at most {limit - 1}."
+        )
+    if room >= new:
         return new
     typer.echo(f"note: the context holds {limit} tokens: generation stops after {room} new ones.", err=True)
     return room

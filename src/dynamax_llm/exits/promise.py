@@ -121,7 +121,7 @@ class Promise(BaseModel):
         except UsageError:
             raise ValueError(f"its field 'text' cannot be {self.text!r}") from None
         if (target.text, target.measure, target.bound) != (self.text, self.measure, self.bound):
-            raise ValueError("its fields 'text', 'measure' and 'bound' say different things")
+            raise ValueError("its fields 'text', 'measure' and 'bound' contradict each other")
         return self
 
     @property
@@ -172,7 +172,7 @@ class Promise(BaseModel):
 def explain(error: ValidationError) -> str:
     """The first problem of a record, naming its field."""
     first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
+    name = ".".join(map(str, first["loc"]))
     if first["type"] == "missing":
         return f"its field {name!r} is missing"
     if first["type"] == "extra_forbidden":
@@ -217,6 +217,6 @@ def find_promise(promises: Sequence[Promise], text: str, policy: str | None, est
         f"{name} {value!r}" for name, value in (("policy", policy), ("estimator", estimator)) if value is not None
     )
     raise PolicyMismatchError(
-        f"promise {wanted!r} was calibrated under {how}; it says nothing under {wrong}. Leave that out, or "
+        f"promise {wanted!r} was calibrated under {how}; it guarantees nothing under {wrong}. Leave that out, or "
         "calibrate under it: dynamax calibrate."
     )

@@ -120,6 +120,7 @@ class CudaSession:
         return self.runner.check.exit_index.long()
 
     def ban(self, tokens: Sequence[int]) -> None:
+        self._load()
         self.runner.ban(tokens)
 
     def chosen(self) -> tuple[list[int], list[int]]:

@@ -192,13 +192,10 @@ def attend_kernel(q, where, slot, pad, out, scratch, counter, layer, T, B, SCALE
     """
     kind = q.dtype.element_ty
     G: tl.constexpr = HQ // HKV
-    b = tl.program_id(0) // HKV
-    own = tl.program_id(0) % HKV
-    split = tl.program_id(1)
-    m = tl.arange(0, BM)  # t * G + g
-    d = tl.arange(0, BD)
+    b, own, split = tl.program_id(0) // HKV, tl.program_id(0) % HKV, tl.program_id(1)
+    m, d = tl.arange(0, BM), tl.arange(0, BD)  # m = t * G + g
     t = m // G
-    # Places were written before the projections began, so they need not be waited for.
+    # Slots were written before the projections began, so they need not be waited for.
     slots = tl.load(slot + b * T + t, mask=t < T, other=-1)
     least = tl.load(pad + b)
     base = tl.multiple_of(tl.load(where).to(tl.pointer_type(kind)), 16)

@@ -160,8 +160,7 @@ def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, tu
 
     A program owns PB of a head's P channels. WRITE: ``out`` (M, HEADS * P) is the gated output before its norm,
     ``squares`` (M, HEADS * parts) the sums of squares that the norm needs. READY: ``ready`` (M, CHANNELS) holds x, B
-    and C after the convolution. ``sequences``: all layers' times B. Small
-    weights are stacked over layers: conv (C, TAPS), conv_bias (C,), dt_bias, decay and skip (HEADS,) float32.
+    and C after the convolution. ``sequences``: all layers' times B. Small weights are stacked over layers, float32.
     """
     INNER: tl.constexpr = HEADS * P
     CHANNELS: tl.constexpr = INNER + 2 * GROUPS * N
@@ -172,25 +171,20 @@ def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, tu
     p, n = part * PB + tl.arange(0, PB), tl.arange(0, BN)
     group = head // (HEADS // GROUPS)
     in_p, in_n = p < P, n < N
-    conv += layer * CHANNELS * TAPS
-    conv_bias += layer * CHANNELS
+    conv, conv_bias = conv + layer * CHANNELS * TAPS, conv_bias + layer * CHANNELS
     ring += (layer * B + b).to(tl.int64) * RING * WIDTH
-    dt0 = tl.load(dt_bias + layer * HEADS + head)
-    rate = tl.load(decay + layer * HEADS + head)
-    direct = tl.load(skip + layer * HEADS + head)
+    own = layer * HEADS + head
+    dt0, rate, direct = tl.load(dt_bias + own), tl.load(decay + own), tl.load(skip + own)
     # States, places and earlier tokens are older than the kernel before this one: only the newest rows are waited for.
     t = tl.arange(0, BT)
     slots = tl.load(slot + b * T + t, mask=t < T, other=-1)
-    count = tl.sum((slots >= 0).to(tl.int32))
-    begin = tl.min(tl.where(slots >= 0, slots, 2147483647))
-    where = p[:, None] * N + n[None, :]
-    inside = in_p[:, None] & in_n[None, :]
+    count, begin = tl.sum((slots >= 0).to(tl.int32)), tl.min(tl.where(slots >= 0, slots, 2147483647))
+    where, inside = p[:, None] * N + n[None, :], in_p[:, None] & in_n[None, :]
     line = layer * B + b
     source = states + ((tl.load(turn) * sequences + line) * HEADS + head).to(tl.int64) * P * N
     target = states + ((tl.load(turn + 1) * sequences + line) * HEADS + head).to(tl.int64) * P * N
     state = tl.load(source + where, mask=inside, other=0.0).to(tl.float32)
-    of_x, of_key = head * P + p, INNER + group * N + n
-    of_query = INNER + (GROUPS + group) * N + n
+    of_x, of_key, of_query = head * P + p, INNER + group * N + n, INNER + (GROUPS + group) * N + n
     if not READY:
         x, key, query = _histories(ring, begin, conv, conv_bias, of_x, of_key, of_query, in_p, in_n, WIDTH, RING, TAPS,
                                    WRITE)  # fmt: skip
@@ -200,8 +194,7 @@ def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, tu
         x, key, query, dt, gate = _row(ready, ring, z, b * T, begin, of_x, of_key, of_query, head, in_p, in_n, CHANNELS,
                                        WIDTH, RING, INNER, WRITE)  # fmt: skip
     for step in range(count):
-        time = begin + step
-        m = b * T + step
+        time, m = begin + step, b * T + step
         if not READY:
             if step > 0:
                 x, key, query = _histories(ring, time, conv, conv_bias, of_x, of_key, of_query, in_p, in_n, WIDTH, RING,
@@ -217,6 +210,5 @@ def mamba_cell_kernel(ring, z, conv, conv_bias, dt_bias, decay, skip, states, tu
         state = state * tl.exp(now_dt * rate) + (now_dt * now_x)[:, None] * now_key[None, :]
         if WRITE:
             y = tl.sum(state * now_query[None, :], 1) + direct * now_x
-            part_of_squares = squares + m * HEADS * PARTS + head * PARTS + part
-            _write(y, now_gate, out, out + m * INNER + of_x, part_of_squares, in_p)
+            _write(y, now_gate, out, out + m * INNER + of_x, squares + (m * HEADS + head) * PARTS + part, in_p)
     tl.store(target + where, state.to(states.dtype.element_ty), mask=inside)
