@@ -68,7 +68,8 @@ def test_same_tokens_depths_and_counts_as_eager(family: str, batch: int, policy:
     assert eager.verification == cuda.verification
 
 
-@pytest.mark.parametrize("family", ["mistral", "mamba2"])
+# A scripted estimator counts steps on the host, which recorded programs do not: in the interpreter alone.
+@pytest.mark.parametrize("family", ["mistral", "mamba2"] if DEVICE == "cpu" else [])
 def test_tokens_are_taken_back_row_by_row(family: str) -> None:
     """Law 4 here: after a rejection every row's state is that of the tokens it kept."""
     model = small(family)

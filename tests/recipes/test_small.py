@@ -92,7 +92,7 @@ def test_steps_of_training_are_measured() -> None:
 def test_settings_of_the_head_comparison() -> None:
     compare = script("heads/compare")
     found = compare.settings_of(16, compare.SIX, ["mlp", "mamba-hidden"])
-    assert [config.inputs for config in found.values()] == [("hidden", "signals", "tokens"), ("hidden",)]
+    assert [config.inputs for config in found.values()] == [("hidden", "statistics", "tokens"), ("hidden",)]
     assert found["mlp"].layers == (4, 6, 8, 10, 12, 14)
 
 

@@ -124,6 +124,7 @@ class EarlyExit:
         plan = ExitPlan(self.exits.config.layers, self.estimator, readout, self.policy, self.window, active)
         return Attached(backbone, plan, TokenCosts.of(backbone.costs(), plan))
 
+    @torch.no_grad()
     def open(self, model: nn.Module, slots: int = 1) -> Session:
         """A session of ``slots`` rows on ``model``, all exits open to rows that bring thresholds of their own.
 

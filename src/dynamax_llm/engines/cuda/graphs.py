@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 
-#: Triton's interpreter replaces parts of its language while a kernel runs, so kernels are interpreted one at a time.
-_INTERPRETER = threading.RLock()
+#: Held while a program is recorded, replayed or interpreted, and while a session prepares memory that programs read: a
+#: recording is spoiled by work of another thread, and Triton's interpreter runs one kernel at a time.
+LOCK = threading.RLock()
 
 
 class Programs:
@@ -45,7 +46,7 @@ class Programs:
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             work()
         if self._pool is None:
             self._pool = graph.pool()
@@ -53,8 +54,5 @@ class Programs:
 
     def run(self, name: str) -> None:
         """Replay a program; it is done when the device's stream says so."""
-        if self.device.type == "cuda":
-            self._graphs[name].replay()
-        else:
-            with _INTERPRETER:
-                self._work[name]()
+        with LOCK:
+            self._graphs[name].replay() if self.device.type == "cuda" else self._work[name]()

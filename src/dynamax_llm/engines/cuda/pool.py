@@ -6,12 +6,13 @@ runners are kept with their backbone, the least recently used one goes first.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
+import torch
 from torch import nn
 
 from dynamax_llm.backbones import Backbone
+from dynamax_llm.engines.cuda.graphs import LOCK
 from dynamax_llm.engines.cuda.runner import GraphRunner
 from dynamax_llm.engines.cuda.tiles import power_of_two
 from dynamax_llm.engines.cuda.window import WindowRunner
@@ -19,30 +20,30 @@ from dynamax_llm.engines.plan import ExitPlan
 
 #: Idle runners kept per backbone: each holds caches and recorded programs for one batch size and estimator.
 KEPT = 4
-_LOCK = threading.Lock()
 
 
+@torch.no_grad()
 def take(backbone: Backbone, plan: ExitPlan, slots: int) -> tuple[tuple[Any, ...], GraphRunner]:
     """A runner that no session holds, and its key. Raises RuntimeError if its programs cannot be made."""
     key = _key(backbone, plan, slots)
-    with _LOCK:
+    with LOCK:
         idle = backbone.machines.get(key, [])
         if idle:
             return key, idle.pop()
-    policy, estimator, readout = plan.policy, plan.estimator, plan.readout
-    exits = plan.layers[: plan.active]
-    parts = (backbone, exits, estimator, readout, slots, plan.full)
-    if policy.exact_state:
-        runner: GraphRunner = WindowRunner(*parts, power_of_two(max(plan.window, 2)), journal=policy.exact_output)
-    else:
-        runner = GraphRunner(*parts)
-    runner.record()
-    return key, runner
+        policy, exits = plan.policy, plan.layers[: plan.active]
+        parts = (backbone, exits, plan.estimator, plan.readout, slots, plan.full)
+        if policy.exact_state:
+            most = power_of_two(max(plan.window, 2))
+            runner: GraphRunner = WindowRunner(*parts, most, journal=policy.exact_output)
+        else:
+            runner = GraphRunner(*parts)
+        runner.record()
+        return key, runner
 
 
 def give_back(backbone: Backbone, key: tuple[Any, ...], runner: GraphRunner) -> None:
     """The runner is idle."""
-    with _LOCK:
+    with LOCK:
         kept = backbone.machines
         kept.setdefault(key, []).append(runner)
         kept.move_to_end(key)

@@ -6,19 +6,34 @@ its runner alone (``pool``); whatever changes belongs to one session.
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.engines.base import DecodeStats
 from dynamax_llm.engines.cuda import pool
+from dynamax_llm.engines.cuda.graphs import LOCK
 from dynamax_llm.engines.eager import EagerEngine
 from dynamax_llm.engines.eager.session import EagerSession
 from dynamax_llm.engines.plan import ExitPlan, RowThresholds
 from dynamax_llm.shapes import Ids, Logits, NextLogits, RowFlags, RowIds
+
+T = TypeVar("T")
+
+
+def exclusive(method: Callable[..., T]) -> Callable[..., T]:
+    """Run ``method`` while no other thread records or replays programs."""
+
+    @functools.wraps(method)
+    def locked(*arguments: Any, **options: Any) -> T:
+        with LOCK:
+            return method(*arguments, **options)
+
+    return locked
 
 
 class CudaSession:
@@ -43,15 +58,18 @@ class CudaSession:
 
     # prompts and rows
 
+    @exclusive
     def prefill(self, ids: Ids, padding: Tensor | None = None) -> NextLogits:
         return self.prompts.prefill(ids, padding)
 
     def prompt_state(self) -> Any:
         return self.prompts.prompt_state()
 
+    @exclusive
     def adopt(self, prompt: Any) -> None:
         self.prompts.adopt(prompt)
 
+    @exclusive
     def admit(self, row: int, ids: Ids) -> NextLogits:
         alone = EagerEngine().open(self.backbone, self.plan, 1)
         logits = alone.prefill(ids)
@@ -62,6 +80,7 @@ class CudaSession:
         self.runner.load_row(row, alone.cache, ids.shape[1], alone.exit_check.states)
         return logits
 
+    @exclusive
     def release(self, row: int) -> None:
         self.runner.clear_row(row)
         self._begun = False
@@ -75,6 +94,7 @@ class CudaSession:
 
     # one token
 
+    @exclusive
     def begin(
         self, ids: RowIds | None, thresholds: Sequence[RowThresholds], idle: RowFlags | None, *, ahead: bool = False
     ) -> None:
@@ -113,6 +133,7 @@ class CudaSession:
     def finish(self) -> None:
         self._skipped = None
 
+    @exclusive
     def logits(self) -> NextLogits:
         return self.runner.newest_logits(self._skipped).clone()
 

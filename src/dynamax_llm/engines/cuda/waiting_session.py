@@ -9,7 +9,7 @@ import torch
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.engines.base import DecodeStats
-from dynamax_llm.engines.cuda.session import CudaSession
+from dynamax_llm.engines.cuda.session import CudaSession, exclusive
 from dynamax_llm.engines.cuda.window import WindowRunner
 from dynamax_llm.engines.plan import ExitPlan
 from dynamax_llm.exits.state import ExitState
@@ -130,6 +130,7 @@ class CudaWaitingSession(CudaSession):
             return [[token] for token in self.window.chosen(self._step)[0]]
         return self.window.window_choices(len(self._history))
 
+    @exclusive
     def keep(self, counts: Sequence[int]) -> None:
         runner, width = self.window, len(self._history)
         runner.keep(width, counts)
