@@ -5,6 +5,7 @@ On a device without graphs a program is simply called again; that is how tests r
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 
@@ -31,10 +32,20 @@ class Programs:
         self._work[name] = work
 
     def record(self) -> None:
-        """Record what was added since."""
-        for name, work in self._work.items():
-            if self.device.type == "cuda" and name not in self._graphs:
-                self._record(name, work)
+        """Record what was added since.
+
+        Garbage is collected before and not meanwhile: destroying an older program would spoil a recording.
+        """
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            for name, work in self._work.items():
+                if self.device.type == "cuda" and name not in self._graphs:
+                    self._record(name, work)
+        finally:
+            if collects:
+                gc.enable()
 
     def _record(self, name: str, work: Callable[[], None]) -> None:
         if self._stream is None:
