@@ -30,7 +30,13 @@ ROOT = Path(dynamax_llm.__file__).parent
 def main() -> None:
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+    }
     backbone = adapt(tiny_model("mistral", layers=4, vocab=19, **sizes))
     config = ExitConfig((1, 2, 3), 4, "mlp", width=16)
     exits = Exits.of(backbone, config, ExitHeads(config, backbone.width).requires_grad_(False))

@@ -217,7 +217,7 @@ class EarlyExit:
             trace=trace,
             verification=session.verification if self.policy.exact_output else None,
             engine=engine,
-            kernels=session.engine.kernels,
+            kernels=list(session.engine.kernels),  # not a tuple: pipelines take those for per-row values
             **kept_scores(rows, request.wants_scores, request.wants_logits),
         )
 

@@ -29,7 +29,7 @@ class EarlyExitOutput(GenerateDecoderOnlyOutput):
     trace: Trace = None  # type: ignore[assignment]
     verification: Verification | None = None
     engine: str = None  # type: ignore[assignment]
-    kernels: tuple[str, ...] = None  # type: ignore[assignment]
+    kernels: list[str] = None  # type: ignore[assignment]
 
 
 def columns(rows: Sequence[Row], pad: int) -> tuple[Tensor, Tensor]:
