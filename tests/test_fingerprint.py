@@ -194,7 +194,7 @@ class Packed(torch.Tensor):
             raise IndexError("no index")
         if function is torch.Tensor.dequantize:
             if not cls.readable:
-                raise NotImplementedError("no dequantize")
+                raise RuntimeError("no dequantize")
             return args[0].as_subclass(torch.Tensor) * 1.0
         return super().__torch_function__(function, types, args, kwargs or {})
 

@@ -76,11 +76,11 @@ def test_slices_of_a_sequence_see_what_the_whole_does(backbone, monkeypatch) -> 
     calls = []
     monkeypatch.setattr(base, "LOGITS_AT_ONCE", 2 * 2 * backbone.vocab_size)
     monkeypatch.setattr(readout, "logits", lambda exit, h: calls.append(h.shape) or backbone.readout(h))
-    sliced, spoken = readout.features(1, h, before, previous)
+    sliced, tokens = readout.features(1, h, before, previous)
     assert [shape[1] for shape in calls] == [2, 2, 2, 1]
     torch.testing.assert_close(sliced.values, whole.values, atol=1e-5, rtol=1e-5)
     assert torch.equal(sliced.token, whole.token)
-    assert torch.equal(spoken, whole.token)
+    assert torch.equal(tokens, whole.token)
 
 
 @pytest.mark.parametrize("kind", SHORTLISTS)
@@ -89,10 +89,10 @@ def test_later_exits_look_only_at_the_first_ones_candidates(backbone, kind) -> N
     readout = build_readout(backbone, dataclasses.replace(config("head"), candidates=6, shortlist=kind))
     h, later = torch.randn(2, 2, 30, backbone.width).unbind(0)
     first, _ = readout.features(0, h, later, None)
-    seen, spoken = readout.features(1, later, h, first)
+    seen, tokens = readout.features(1, later, h, first)
     full = backbone.readout(h).topk(6).indices if kind == "top" else shortlist(backbone.readout(h), 6)[1]
     assert torch.equal(first.candidates, full)
-    assert torch.equal(spoken, backbone.readout(later).argmax(-1))
+    assert torch.equal(tokens, backbone.readout(later).argmax(-1))
     assert (seen.token.unsqueeze(-1) == full).any(-1).all()
     shares = torch.log_softmax(backbone.readout(later).gather(-1, full), dim=-1)
     torch.testing.assert_close(seen.values[..., 0] * LOG_SCALE, shares.amax(-1), atol=1e-5, rtol=1e-5)

@@ -82,7 +82,7 @@ class Check:
         self.fused = head_check(estimator, readout, n_exits, batch, rows) if fuse else None
         # (B, V) of an exit that read the whole vocabulary
         self.logits: Tensor | None = None if self.fused is None else self.fused.logits
-        # Of all exits the estimator has, asked or not: a token that leaves is heard of by all later ones.
+        # Of all exits of the estimator: a token that leaves advances the states of all later exits.
         self.states: list[State] | None = estimator.initial_state(batch, device) if n_exits else None
 
     def load(self, states: ExitState) -> None:
