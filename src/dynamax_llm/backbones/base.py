@@ -208,8 +208,12 @@ class Backbone(abc.ABC):
         logits = torch.matmul(rows, self.final_norm(h).unsqueeze(-1)).squeeze(-1)
         return self._scale(logits if head.bias is None else logits + head.bias[tokens]).float()
 
-    def output_rows(self, tokens: Choices) -> Tensor:
-        """The LM head's rows (B, T, K, d) of ``tokens`` (B, T, K)."""
+    def readout_through(self, h: Hidden, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Float32 logits (B, T, K) from h (B, T, d) through final norm and ``rows`` (K, d) of the LM head."""
+        return self._scale(nn.functional.linear(self.final_norm(h), rows, bias)).float()
+
+    def output_rows(self, tokens: Tensor) -> Tensor:
+        """The LM head's rows (..., d) of ``tokens`` (...)."""
         return dense_weight(self.model.get_output_embeddings())[tokens]
 
     def _scale(self, logits: Tensor) -> Tensor:

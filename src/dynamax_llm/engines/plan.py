@@ -56,6 +56,11 @@ class StatePolicy:
                 f"state policy {self.name!r} is not defined for the {' and '.join(wrong)} layers of "
                 f"{backbone.model_type!r}. Use {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}."
             )
+        if readout.drafts and not self.exact_output:
+            raise PolicyMismatchError(
+                f"state policy {self.name!r} cannot be used with the readout 'draft': a draft runs no layer, and its "
+                "tokens must be checked. Use the policy 'verify', or exits with the readout 'block'."
+            )
         if self.exact_state and readout.tail_layers:
             raise PolicyMismatchError(
                 f"state policy {self.name!r} cannot be used with the readout 'tail': a token that leaves would run "

@@ -82,6 +82,7 @@ class Exits:
     promises: tuple[Promise, ...] = ()
     drift_penalty: dict[str, tuple[float, ...]] = field(default_factory=dict)
     _backbone: Backbone | None = field(default=None, repr=False, compare=False)
+    _readout: tuple[tuple[int, ...], Readout] | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def untrained(
@@ -127,8 +128,13 @@ class Exits:
         return self.heads
 
     def readout(self, backbone: Backbone) -> Readout:
-        """Their readout on ``backbone``; its weights move to that device."""
-        return build_readout(backbone, self.config, self.readout_weights)
+        """Their readout on ``backbone``; its weights move to that device. Kept for the next call, with the LM head's
+        rows that it gathered, until the backbone or its LM head is another."""
+        head = backbone.model.get_output_embeddings().weight
+        key = (id(backbone), id(self.readout_weights), id(head), getattr(head, "_version", 0))
+        if self._readout is None or self._readout[0] != key:
+            self._readout = (key, build_readout(backbone, self.config, self.readout_weights))
+        return self._readout[1]
 
     def drive(self, model: nn.Module) -> Backbone:
         """The Backbone that drives ``model``, checked once and remembered, with its stacked weights.
@@ -234,6 +240,9 @@ class Exits:
             _read_promises(path, version, manifest, tensors, config),
             {policy: tuple(values) for policy, values in manifest.drift_penalty.items()},
         )
+        fault = None if weights is None else READOUTS[config.readout].fault(weights, manifest.vocab_size)
+        if fault is not None:
+            raise _corrupt(tensors_path, fault)
         for policy, values in exits.drift_penalty.items():
             if len(values) != len(config.layers):
                 raise _corrupt(path, f"its drift penalty under {policy!r} is not {len(config.layers)} numbers")
@@ -265,7 +274,8 @@ def _read_manifest(path: Path) -> tuple[int, _Manifest]:
 def _read_config(path: Path, data: Mapping[str, Any]) -> ExitConfig:
     try:
         config = ExitConfig.from_json(data)
-        placed = place_exits(config.layers, config.n_layers)
+        drafts = READOUTS[config.readout].drafts
+        placed = config.layers if drafts else place_exits(config.layers, config.n_layers)
     except (TypeError, KeyError, ValueError) as error:  # UsageError is a ValueError
         raise _corrupt(
             path, f"its config cannot be used ({error}); kinds of your own must be registered before loading"
@@ -340,6 +350,8 @@ def _check_tensors(path: Path, tensors: Mapping[str, Tensor], wanted: Mapping[st
         have, want = tuple(tensors[name].shape), tuple(wanted[name].shape)
         if have != want:
             raise _corrupt(path, f"the tensor {name!r} has shape {have}, and {MANIFEST} describes {want}")
+        if tensors[name].is_floating_point() != wanted[name].is_floating_point():
+            raise _corrupt(path, f"the tensor {name!r} is {tensors[name].dtype}")
         if not bool(torch.isfinite(tensors[name]).all()):
             raise _corrupt(path, f"the tensor {name!r} holds NaN or infinite values")
 
@@ -348,17 +360,17 @@ def _filled(module: Any, prefix: str, tensors: Mapping[str, Tensor]) -> Any:
     """The module with its tensors in place of the empty ones, in eval mode; None stays None."""
     if module is None:
         return None
-    own = {name.removeprefix(prefix): value.float() for name, value in tensors.items() if name.startswith(prefix)}
+    own = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     module.load_state_dict(own, assign=True)
     return module.requires_grad_(False).eval()
 
 
 def _tensors(config: ExitConfig, heads: nn.Module | None, weights: nn.Module | None) -> dict[str, Tensor]:
-    """Every tensor of the artifact under its name in the file, float32."""
+    """Every tensor of the artifact under its name in the file, in the dtype it was trained to."""
     named: dict[str, Tensor] = {}
     for prefix, module in (("heads.", heads), (f"{config.readout}.", weights)):
         if module is not None:
-            named |= {prefix + name: value.detach().float() for name, value in module.state_dict().items()}
+            named |= {prefix + name: value.detach() for name, value in module.state_dict().items()}
     # Views of one tensor would be refused by safetensors; the file holds each by itself.
     return {name: value if value.is_meta else value.cpu().clone().contiguous() for name, value in named.items()}
 

@@ -59,7 +59,17 @@ def scan(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tens
     if count == 1:
         state = advance_cell(x, dt, decay, b, state)
         return (state @ c.unsqueeze(2).transpose(-1, -2)).squeeze(-1).unsqueeze(2), state  # (S, B, 1, H, P)
-    chunk = min(count, CHUNK)
+    y, states = scan_chunks(x, dt, decay, b, c, state)
+    return y, states[:, :, -1]
+
+
+def scan_chunks(
+    x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tensor, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """``scan`` in M chunks of ``chunk`` tokens (by default CHUNK): y (S, B, T, H, P), and the states (S, B, M + 1, H,
+    P, N) before the first chunk and after each."""
+    count = x.shape[2]
+    chunk = min(count, CHUNK) if chunk is None else chunk
     short = -count % chunk
     if short:
         x, dt = F.pad(x, (0, 0, 0, 0, 0, short)), F.pad(dt, (0, 0, 0, short))
@@ -74,7 +84,7 @@ def scan(x: Tensor, dt: Tensor, decay: Tensor, b: Tensor, c: Tensor, state: Tens
     parts = torch.cat((state.unsqueeze(2), arrived), dim=2).transpose(2, 3).flatten(-2)  # (S, B, H, M + 1, P N)
     states = (_decays(whole) @ parts).unflatten(-1, state.shape[-2:]).transpose(2, 3)  # before each, and after all
     y = y + (cs @ states[:, :, :-1].transpose(-1, -2)) * log_keep.exp().unsqueeze(-1)
-    return y.transpose(3, 4).flatten(2, 3)[:, :, :count], states[:, :, -1]
+    return y.transpose(3, 4).flatten(2, 3)[:, :, :count], states
 
 
 def _decays(log_keep: Tensor) -> Tensor:

@@ -81,8 +81,11 @@ def exit_features(
     previous: ExitFeatures | None,
     keep: int = 0,
     pairs: bool = False,
+    vocabulary: Tensor | None = None,
 ) -> ExitFeatures:
     """ExitFeatures at an exit with hidden state h (B, T, d), read out as logits (B, T, V), or unread (None).
+
+    Where only the tokens of ``vocabulary`` (K,), ascending, were read, logits are theirs alone, (B, T, K).
 
     At the first exit ``keep`` likely tokens become the candidates (0: none): the likeliest, or with ``pairs`` those of
     ``shortlist``. Where ``previous`` has candidates, logits are theirs alone, (B, T, K) in their order, and
@@ -96,12 +99,17 @@ def exit_features(
         return ExitFeatures(F.pad(similarity, (len(STATISTICS) - 1, 0)), None)
     keep = keep if previous is None else 0
     named = None if previous is None else previous.candidates  # the tokens of the columns; None: all, in their order
+    whole = named is None
     log_p = torch.log_softmax(logits.float(), dim=-1)
     among = log_p
     if keep and pairs:
         among, named = shortlist(log_p, keep)
+        named = named if vocabulary is None else vocabulary[named]
     best, at = among.topk(min(max(TOP, 0 if pairs else keep), among.shape[-1]), dim=-1)
-    ids = at if named is None else named.gather(-1, at)
+    if named is not None:
+        ids = named.gather(-1, at)
+    else:
+        ids = at if vocabulary is None else vocabulary[at]
     token, rival = ids[..., :2].unbind(-1)
     top = best[..., :TOP]  # (B, T, TOP)
     p1, p2, *_ = top.exp().unbind(-1)
@@ -111,9 +119,11 @@ def exit_features(
         candidates = (named if pairs else ids) if keep else None
     else:
         candidates = named
-        if named is None:
-            there = log_p.gather(-1, previous.token.unsqueeze(-1)).exp().squeeze(-1)
+        if whole:
+            column = previous.token if vocabulary is None else torch.searchsorted(vocabulary, previous.token)
+            there = log_p.gather(-1, column.unsqueeze(-1)).exp().squeeze(-1)
         else:
+            assert named is not None
             there = (log_p.exp() * (named == previous.token.unsqueeze(-1))).sum(-1)
         history = torch.stack(((token == previous.token).float(), there), dim=-1)
     columns = torch.stack((p1 - p2, entropy), dim=-1)

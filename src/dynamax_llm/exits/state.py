@@ -81,12 +81,13 @@ class ExitState:
         features: ExitFeatures,
         estimator: Stateful,
         readout: Stateful,
-        padding: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> ExitState:
-        """After T tokens that left before exit ``first``; arguments as of ``Stateful.advance``."""
+        """After T tokens that left before exit ``first``; arguments as of ``Stateful.advance``. ``seen`` (B, T, d):
+        what the estimator read in place of h."""
         return ExitState(
-            estimator.advance(first, h, features, self.estimator, padding),
-            readout.advance(first, h, features, self.readout, padding),
+            estimator.advance(first, h if seen is None else seen, features, self.estimator),
+            readout.advance(first, h, features, self.readout),
         )
 
     def select(self, rows: Tensor) -> ExitState:

@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, E exits, d width, F features, L layers, n real (unpadd
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +128,13 @@ def forward(backbone: Backbone, layers: tuple[int, ...], ids: Tensor) -> Forward
             before.append(last)
         last = h
     return Forward(tuple(hidden), tuple(before), h)
+
+
+@torch.no_grad()
+def hidden_at(backbone: Backbone, depths: Iterable[int], ids: Tensor) -> dict[int, Tensor]:
+    """h (B, T, d) of whole texts ids (B, T) after each of ``depths`` (0: the embeddings) and after the last layer."""
+    wanted = {*depths, backbone.n_layers}
+    return {depth: h for depth, h in backbone.hidden_states(ids) if depth in wanted}
 
 
 @torch.no_grad()

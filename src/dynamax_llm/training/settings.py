@@ -92,6 +92,12 @@ class TrainSettings(RunSettings):
         0.3, "Share of the budget that trains a learned readout, before the heads.", flag="", **INNER_SHARE
     )
     lens_lr: float = setting(1e-3, "Peak learning rate of the lens.", flag="", above=0, most=1)
+    block_share: float = setting(
+        0.8, "Share of the budget that trains blocks or a draft, before the heads.", **INNER_SHARE
+    )
+    block_lr: float = setting(1e-3, "Peak learning rate of blocks and drafts.", above=0, most=1)
+    draft_steps: int = setting(3, "Own steps over which a draft is trained.", least=1)
+    every: int = setting(4, "Blocks and drafts learn at one token in this many.", flag="", least=1)
     eval_every: int = setting(100_000, "Training tokens between evaluations.", flag="", least=1)
     patience: int = setting(5, "Evaluations without a better held-out loss before a head stops.", least=1)
     preset: str | None = None  # for the record: the preset that these settings began as

@@ -17,6 +17,7 @@ class Token:
 
     def __init__(self, h: Tensor, idle: Tensor | None, full: int) -> None:
         self.h, self.before = h, h  # h now and before the last layer, each (B, 1, d)
+        self.seen = h  # what estimators read: h, or what the readout made of it
         none = torch.zeros(len(h), dtype=torch.bool, device=h.device)
         self.left = none if idle is None else idle.clone()  # (B,)
         self.exit_index = torch.full((len(h),), full, device=h.device)
@@ -48,6 +49,7 @@ class ExitCheck:
         self.states = self.empty(batch, device)
         self._thresholds: Sequence[RowThresholds] = ()
         self._limits: list[float | Tensor | None] = []  # per exit: one limit, or one per row (B,)
+        self._holds: Tensor | None = None  # the probability (B,) that every token of the open chain is accepted
 
     def empty(self, batch: int, device: torch.device) -> ExitState:
         """What exits remember of ``batch`` new sequences."""
@@ -59,6 +61,11 @@ class ExitCheck:
     def recurrent(self) -> bool:
         """Whether exits remember anything."""
         return self.states.estimator is not None or self.states.readout is not None
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether exits read prompts one after another: not where the readout observes them and heads have no memory."""
+        return self.states.estimator is not None or (self.states.readout is not None and not self.plan.readout.taps)
 
     def set_thresholds(self, thresholds: Sequence[RowThresholds], device: torch.device) -> None:
         """The least confidence per row and exit from now on; None: the row may not leave there."""
@@ -76,21 +83,48 @@ class ExitCheck:
     def decide(self, token: Token, index: int) -> None:
         """Evaluate exit ``index`` on the token; rows that are confident enough leave."""
         plan, readout = self.plan, self.plan.readout
+        if readout.drafts:
+            self._draft(token, index, self._limits[index])
+            return
         logits, moved = None, self.transform(index, token.h)
         if plan.estimator.needs_logits:
             features, logits = readout.read(index, token.h, token.before, token.features, moved)
         else:
             features = exit_features(token.h, token.before, None, token.features)
+        seen = moved if readout.heads_read_output else token.h
         if token.some_left and token.features is not None:
             features = select(token.left.unsqueeze(1), token.features, features)
-        token.features = features
-        confidence = self.confidence(index, token.h, features)
+            seen = torch.where(token.left.view(-1, 1, 1), token.seen, seen)
+        token.features, token.seen = features, seen
+        confidence = self.confidence(index, seen, features)[:, 0]
         limit = self._limits[index]
         if limit is None:
             return
-        leaving = (confidence[:, 0] >= limit) & ~token.left
+        leaving = (confidence >= limit) & ~token.left
         if token.leave(index, leaving) and readout.tail_layers == 0:
             token.keep_logits(leaving, (readout.logits(index, moved) if logits is None else logits)[:, 0])
+
+    def _draft(self, token: Token, index: int, limit: float | Tensor | None) -> None:
+        """Exit ``index``, of depth 0, proposes a token, unless the chain of proposals has become too unlikely."""
+        readout = self.plan.readout
+        if limit is None or (self._holds is not None and not bool((self._mean_holds(token) >= limit).all())):
+            return
+        moved = self.transform(index, token.h)
+        features, logits = readout.read(index, token.h, token.before, None, moved)
+        token.features, token.seen = features, moved
+        confidence = self.confidence(index, moved, features)[:, 0]
+        self._holds = confidence if self._holds is None else self._holds * confidence
+        leaving = ~token.left
+        if token.leave(index, leaving):
+            assert logits is not None
+            token.keep_logits(leaving, logits[:, 0])
+
+    def _mean_holds(self, token: Token) -> Tensor:
+        """The probability that the chain is accepted so far, the mean over the rows that draft: rows share the passes,
+        so they go on, or stop, together."""
+        assert self._holds is not None
+        drafting = ~token.left
+        return (self._holds * drafting).sum() / drafting.sum().clamp(min=1)
 
     def transform(self, index: int, h: Tensor, padding: Tensor | None = None) -> Tensor:
         """h (B, T, d) as the readout transforms it at an exit; what the readout remembers there advances."""
@@ -111,7 +145,23 @@ class ExitCheck:
         if self.recurrent:
             assert token.features is not None
             plan = self.plan
-            self.states = self.states.advanced(first, token.h, token.features, plan.estimator, plan.readout)
+            self.states = self.states.advanced(
+                first, token.h, token.features, plan.estimator, plan.readout, token.seen
+            )
+
+    def observe(
+        self,
+        before: ExitState,
+        embedded: Tensor,
+        tapped: Sequence[Tensor],
+        padding: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> None:
+        """The readout remembers tokens that every layer has read (see ``Readout.observe``), from ``before`` on."""
+        if before.readout is not None:
+            read = self.plan.readout.observe(embedded, tapped, before.readout, padding, counts)
+            self.states = ExitState(self.states.estimator, read)
+        self._holds = None
 
     def read_prompt(
         self, index: int, h: Tensor, before: Tensor, earlier: ExitFeatures | None, padding: Tensor | None
@@ -122,5 +172,5 @@ class ExitCheck:
             features, _ = self.plan.readout.features(index, h, before, earlier, moved)
         else:
             features = exit_features(h, before, None, earlier)
-        self.confidence(index, h, features, padding)
+        self.confidence(index, moved if self.plan.readout.heads_read_output else h, features, padding)
         return features

@@ -70,6 +70,7 @@ class EagerSession(abc.ABC):
         self.token: Token | None = None
         self._banned: list[int] = []
         self._next: Tensor | None = None  # tokens (B,) that ``chosen`` gave
+        self._tapped: dict[int, list[Tensor]] = {}  # h (B, T, d) after layers that the readout taps, when it does
 
     # prompts and rows
 
@@ -77,16 +78,20 @@ class EagerSession(abc.ABC):
         """The prompts (B, T) at full depth: logits (B, V). Exits with a state read the whole prompt."""
         assert len(ids) == self.slots and self.length == 0
         self.padding = padding if padding is not None and not bool(padding.all()) else None
-        h = self.backbone.embed(ids)
+        h = embedded = self.backbone.embed(ids)
         ctx = self.backbone.context(h, past=0, padding=self.padding)
         self.length = ids.shape[1]
         depth, features = 0, None
-        for index, stop in enumerate(self.stops[:-1] if self.exit_check.recurrent else ()):
+        before_prompt, taps = self.exit_check.states, self.plan.readout.taps if self.plan.active else ()
+        self._tapped = {tap: [] for tap in taps}
+        for index, stop in enumerate(self.stops[:-1] if self.exit_check.reads_prompts else ()):
             before = self._layers(depth, stop - 1, h, ctx)
             h = self._layers(stop - 1, stop, before, ctx)
             depth = stop
             features = self.exit_check.read_prompt(index, h, before, features, self.padding)
         h = self._layers(depth, self.backbone.n_layers, h, ctx)
+        if taps:
+            self.exit_check.observe(before_prompt, embedded, self._take_tapped(), self.padding)
         self.passes = 0
         return self.backbone.readout(h[:, -1:])[:, 0]
 
@@ -214,7 +219,18 @@ class EagerSession(abc.ABC):
         self.passes += stop - first
         for index in range(first, stop):
             h = self.backbone.layer(index, h, self.cache, ctx)
+            self._tap(index + 1, h)
         return h
+
+    def _tap(self, depth: int, h: Tensor) -> None:
+        """Keep h (B, T, d) after ``depth`` layers if the readout reads it there."""
+        if depth in self._tapped:
+            self._tapped[depth].append(h)
+
+    def _take_tapped(self) -> list[Tensor]:
+        """What was kept, over all tokens, ascending by depth; nothing more is kept."""
+        parts, self._tapped = self._tapped, {}
+        return [torch.cat(parts[depth], dim=1) for depth in sorted(parts)]
 
     @abc.abstractmethod
     def _enter(self, h: Tensor, idle: RowFlags | None) -> None:

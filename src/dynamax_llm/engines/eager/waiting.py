@@ -37,7 +37,7 @@ class WaitingSession(EagerSession):
 
     def __init__(self, backbone: Backbone, plan: ExitPlan, slots: int) -> None:
         super().__init__(backbone, plan, slots)
-        self.waiting: dict[int, list[Tensor]] = {start: [] for start in self.starts}  # each (B, T, d)
+        self.waiting: list[list[Tensor]] = [[] for _ in self.starts]  # before each segment, (B, T, d) each
         self.work = DecodeStats(layer_macs=0)
         self.live = 0  # rows that have not ended
         costs = backbone.costs().layers
@@ -48,6 +48,10 @@ class WaitingSession(EagerSession):
             Journal(backbone, self.cache, *plan.cuts(backbone.n_layers)) if plan.policy.exact_output else None
         )
         self._history: list[ExitState] = []  # what exits remembered after each token of the window
+        # Under ``verify`` the readout reads the window's tokens anew once every layer has read them.
+        self._observes = self._journal is not None and plan.active > 0 and bool(plan.readout.taps)
+        self._before_window = self.exit_check.states
+        self._entered: list[Tensor] = []  # embeddings of the window's tokens, where the readout observes them
         self._window: Tensor | None = None  # (B, W, d), the last layer's outputs over the window
         self._logits: Tensor | None = None
 
@@ -56,6 +60,11 @@ class WaitingSession(EagerSession):
         self.waiting[0].append(h)
         if self.backbone.needs_embedding:
             self._embedded.append(h)
+        if self._observes:
+            if not self._entered:
+                self._before_window = self.exit_check.states
+                self._tapped = {tap: [] for tap in self.plan.readout.taps}
+            self._entered.append(h)
         self.token = Token(h, idle, self.plan.full)
         self.live = self.slots - (int(idle.sum()) if idle is not None else 0)
         self._logits = self._window = None
@@ -105,10 +114,10 @@ class WaitingSession(EagerSession):
         return self.backbone.readout(self._window)
 
     def pending(self) -> int:
-        return sum(part.shape[1] for parts in self.waiting.values() for part in parts)
+        return sum(part.shape[1] for parts in self.waiting for part in parts)
 
     def catch_up(self) -> None:
-        lowest = next((i for i, start in enumerate(self.starts) if self.waiting[start]), None)
+        lowest = next((segment for segment, parts in enumerate(self.waiting) if parts), None)
         if lowest is None:
             return
         for segment in range(lowest, len(self.starts)):
@@ -129,6 +138,10 @@ class WaitingSession(EagerSession):
                 self.work.replayed += self.live * tokens
                 self.work.layer_macs = (self.work.layer_macs or 0) + self.live * tokens * self._state_macs[layer]
             self.exit_check.states = ExitState.after(self._history, kept)
+        if self._observes:
+            counted = None if shortest == width else kept
+            window, self._entered = torch.cat(self._entered, dim=1), []
+            self.exit_check.observe(self._before_window, window, self._take_tapped(), counts=counted)
         self.length = start + longest
         self.cache.set_length(0, self.backbone.n_layers, self.length)
         if self.padding is not None or shortest < longest:
@@ -160,7 +173,7 @@ class WaitingSession(EagerSession):
         """Run a segment over all that waits before it: outputs (B, W, d), and (B, 1, d) of the newest token before
         the segment's last layer."""
         first, stop = self.starts[segment], self.stops[segment]
-        parts, self.waiting[first] = self.waiting[first], []
+        parts, self.waiting[segment] = self.waiting[segment], []
         h = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         ctx = self._shared_context(h)
         if self._journal is not None:
@@ -171,16 +184,17 @@ class WaitingSession(EagerSession):
             if self._journal is not None:
                 self._journal.note(index, h)
             h = self.backbone.layer(index, h, self.cache, ctx)
+            self._tap(index + 1, h)
         self.passes += stop - first
         self.work.layer_macs = (self.work.layer_macs or 0) + self.live * h.shape[1] * sum(self._layer_macs[first:stop])
-        if stop in self.waiting:
-            self.waiting[stop].append(h)
+        if segment + 1 < len(self.waiting):
+            self.waiting[segment + 1].append(h)
         self.work.window_bytes = max(self.work.window_bytes, self._window_bytes())
         return h, before[:, -1:]
 
     def _window_bytes(self) -> int:
         """Memory of what waits and of what is kept for rolling back."""
-        held = sum(part.nbytes for parts in self.waiting.values() for part in parts)
+        held = sum(part.nbytes for parts in self.waiting for part in parts)
         return held + (0 if self._journal is None else self._journal.nbytes())
 
     def _shared_context(self, h: Tensor) -> Context:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,12 @@ class Readout(Stateful):
     learner: str | None = None
     #: True if the logits that the decision was taken from are those of the token: no second readout is needed.
     decision_is_output: bool = True
+    #: True if heads read the transformed h in place of h.
+    heads_read_output: bool = False
+    #: True if it drafts from depth 0: a chain of tokens between two passes of the backbone.
+    drafts: bool = False
+    #: The tokens it speaks (K,), ascending, where they are a part of the vocabulary; None: all.
+    vocabulary: Tensor | None = None
 
     def __init__(self, backbone: Backbone, config: ExitConfig, weights: nn.Module | None = None) -> None:
         """``weights`` are what ``new_weights`` made, trained; required by kinds that have any."""
@@ -52,6 +60,39 @@ class Readout(Stateful):
         """Untrained weights for a backbone of this width, saved with the exits; None if this kind has none."""
         return None
 
+    @classmethod
+    def fitted(cls, config: ExitConfig, backbone: Backbone) -> ExitConfig:
+        """``config`` with every option that follows from the backbone filled in, before training.
+
+        Raises UsageError for options that this backbone does not allow.
+        """
+        return config
+
+    @classmethod
+    def fault(cls, weights: nn.Module, vocab_size: int) -> str | None:
+        """What is wrong with weights read from a file, for a model of ``vocab_size`` tokens; None if nothing is."""
+        return None
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Depths whose h ``observe`` reads; empty: it is never called."""
+        return ()
+
+    def observe(
+        self,
+        embedded: Tensor,
+        tapped: Sequence[Tensor],
+        states: list[State],
+        padding: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> list[State]:
+        """States after T tokens that every layer has read, in place of what was remembered while they were drafted.
+
+        ``embedded`` (B, T, d), ``tapped`` h (B, T, d) after each of ``taps``, ``states`` those before the tokens.
+        ``padding`` (B, T) is 0 at left pads of a prompt; of a window every row keeps its first ``counts`` (B,) tokens.
+        """
+        return states
+
     @abc.abstractmethod
     def transform(
         self, exit: int, h: Tensor, state: State | None = None, padding: Tensor | None = None
@@ -65,9 +106,22 @@ class Readout(Stateful):
         """Multiply-accumulates of ``transform`` of one token."""
         return 0
 
+    def scores(self, exit: int, moved: Hidden) -> Logits:
+        """Float32 logits of the tokens it speaks, (B, T, V) or (B, T, K), from transformed h."""
+        return self.backbone.readout(moved)
+
+    @final
     def logits(self, exit: int, moved: Hidden) -> Logits:
         """Float32 logits (B, T, V) of exit ``exit`` from transformed h; with a tail, from h after the tail."""
-        return self.backbone.readout(moved)
+        return self.spread(self.scores(exit, moved))
+
+    def spread(self, scores: Logits) -> Logits:
+        """Logits (B, T, V) from ``scores``: minus infinity for tokens that it does not speak."""
+        if self.vocabulary is None:
+            return scores
+        whole = scores.new_full((*scores.shape[:-1], self.backbone.vocab_size), -torch.inf)
+        whole[..., self.vocabulary] = scores
+        return whole
 
     def read(
         self, exit: int, h: Hidden, h_before: Hidden, previous: ExitFeatures | None, moved: Hidden | None = None
@@ -84,9 +138,9 @@ class Readout(Stateful):
         if previous is not None and previous.candidates is not None:
             few = self.backbone.readout_of(moved, previous.candidates)
             return self._with_rows(exit_features(h, h_before, few, previous)), None
-        logits = self.logits(exit, moved)
-        features = self._features(h, h_before, logits, previous)
-        return self._with_rows(features), logits if self.decision_is_output else None
+        scores = self.scores(exit, moved)
+        features = self._features(h, h_before, scores, previous)
+        return self._with_rows(features), self.spread(scores) if self.decision_is_output else None
 
     def features(
         self, exit: int, h: Hidden, h_before: Hidden, previous: ExitFeatures | None, moved: Hidden | None = None
@@ -103,16 +157,22 @@ class Readout(Stateful):
         for start in range(0, h.shape[1], step):
             run = slice(start, start + step)
             before = None if previous is None else slice_features(previous, run)
-            logits = self.logits(exit, self.transform(exit, h[:, run])[0] if moved is None else moved[:, run])
-            tokens.append(logits.argmax(-1))
+            scores = self.scores(exit, self.transform(exit, h[:, run])[0] if moved is None else moved[:, run])
+            best = scores.argmax(-1)
+            tokens.append(best if self.vocabulary is None else self.vocabulary[best])
             if before is not None and before.candidates is not None:
-                logits = logits.gather(-1, before.candidates)
-            parts.append(self._with_rows(self._features(h[:, run], h_before[:, run], logits, before)))
+                scores = scores.gather(-1, self._columns(before.candidates))
+            parts.append(self._with_rows(self._features(h[:, run], h_before[:, run], scores, before)))
         return parts[0] if len(parts) == 1 else concatenate(parts), torch.cat(tokens, dim=1)
 
-    def _features(self, h: Hidden, h_before: Hidden, logits: Logits, previous: ExitFeatures | None) -> ExitFeatures:
-        """ExitFeatures of logits over the whole vocabulary, or over the candidates of the exits before."""
-        return exit_features(h, h_before, logits, previous, self.config.candidates, self.config.shortlist == "pairs")
+    def _columns(self, tokens: Tensor) -> Tensor:
+        """Where ``tokens``, all of which it speaks, are in ``scores``."""
+        return tokens if self.vocabulary is None else torch.searchsorted(self.vocabulary, tokens)
+
+    def _features(self, h: Hidden, h_before: Hidden, scores: Logits, previous: ExitFeatures | None) -> ExitFeatures:
+        """ExitFeatures of scores over all tokens it speaks, or over the candidates of the exits before."""
+        pairs = self.config.shortlist == "pairs"
+        return exit_features(h, h_before, scores, previous, self.config.candidates, pairs, self.vocabulary)
 
     def _with_rows(self, features: ExitFeatures) -> ExitFeatures:
         """With the LM head's rows of the leading token and its runner-up, if the heads read them."""
@@ -123,7 +183,11 @@ class Readout(Stateful):
 
     def macs(self, exit: int) -> int:
         """Multiply-accumulates of one readout of one token: LM head and ``transform``."""
-        return self.backbone.costs().readout + self.transform_macs(exit)
+        return self.head_macs() + self.transform_macs(exit)
+
+    def head_macs(self) -> int:
+        """Multiply-accumulates of ``scores`` of one token."""
+        return self.backbone.costs().readout
 
     def reads_all(self, exit: int) -> bool:
         """Whether a check at exit ``exit`` reads the whole vocabulary."""
