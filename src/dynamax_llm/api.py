@@ -15,6 +15,7 @@ from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import DEFAULT_EXITS, ExitConfig, place_exits
 from dynamax_llm.exits.promise import Promise
+from dynamax_llm.text.answer_source import AnySource
 from dynamax_llm.text.sources import Source, find_source
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.tuning.settings import TuneSettings
@@ -32,7 +33,7 @@ Layers = str | tuple[str | int | float, ...]
 def train(
     model: nn.Module | Backbone,
     tokenizer: Any,
-    data: str | Path | Source,
+    data: str | Path | AnySource,
     *,
     out: str | Path,
     exits: Layers = DEFAULT_EXITS,
@@ -47,7 +48,8 @@ def train(
 
     backbone = _backbone(model)
     chosen = ExitConfig(place_exits(exits, backbone.n_layers), backbone.n_layers, **config)
-    return run(backbone, tokenizer, _source(data), chosen, settings or TrainSettings(), out)
+    source = find_source(data) if isinstance(data, str | Path) else data
+    return run(backbone, tokenizer, source, chosen, settings or TrainSettings(), out)
 
 
 def scan(

@@ -14,21 +14,26 @@ PAUSE, LINE_PAUSE = 0.5, 30.0
 
 
 class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("– tokens/s" if speed is None else f"{speed:,.0f} tokens/s")
+        return Text(f"– {self._unit}/s" if speed is None else f"{speed:,.0f} {self._unit}/s")
 
 
 class TokenBar:
-    """Tokens, tokens per second, time left and the latest figures; nothing at all if ``quiet`` is set."""
+    """Tokens (or another unit), their rate, time left and the latest figures; nothing at all if ``quiet`` is set."""
 
-    def __init__(self, total: int, done: int, quiet: bool, title: str = "training") -> None:
+    def __init__(self, total: int, done: int, quiet: bool, title: str = "training", unit: str = "tokens") -> None:
         self._console, self._quiet, self._total = Console(stderr=True, highlight=False, markup=False), quiet, total
+        self._unit = unit
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed:,.0f} / {task.total:,.0f}"),
-            _Rate(),
+            _Rate(unit),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=self._console,
@@ -38,7 +43,7 @@ class TokenBar:
         self._task = self._progress.add_task(title, total=total, completed=done, note="")
 
     def show(self, tokens: int, note: Callable[[], tuple[str, str]]) -> None:
-        """Move to ``tokens`` tokens done, at most once in a pause: ``note`` makes phase and figures, and costs time."""
+        """Move to ``tokens`` done, at most once in a pause: ``note`` makes phase and figures, and costs time."""
         now = time.monotonic()
         if self._quiet or now - self._updated < (LINE_PAUSE if self._progress.disable else PAUSE):
             return
@@ -46,7 +51,7 @@ class TokenBar:
         phase, figures = note()
         self._progress.update(self._task, completed=tokens, total=self._total, description=phase, note=figures)
         if self._progress.disable:
-            self._line(f"{phase}: {tokens:,} of {self._total:,} tokens; {figures}")
+            self._line(f"{phase}: {tokens:,} of {self._total:,} {self._unit}; {figures}")
 
     def stage(self, name: str) -> None:
         """Begin work of unknown length before or after the tokens, such as a measurement."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, distributed
@@ -69,8 +69,9 @@ class Group:
         """This process's rows of a batch; where it has none, one row in which nothing counts."""
         rows = self.rows(len(batch.ids))
         if rows.start == rows.stop:
-            return Batch(batch.ids[:1], torch.zeros_like(batch.mask[:1]))
-        return Batch(batch.ids[rows], batch.mask[rows])
+            first = batch.rows(slice(0, 1))
+            return replace(first, mask=torch.zeros_like(first.mask))
+        return batch.rows(rows)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of ``values`` (any shape) over the processes, the same to the bit in all of them; in place."""

@@ -25,8 +25,8 @@ from dynamax_llm.backbones.fingerprint import explain_mismatch, fingerprint
 from dynamax_llm.errors import ArtifactCorruptError, UsageError
 from dynamax_llm.exits.files import prepare_folder, write_atomically
 from dynamax_llm.progress import TokenBar
-from dynamax_llm.text.batches import Batch, Position, Split
-from dynamax_llm.text.sources import Source
+from dynamax_llm.text.answer_source import AnySource, stream_of
+from dynamax_llm.text.batches import Batch, Position, Stream
 from dynamax_llm.training.settings import RunSettings
 
 FOLDER, FILE = ".checkpoint", "state.safetensors"
@@ -108,7 +108,12 @@ class Checkpoint:
 
 
 def run(
-    learning: Learning, stream: Split, checkpoint: Checkpoint, settings: RunSettings, bar: TokenBar, writes: bool = True
+    learning: Learning,
+    stream: Stream,
+    checkpoint: Checkpoint,
+    settings: RunSettings,
+    bar: TokenBar,
+    writes: bool = True,
 ) -> Counters:
     """Advance ``learning`` to its end, from the checkpoint where there is one; an interruption is saved first.
 
@@ -123,7 +128,7 @@ def run(
     loaded = checkpoint.load()
     if loaded is not None and not loaded[1].get("finished"):
         tensors, state = loaded
-        counters = Counters(**{**state["counters"], "position": Position(**state["counters"]["position"])})
+        counters = Counters(**{**state["counters"], "position": Position.of(state["counters"]["position"])})
         learning.restore(tensors, state["learning"])
     try:
         start = saved = time.monotonic()
@@ -150,22 +155,20 @@ def run(
 
 
 def splits(
-    source: Source, tokenizer: Any, backbone: Backbone, settings: RunSettings, alone: bool = False
-) -> list[Split]:
+    source: AnySource, tokenizer: Any, backbone: Backbone, settings: RunSettings, alone: bool = False
+) -> list[Stream]:
     """The training and the held-out documents, in chunks that the backbone has positions for. ``alone``: one document
     a batch."""
     sequence = min(settings.sequence, backbone.max_positions() or settings.sequence)
     shape = (settings.held_out, sequence, settings.batch_tokens, settings.seed, alone)
-    return [Split(source, tokenizer, held_out, *shape) for held_out in (False, True)]
+    return [stream_of(source, tokenizer, held_out, *shape) for held_out in (False, True)]
 
 
-def identity(backbone: Backbone, source: Source, settings: RunSettings, **more: Any) -> dict[str, Any]:
+def identity(backbone: Backbone, source: AnySource, settings: RunSettings, **more: Any) -> dict[str, Any]:
     """Everything that decides the result of a run, as JSON types; ``more`` is what this kind of run adds."""
     return {
         "backbone": fingerprint(backbone.model),
-        "data": source.spec,
-        "text_field": source.text_field,
-        "data_bytes": sum(path.stat().st_size for path in source.files),
+        **source.identity(),
         **more,
         "settings": settings.deciding(),
     }

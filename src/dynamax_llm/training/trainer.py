@@ -21,8 +21,8 @@ from dynamax_llm.exits.files import prepare_folder
 from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.exits.registries import READOUTS
 from dynamax_llm.progress import TokenBar
+from dynamax_llm.text.answer_source import AnySource
 from dynamax_llm.text.batches import Batch, first_batches
-from dynamax_llm.text.sources import Source
 from dynamax_llm.traces.drift import drift_penalty
 from dynamax_llm.training.held_out import decoded_report, on_policy
 from dynamax_llm.training.learner import HeadLearner
@@ -38,7 +38,7 @@ DRIFT_TOKENS = 4_000
 
 
 def train(
-    backbone: Backbone, tokenizer: Any, source: Source, config: ExitConfig, settings: TrainSettings, out: str | Path
+    backbone: Backbone, tokenizer: Any, source: AnySource, config: ExitConfig, settings: TrainSettings, out: str | Path
 ) -> Exits:
     """Train the heads of one configuration and save the exits in ``out``; the same call again resumes.
 
@@ -55,7 +55,7 @@ def train(
 def train_many(
     backbone: Backbone,
     tokenizer: Any,
-    source: Source,
+    source: AnySource,
     configs: Mapping[str, ExitConfig],
     settings: TrainSettings,
     out: str | Path,
@@ -70,7 +70,7 @@ class _Training:
     """One training: the arguments that decide its result."""
 
     def __init__(
-        self, backbone: Backbone, source: Source, configs: Mapping[str, ExitConfig], settings: TrainSettings
+        self, backbone: Backbone, source: AnySource, configs: Mapping[str, ExitConfig], settings: TrainSettings
     ) -> None:
         self.backbone, self.source, self.configs, self.settings = backbone, source, configs, settings
         self.config = _common(configs)
