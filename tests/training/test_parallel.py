@@ -102,8 +102,8 @@ def test_two_processes_end_where_one_does(
             assert numbers(found.provenance["history"]) == pytest.approx(
                 numbers(expected.provenance["history"]), abs=2e-3
             )
-            assert numbers(found.provenance["lens_divergence"]) == pytest.approx(
-                numbers(expected.provenance["lens_divergence"]), abs=1e-4
+            assert numbers(found.provenance["readout_losses"]) == pytest.approx(
+                numbers(expected.provenance["readout_losses"]), abs=1e-4
             )
 
 

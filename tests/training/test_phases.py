@@ -127,7 +127,7 @@ def test_learners_come_from_outside_by_kind(backbone, corpus: Path, tokenizer, t
     assert learner.progress[0] == 0.0 and learner.progress[-1] < 1.0
     for exits in result.values():
         assert torch.equal(exits.readout_weights.up[0], learner.weights.up[0])
-        assert exits.provenance["lens_divergence"] == {"before": [0.0] * 3, "after": [float(steps)] * 3}
+        assert exits.provenance["readout_losses"] == {"before": [0.0] * 3, "after": [float(steps)] * 3}
     assert result["linear"].provenance["train_loss"] == 0.25
     assert int(result["linear"].heads.prior.count_nonzero()) == 0
     assert result["mlp"].provenance["train_loss"] != 0.25

@@ -185,7 +185,7 @@ def test_heads_share_a_pass_and_differ(backbone, corpus: Path, tokenizer, tmp_pa
             assert all(not torch.equal(parameter[0], parameter[other]) for other in (1, 2))
         assert (exits.readout_weights is not None) == (readout == "lens")
     if readout == "lens":
-        divergence = provenance["lens_divergence"]
+        divergence = provenance["readout_losses"]
         assert all(after < earlier for earlier, after in zip(divergence["before"], divergence["after"], strict=True))
 
 
@@ -225,7 +225,7 @@ def test_a_killed_run_ends_like_an_unbroken_one(
     for steps in (1, 3, 9):
         run_until(monkeypatch, steps, *common, tmp_path / "b")
     resumed = train(*common, tmp_path / "b")
-    for key in ("tokens", "steps", "train_loss", "history", "held_out", "lens_divergence"):
+    for key in ("tokens", "steps", "train_loss", "history", "held_out", "readout_losses"):
         assert resumed.provenance[key] == unbroken.provenance[key], key
     for name, value in unbroken.heads.state_dict().items():
         assert torch.equal(resumed.heads.state_dict()[name], value), name

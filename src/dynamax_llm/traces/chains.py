@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,19 +70,15 @@ def collect_chains(backbone: Backbone, readout: Readout, batch: Batch, steps: in
         following = (positions + 1).clamp(max=count - 1)
         reached = parts[-1][4] & (tokens == ids[:, following]) & (positions + 1 < count)
 
-    def side_by_side(values: Sequence[Tensor]) -> Tensor:
+    def side_by_side(values: Sequence[Any]) -> Tensor:
         return torch.stack(tuple(values), dim=2).flatten(1, 2)  # (B, F J, ...)
 
-    outputs, features, agrees, target, masks = zip(*parts, strict=True)
-    joined = ExitFeatures(
-        side_by_side([each.values for each in features]),
-        None,
-        rows=None if features[0].rows is None else side_by_side([each.rows for each in features]),
+    moved, agreed, target, masks = (side_by_side([each[place] for each in parts]) for place in (0, 2, 3, 4))
+    rows = [each[1].rows for each in parts if each[1].rows is not None]
+    features = ExitFeatures(
+        side_by_side([each[1].values for each in parts]), None, rows=side_by_side(rows) if rows else None
     )
-    labels = side_by_side(agrees)[None]
-    return ExitBatch(
-        side_by_side(masks), (side_by_side(outputs),), (joined,), labels, side_by_side(target), labels.float()
-    )
+    return ExitBatch(masks, (moved,), (features,), agreed[None], target, agreed[None].float())
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,13 @@ class Collector:
         self._features: list[ExitFeatures] = []
         self._labels: list[tuple[Tensor, Tensor]] = []  # agreement and target, (n,) each
 
-    def add(self, h: Tensor, features: ExitFeatures, tokens: Tensor) -> None:
-        """The next exit: h and features (B, T, ...), and the argmax (n,) of its readout at real tokens."""
+    def add(self, h: Tensor, moved: Tensor, features: ExitFeatures, tokens: Tensor) -> None:
+        """The next exit: h, h as its readout transforms it, and features (B, T, ...), and the argmax (n,) of its
+        readout at real tokens."""
         exit, packed = len(self._hidden), self.packing.pack
-        self._hidden.append(h)
+        self._hidden.append(moved if self.readout.heads_read_output else h)
         self._features.append(features)
-        read = None
+        read = packed(moved)
         if self.readout.tail_layers:
             read = packed(_through_tail(self.backbone, self.readout.tail_layers, self.ids, h))
         self._labels.append(self._maker.of(exit, packed(h), tokens, read))
@@ -145,6 +146,7 @@ def collect_exits(backbone: Backbone, readout: Readout, batch: Batch, label: Lab
     pack = collector.packing.pack
     features: ExitFeatures | None = None
     for exit, (h, before) in enumerate(zip(run.hidden, run.before, strict=True)):
-        features, tokens = readout.features(exit, pack(h)[None], pack(before)[None], features)
-        collector.add(h, collector.packing.unpack_features(features), tokens[0])
+        moved, _ = readout.transform(exit, h)
+        features, tokens = readout.features(exit, pack(h)[None], pack(before)[None], features, pack(moved)[None])
+        collector.add(h, moved, collector.packing.unpack_features(features), tokens[0])
     return collector.finish()

@@ -46,14 +46,14 @@ class LabelMaker:
         self.backbone, self.readout, self.final, self.label = backbone, readout, final, label
         self.full_tokens = argmax(backbone, final)  # (n,)
 
-    def of(self, exit: int, h: Tensor, tokens: Tensor, after_tail: Tensor | None) -> tuple[Tensor, Tensor]:
+    def of(self, exit: int, h: Tensor, tokens: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
         """Whether exit ``exit`` agrees (n,) bool, and what heads learn (n,) float32.
 
-        ``h`` (n, d) is the exit's hidden state and ``tokens`` (n,) the argmax of its readout; ``after_tail`` (n, d) is
-        given where the last layers run before the readout, whose argmax then replaces ``tokens``.
+        ``h`` (n, d) is the exit's hidden state, ``read`` (n, d) what its LM head reads once the token has left, and
+        ``tokens`` (n,) the argmax of the decision's readout; with a tail that of ``read`` replaces it.
         """
-        if after_tail is not None:
-            tokens = argmax(self.backbone, after_tail)
+        if self.readout.tail_layers:
+            tokens = argmax(self.backbone, read)
         agrees = tokens == self.full_tokens
         match self.label.kind:
             case "topk":
@@ -61,7 +61,7 @@ class LabelMaker:
             case "probability":
                 return agrees, self._probability(tokens)
             case "overlap":
-                return agrees, self._overlap(exit, h if after_tail is None else after_tail)
+                return agrees, self._overlap(exit, read)
         return agrees, agrees.float()
 
     def _among_top(self, h: Tensor) -> Tensor:
@@ -77,13 +77,13 @@ class LabelMaker:
 
         return sliced(self.backbone, len(tokens), read)
 
-    def _overlap(self, exit: int, h: Tensor) -> Tensor:
+    def _overlap(self, exit: int, read_h: Tensor) -> Tensor:
         def read(run: slice) -> Tensor:
             full = self.backbone.readout(self.final[None, run])[0]
-            early = self.readout.logits(exit, self.readout.transform(exit, h[None, run])[0])[0]
+            early = self.readout.logits(exit, read_h[None, run])[0]
             return torch.minimum(full.softmax(-1), early.softmax(-1)).sum(-1)
 
-        return sliced(self.backbone, len(h), read, distributions=2)
+        return sliced(self.backbone, len(read_h), read, distributions=2)
 
 
 def slices(backbone: Backbone, count: int, distributions: int = 1) -> list[slice]:

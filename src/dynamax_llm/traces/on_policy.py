@@ -40,6 +40,8 @@ def collect_on_policy(
     threshold, start = sample.threshold.to(backbone.device), sample.start.to(backbone.device)
     ids = batch.ids.to(backbone.device)
     for exit, visit in enumerate(visits(backbone, plan, ids, [threshold] * len(plan.layers), prompt_length=start)):
-        tokens = readout.features(exit, visit.h, visit.h, None)[1] if visit.tokens is None else visit.tokens
-        collector.add(visit.h, visit.features, collector.packing.pack(tokens))
+        tokens = visit.tokens
+        if tokens is None:
+            tokens = readout.features(exit, visit.h, visit.h, None, visit.moved)[1]
+        collector.add(visit.h, visit.moved, visit.features, collector.packing.pack(tokens))
     return collector.finish()

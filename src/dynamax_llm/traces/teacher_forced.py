@@ -59,10 +59,11 @@ def teacher_forced(
 
 @dataclass(frozen=True)
 class Visit:
-    """What one exit reads of a text: h (B, T, d) and features, frozen where a token had left before, and the argmax
-    ``tokens`` (B, T) of its readout, None if the estimator reads no logits."""
+    """What one exit reads of a text: h (B, T, d) and features, frozen where a token had left before, h as the readout
+    transforms it, and the argmax ``tokens`` (B, T) of its readout, None if the estimator reads no logits."""
 
     h: Tensor
+    moved: Tensor
     features: ExitFeatures
     tokens: Ids | None
 
@@ -102,6 +103,7 @@ class _Pass:
         self.features: ExitFeatures | None = None
         self.depth = 0
         self.moved = self.h  # what the readout of the exit by which a token left makes of its h
+        self.seen = self.h  # what estimators read: h, or what the readout made of it when the token left
         self.states = plan.estimator.initial_state(len(self.h), self.h.device)
 
     def visit(self, index: int, threshold: float | Tensor | None) -> Visit:
@@ -141,9 +143,11 @@ class _Pass:
         else:
             fresh = exit_features(self.visible, before, None, self.features)
         self.features = fresh if self.features is None else select(self.left, self.features, fresh)
-        visit = Visit(self.visible, self.features, tokens)
+        seen = moved if readout.heads_read_output else self.visible
+        self.seen = torch.where(self.left.unsqueeze(-1), self.seen, seen)
+        visit = Visit(self.visible, moved, self.features, tokens)
         state = None if self.states is None else self.states[index]
-        confidence, _ = estimator.confidence(index, self.visible, self.features, state, self.padding)
+        confidence, _ = estimator.confidence(index, self.seen, self.features, state, self.padding)
         if threshold is not None:
             leaving = (confidence >= threshold) & self.may_leave & ~self.left
             self.exit_index = torch.where(leaving, index, self.exit_index)

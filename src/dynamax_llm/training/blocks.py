@@ -64,7 +64,6 @@ class TrainedLearner(abc.ABC):
             betas=BETAS,
             fused=backbone.device.type == "cuda",
         )
-        self.latest: list[float] = []
         self._losses: Tensor | None = None
         self.generator = torch.Generator().manual_seed(settings.seed)
 
@@ -95,7 +94,7 @@ class TrainedLearner(abc.ABC):
             return
         counts = torch.zeros(self.backbone.vocab_size, dtype=torch.float64)
         for batch in batches:
-            answers = getattr(batch, "answers", None)
+            answers = batch.answers
             ids = batch.ids[batch.mask] if answers is None else batch.ids[:, 1:][answers[:, :-1]]
             counts += torch.bincount(ids, minlength=len(counts))
         order = (-counts).argsort(stable=True)
@@ -109,19 +108,17 @@ class TrainedLearner(abc.ABC):
 
     def learn(self, hidden: Mapping[int, Tensor], batch: Batch, progress: float) -> None:
         """The same, from h (B, T, d) at ``depths`` and after the last layer of this process's share."""
-        self._losses = self._accumulate(hidden, batch, learn=True)
+        self._losses = self.group.sum(self._accumulate(hidden, batch, learn=True))
         self.group.sum_gradients(list(self.weights.parameters()))
         nn.utils.clip_grad_norm_(self.weights.parameters(), GRADIENT_NORM)
         optimiser.set_rate(self.optimiser, progress, self.settings.block_lr, self.settings.warmup)
         self.optimiser.step()
         self.optimiser.zero_grad()
 
-    def note(self) -> list[float]:
+    @property
+    def latest(self) -> list[float]:
         """The last step's losses. Waits for the device."""
-        if self._losses is not None:
-            self.latest = self.group.sum(self._losses).tolist()
-            self._losses = None
-        return self.latest
+        return [] if self._losses is None else self._losses.tolist()
 
     def measure(self, batches: Sequence[Batch]) -> list[float]:
         """Mean losses over held-out batches, one an exit or a step."""
@@ -142,8 +139,7 @@ class TrainedLearner(abc.ABC):
             return losses
         forks = block.forks(last, self.settings.every, self.generator).to(self.backbone.device)
         final = hidden[self.backbone.n_layers]
-        counted = batch.mask if getattr(batch, "answers", None) is None else batch.answers
-        counted = counted.to(final.device, non_blocking=True)
+        counted = (batch.mask if batch.answers is None else batch.answers).to(final.device, non_blocking=True)
         with torch.set_grad_enabled(learn):
             weighted: list[Tensor] = []
             for number, outputs, positions in self.parts(hidden, batch, forks):
@@ -167,7 +163,7 @@ class TrainedLearner(abc.ABC):
 
     def _add_gradients(self, loss: Tensor) -> None:
         # Not backward(): that would also leave gradients on the backbone's own parameters.
-        parameters = [parameter for parameter in self.weights.parameters()]
+        parameters = list(self.weights.parameters())
         for parameter, gradient in zip(
             parameters, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True
         ):
@@ -256,4 +252,3 @@ class DraftLearner(TrainedLearner):
     def parts(self, hidden: Mapping[int, Tensor], batch: Batch, forks: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         for step, (outputs, positions) in enumerate(chain(self.weights, self.readout.taps, hidden, forks, self.count)):
             yield step, outputs, positions
-

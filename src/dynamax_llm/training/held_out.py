@@ -21,6 +21,7 @@ from dynamax_llm.exits.confidence.base import ConfidenceEstimator
 from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.text.batches import Batch
+from dynamax_llm.traces.chains import STEPS, ChainTrace
 from dynamax_llm.traces.collect import ExitBatch, collect_exits
 from dynamax_llm.traces.curves import auroc, oracle_depth, sweep
 from dynamax_llm.traces.simulate import NEVER, ThresholdSample, depths, simulate_exits, simulate_no_exit
@@ -80,29 +81,46 @@ def evaluate(
     at an agreement is exact for a head without memory; for a recurrent one the confidences are those of tokens whose
     predecessors did not leave (``on_policy`` is exact, and costs more).
     """
-    tokens = [batch.tokens for batch in held.batches]
-    ends = list(accumulate(tokens))
-    device = next(iter(estimators.values())).prior.device
-    losses = {name: [0.0] * len(tokens) for name in estimators}
-    # Zeros where another process fills in its share: a sum then puts the whole together.
-    labels = torch.zeros(len(config.layers), held.tokens, device=device)
-    traces = {name: torch.zeros_like(labels) for name in estimators}
+    losses = {name: [0.0] * len(held.batches) for name in estimators}
+    counts = [0.0] * len(held.batches)
+    labels: dict[int, Tensor] = {}
+    traces: dict[str, dict[int, Tensor]] = {name: {} for name in estimators}
     generator = torch.Generator().manual_seed(0)
-    samples = [ThresholdSample.sample(batch.mask, no_exit_share, generator) for batch in held.batches]
+    samples: list[ThresholdSample] = []
     for index, exit_batch in zip(held.share, held, strict=True):
-        columns, sample = slice(ends[index] - tokens[index], ends[index]), samples[index]
-        labels[:, columns] = exit_batch.labels[:, exit_batch.mask].float()
+        while len(samples) <= index:  # drawn for every batch, so that all processes draw the same
+            samples.append(ThresholdSample.sample(held.batches[len(samples)].mask, no_exit_share, generator))
+        sample, mask = samples[index], exit_batch.mask
+        labels[index], counts[index] = exit_batch.labels[:, mask].float(), float(mask.sum())
         for name, heads in estimators.items():
             learned = collect_on_policy(heads, held.batches[index], sample) if collect_on_policy else exit_batch
             losses[name][index] = float(loss(simulate_exits(heads, learned, sample), learned.targets, weights[name]))
-            traces[name][:, columns] = simulate_no_exit(heads, exit_batch).confidence[:, exit_batch.mask]
-    agrees = held.group.sum(labels).bool()
+            traces[name][index] = simulate_no_exit(heads, exit_batch).confidence[:, mask]
+    tokens = [round(count) for count in held.group.totals(*counts)]
+    device = next(iter(estimators.values())).prior.device
+    agrees = _whole(labels, tokens, len(config.layers), held.group, device).bool()
     reports = {}
     for name, trace in traces.items():
         totals = held.group.totals(*losses[name])
-        mean = math.fsum(value * count for value, count in zip(totals, tokens, strict=True)) / sum(tokens)
-        reports[name] = {"loss": mean, **_trace_report(held.group.sum(trace), agrees, config, agreement)}
+        mean = math.fsum(value * count for value, count in zip(totals, tokens, strict=True)) / max(sum(tokens), 1)
+        whole = _whole(trace, tokens, len(config.layers), held.group, device)
+        reports[name] = {"loss": mean, **_trace_report(whole, agrees, config, agreement)}
     return reports
+
+
+def _whole(parts: dict[int, Tensor], tokens: list[int], exits: int, group: Group, device: torch.device) -> Tensor:
+    """(E, N) over all batches, of ``tokens`` tokens each, from this process's (E, n) by batch and the others'."""
+    whole = torch.zeros(exits, sum(tokens), device=device)
+    ends = list(accumulate(tokens))
+    for index, part in parts.items():
+        whole[:, ends[index] - tokens[index] : ends[index]] = part
+    return group.sum(whole)
+
+
+def chain_report(estimator: ConfidenceEstimator, held: HeldOut) -> dict[str, Any]:
+    """How a draft does on held-out text: the share of proposals accepted at each step, after those before it."""
+    trace = ChainTrace.of(list(held), estimator, STEPS)
+    return {"match": trace.match, "chains": len(trace.accepted)}
 
 
 def _trace_report(trace: Tensor, labels: Tensor, config: ExitConfig, agreement: float) -> dict[str, Any]:

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.exits.confidence.base import ConfidenceEstimator
 from dynamax_llm.exits.config import ExitConfig
-from dynamax_llm.exits.readouts.base import Readout
+from dynamax_llm.exits.readouts.base import Readout, build_readout
 from dynamax_llm.registry import Registry
 from dynamax_llm.text.batches import Batch
-from dynamax_llm.traces.collect import ExitBatch, collect_exits
+from dynamax_llm.traces.chains import collect_chains
+from dynamax_llm.traces.collect import ExitBatch, collect_exits, hidden_at
 from dynamax_llm.traces.labels import Label
 from dynamax_llm.traces.on_policy import collect_on_policy
 from dynamax_llm.traces.simulate import ThresholdSample
+from dynamax_llm.training.blocks import BlockLearner, DraftLearner, TrainedLearner
 from dynamax_llm.training.held_out import HeldOut, evaluate
 from dynamax_llm.training.learner import HeadLearner
 from dynamax_llm.training.lens import LensLearner
@@ -37,10 +39,14 @@ from dynamax_llm.training.side_stream import SideStream
 
 class ReadoutLearner(Protocol):
     """Learns the ``weights`` of a readout. ``step`` is one optimiser step at ``progress`` in [0, 1] of its budget;
-    ``latest`` its loss per exit; ``measure`` the mean loss per exit over held-out batches."""
+    ``latest`` its loss per exit; ``measure`` the mean loss per exit over held-out batches.
+
+    ``prepare``, where there is one, is given training batches before the first step."""
 
     weights: nn.Module
-    latest: list[float]
+
+    @property
+    def latest(self) -> list[float]: ...
 
     def step(self, batch: Batch, progress: float) -> None: ...
     def measure(self, batches: Sequence[Batch]) -> list[float]: ...
@@ -50,7 +56,7 @@ class ReadoutLearner(Protocol):
 
 #: What learns a readout's weights, by ``Readout.learner``; open to learners of your own.
 READOUT_LEARNERS: Registry[Callable[[Backbone, ExitConfig, TrainSettings, Group], ReadoutLearner]] = Registry(
-    "readout learner", {"lens": LensLearner}
+    "readout learner", {"lens": LensLearner, "block": BlockLearner, "draft": DraftLearner}
 )
 #: What learns a head, by its kind, where that is not HeadLearner.
 HEAD_LEARNERS: Registry[type[HeadLearner]] = Registry("head learner")
@@ -84,30 +90,57 @@ class Phase(abc.ABC):
         """The latest figures. May wait for the device."""
 
 
-class LearnReadout(Phase):
-    """The readout's own tensors, from the backbone alone; the heads then learn labels that come from it."""
+class LearnReadouts(Phase):
+    """The readouts' own tensors, from the backbone alone; the heads then learn labels that come from them.
+
+    Learners by number of their group of heads. Blocks and drafts share the backbone's forward.
+    """
 
     name = "readout"
 
-    def __init__(self, learner: ReadoutLearner, held: Sequence[Batch], end: float) -> None:
-        self.learner, self.held, self.start, self.end = learner, held, 0.0, end
-        self.losses: dict[str, list[float]] = {}  # held-out, "before" and "after", per exit
+    def __init__(self, learners: Mapping[int, ReadoutLearner], held: Sequence[Batch], end: float) -> None:
+        self.learners, self.held, self.start, self.end = learners, held, 0.0, end
+        self.losses: dict[int, dict[str, list[float]]] = {}  # held-out, "before" and "after", per exit
 
     def begin(self, counters: Counters) -> None:
-        self.losses["before"] = self.learner.measure(self.held)
+        self.losses = {number: {"before": learner.measure(self.held)} for number, learner in self.learners.items()}
 
     def step(self, batch: Batch, share: float) -> None:
-        self.learner.step(batch, share / self.end)
+        trained = [learner for learner in self.learners.values() if isinstance(learner, TrainedLearner)]
+        if trained:
+            rows = trained[0].group.share(batch)
+            hidden = hidden_at(trained[0].backbone, {depth for each in trained for depth in each.depths}, rows.ids)
+            for each in trained:
+                each.learn(hidden, rows, share / self.end)
+        for learner in self.learners.values():
+            if not isinstance(learner, TrainedLearner):
+                learner.step(batch, share / self.end)
 
     def complete(self) -> None:
-        self.losses["after"] = self.learner.measure(self.held)
+        for number, learner in self.learners.items():
+            self.losses[number]["after"] = learner.measure(self.held)
 
     def note(self) -> str:
-        return f"loss {sum(self.learner.latest) / len(self.learner.latest):.3f}"
+        means = [sum(learner.latest) / len(learner.latest) for learner in self.learners.values() if learner.latest]
+        return "loss " + ", ".join(f"{mean:.3f}" for mean in means)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything of the learners, for a checkpoint."""
+        return {
+            f"{number}.{name}": value
+            for number, learner in self.learners.items()
+            for name, value in learner.tensors().items()
+        }
+
+    def restore(self, tensors: dict[str, Tensor], losses: dict[str, dict[str, list[float]]]) -> None:
+        """Inverse of ``tensors``, and of ``losses`` as JSON has them."""
+        self.losses = {int(number): values for number, values in losses.items()}
+        for number, learner in self.learners.items():
+            learner.restore(part(tensors, f"{number}."))
 
 
 class Heads:
-    """The heads of one run, which share every exit batch and the held-out text."""
+    """Heads with one readout, which share every exit batch and the held-out text."""
 
     def __init__(
         self,
@@ -136,7 +169,9 @@ class Heads:
         return {name: learner for name, learner in self.learners.items() if not learner.stopped}
 
     def collect(self, batch: Batch) -> ExitBatch:
-        """What the exits show of a batch with every state intact."""
+        """What the exits show of a batch with every state intact, or a draft of chains."""
+        if self.readout.drafts:
+            return collect_chains(self.backbone, self.readout, batch)
         return collect_exits(self.backbone, self.readout, batch, self.label)
 
     def collect_on_policy(self, heads: ConfidenceEstimator, batch: Batch, sample: ThresholdSample) -> ExitBatch:
@@ -176,20 +211,25 @@ class Heads:
 
 
 class LearnHeads(Phase):
-    """The heads, from one frozen forward a batch, shared by all of them."""
+    """The heads, from one frozen forward a batch and readout, shared by the heads with that readout."""
 
     name = "heads"
 
-    def __init__(self, heads: Heads, start: float, end: float) -> None:
+    def __init__(self, heads: Sequence[Heads], start: float, end: float) -> None:
         self.heads, self.start, self.end = heads, start, end
 
     @property
     def finished(self) -> bool:
         """Whether every head has stopped."""
-        return not self.heads.active
+        return not any(heads.active for heads in self.heads)
 
     def step(self, batch: Batch, share: float) -> None:
-        heads, rows = self.heads, self.heads.group.share(batch)
+        for heads in self.heads:
+            if heads.active:
+                self._step(heads, batch, share)
+
+    def _step(self, heads: Heads, batch: Batch, share: float) -> None:
+        rows = heads.group.share(batch)
         sample = ThresholdSample.sample(batch.mask, heads.settings.no_exit_share, heads.generator)
         sample = sample.rows(heads.group.rows(len(batch.ids)))
         shared = None if self.on_policy else heads.collect(rows)
@@ -203,11 +243,12 @@ class LearnHeads(Phase):
         heads.side.run(learn, shared)
 
     def note(self) -> str:
-        self.heads.side.join()
         notes = []
-        for name, learner in self.heads.learners.items():
-            depth = f", depth {learner.history[-1]['depth']:.3f}" if learner.history else ""
-            notes.append(f"{name or learner.config.head}: loss {learner.last_loss() or 0:.3f}{depth}")
+        for heads in self.heads:
+            heads.side.join()
+            for name, learner in heads.learners.items():
+                depth = f", depth {learner.history[-1]['depth']:.3f}" if learner.history else ""
+                notes.append(f"{name or learner.config.head}: loss {learner.last_loss() or 0:.3f}{depth}")
         return "; ".join(notes)
 
 
@@ -218,15 +259,16 @@ class LearnHeadsOnPolicy(LearnHeads):
     on_policy = True
 
     def begin(self, counters: Counters) -> None:
-        for learner in self.heads.learners.values():
-            learner.restart()
-        self.heads.evaluate(counters.tokens, self.on_policy)  # the first phase's heads, to compare with
+        for heads in self.heads:
+            for learner in heads.learners.values():
+                learner.restart()
+            heads.evaluate(counters.tokens, self.on_policy)  # the first phase's heads, to compare with
 
 
 class Phases:
     """The phases in their order, advanced by a run as one ``Learning``; evaluations of the heads in between."""
 
-    def __init__(self, readout: LearnReadout | None, heads: Heads, settings: TrainSettings) -> None:
+    def __init__(self, readout: LearnReadouts | None, heads: Sequence[Heads], settings: TrainSettings) -> None:
         self.heads, self.readout, self.settings = heads, readout, settings
         start = 0.0 if readout is None else readout.end
         self.phases: list[Phase] = [] if readout is None else [readout]
@@ -247,13 +289,22 @@ class Phases:
         while not self.begun or (self.begun < len(self.phases) and self._over(share)):
             if self.begun:
                 self.current.complete()
+                self._hand_over()
             self.phases[self.begun].begin(counters)
             self.begun += 1
         self.current.step(batch, share)
         tokens = counters.tokens + batch.tokens
         spent = self._share(tokens, counters.steps + 1) >= 1.0
-        if self.heads.active and (spent or self._evaluations(tokens) > self._evaluations(counters.tokens)):
-            self.heads.evaluate(tokens, self.current.on_policy)
+        if spent or self._evaluations(tokens) > self._evaluations(counters.tokens):
+            for heads in self.heads:
+                if heads.active:
+                    heads.evaluate(tokens, self.current.on_policy)
+
+    def _hand_over(self) -> None:
+        """The heads' readouts have what was learned of them."""
+        for number, learner in ({} if self.readout is None else self.readout.learners).items():
+            heads = self.heads[number]
+            heads.readout = build_readout(heads.backbone, heads.readout.config, learner.weights)
 
     def finished(self, counters: Counters) -> bool:
         """Whether the budget is used up, or every head has stopped in the last phase."""
@@ -278,19 +329,23 @@ class Phases:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is a tensor, for a checkpoint."""
-        learned = {} if self.readout is None else self.readout.learner.tensors()
+        learned = {} if self.readout is None else self.readout.tensors()
         named = {f"readout.{name}": value for name, value in learned.items()}
-        return named | {f"heads.{name}": value for name, value in self.heads.tensors().items()}
+        for number, heads in enumerate(self.heads):
+            named |= {f"heads.{number}.{name}": value for name, value in heads.tensors().items()}
+        return named
 
     def state(self) -> dict[str, Any]:
         """Everything else, as JSON types."""
         losses = {} if self.readout is None else self.readout.losses
-        return {"begun": self.begun, "losses": losses, "heads": self.heads.state()}
+        return {"begun": self.begun, "losses": losses, "heads": [heads.state() for heads in self.heads]}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Inverse of ``tensors`` and ``state``."""
         self.begun = state["begun"]
-        self.heads.restore(part(tensors, "heads."), state["heads"])
+        for number, heads in enumerate(self.heads):
+            heads.restore(part(tensors, f"heads.{number}."), state["heads"][number])
         if self.readout is not None:
-            self.readout.losses = state["losses"]
-            self.readout.learner.restore(part(tensors, "readout."))
+            self.readout.restore(part(tensors, "readout."), state["losses"])
+            if self.begun > 1:
+                self._hand_over()

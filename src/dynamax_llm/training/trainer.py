@@ -19,15 +19,16 @@ from dynamax_llm.exits.artifact import MANIFEST, TENSORS, Exits
 from dynamax_llm.exits.config import INPUTS, ExitConfig
 from dynamax_llm.exits.files import prepare_folder
 from dynamax_llm.exits.readouts.base import build_readout
-from dynamax_llm.exits.registries import READOUTS
+from dynamax_llm.exits.registries import HEADS, READOUTS
 from dynamax_llm.progress import TokenBar
 from dynamax_llm.text.answer_source import AnySource
-from dynamax_llm.text.batches import Batch, first_batches
+from dynamax_llm.text.batches import Batch, Stream, first_batches
 from dynamax_llm.traces.drift import drift_penalty
-from dynamax_llm.training.held_out import decoded_report, on_policy
+from dynamax_llm.training.blocks import TrainedLearner
+from dynamax_llm.training.held_out import chain_report, decoded_report, on_policy
 from dynamax_llm.training.learner import HeadLearner
 from dynamax_llm.training.parallel import Group
-from dynamax_llm.training.phases import READOUT_LEARNERS, Heads, LearnReadout, Phases
+from dynamax_llm.training.phases import READOUT_LEARNERS, Heads, LearnReadouts, Phases, ReadoutLearner
 from dynamax_llm.training.run import Checkpoint, Counters, identity, run, splits, versions
 from dynamax_llm.training.settings import TrainSettings
 
@@ -35,6 +36,8 @@ from dynamax_llm.training.settings import TrainSettings
 SHARED = ("layers", "n_layers", "readout", "readout_options", "candidates", "shortlist")
 #: Held-out tokens that the drift penalty is measured on.
 DRIFT_TOKENS = 4_000
+#: Tokens of training text from which a readout's vocabulary is counted.
+COUNTED_TOKENS = 2_000_000
 
 
 def train(
@@ -72,13 +75,14 @@ class _Training:
     def __init__(
         self, backbone: Backbone, source: AnySource, configs: Mapping[str, ExitConfig], settings: TrainSettings
     ) -> None:
-        self.backbone, self.source, self.configs, self.settings = backbone, source, configs, settings
-        self.config = _common(configs)
-        if settings.documents and READOUTS.lookup(self.config.readout).learner:
-            raise UsageError(
-                f"the readout {self.config.readout!r} learns from its share of a budget in tokens: leave documents "
-                "out, or take another readout."
-            )
+        self.backbone, self.source, self.settings = backbone, source, settings
+        self.configs = {
+            name: READOUTS.lookup(config.readout).fitted(config, backbone) for name, config in configs.items()
+        }
+        #: Configurations that learn from one exit batch, by their readout.
+        self.groups = _groups(self.configs)
+        for config in self.configs.values():
+            _check(config, settings)
         self.group = Group.join(backbone.device.type == "cpu")
 
     def run(self, tokenizer: Any, out: Path, folders: Mapping[str, Path], decode: bool) -> dict[str, Exits]:
@@ -92,7 +96,7 @@ class _Training:
         self.group.check(stream.sequence, settings.batch_tokens)
         held = first_batches(held_stream, settings.eval_tokens)
         with TokenBar(settings.max_tokens, 0, settings.quiet or not writes) as bar:
-            phases = self._phases(held)
+            phases = self._phases(stream, held)
             counters = run(phases, stream, checkpoint, settings, bar, writes)
             made = {name: self._exits(name, phases, counters, bar, decode) for name in self.configs}
         for name, one in made.items() if writes else ():
@@ -112,43 +116,62 @@ class _Training:
         same = all(saved[name].config == config for name, config in self.configs.items())
         return saved if same else None
 
-    def _phases(self, held: list[Batch]) -> Phases:
+    def _phases(self, stream: Stream, held: list[Batch]) -> Phases:
         """What is learned one after another."""
         backbone, settings = self.backbone, self.settings
-        learned = None
-        if name := READOUTS.lookup(self.config.readout).learner:
-            learner = READOUT_LEARNERS.lookup(name)(backbone, self.config, settings, self.group)
-            learned = LearnReadout(learner, held, settings.lens_share)
-        readout = build_readout(backbone, self.config, learned.learner.weights if learned else None)
-        return Phases(learned, Heads(backbone, readout, self.configs, settings, held, self.group), settings)
+        learners: dict[int, ReadoutLearner] = {}
+        heads = []
+        for number, configs in enumerate(self.groups):
+            config = _common(configs)
+            if name := READOUTS.lookup(config.readout).learner:
+                learners[number] = READOUT_LEARNERS.lookup(name)(backbone, config, settings, self.group)
+            weights = learners[number].weights if number in learners else None
+            readout = build_readout(backbone, config, weights)
+            heads.append(Heads(backbone, readout, configs, settings, held, self.group))
+        trained = [learner for learner in learners.values() if isinstance(learner, TrainedLearner)]
+        if trained:
+            counted = first_batches(stream, COUNTED_TOKENS)
+            for learner in trained:
+                learner.prepare(counted)
+        share = settings.block_share if trained else settings.lens_share
+        return Phases(LearnReadouts(learners, held, share) if learners else None, heads, settings)
 
     def _exits(self, name: str, phases: Phases, counters: Counters, bar: TokenBar, decode: bool) -> Exits:
         """The best heads of one configuration, with everything that is measured of them after training."""
-        backbone, settings, heads = self.backbone, self.settings, phases.heads
+        backbone, settings = self.backbone, self.settings
+        number = next(index for index, configs in enumerate(self.groups) if name in configs)
+        heads = phases.heads[number]
         heads.side.join()
         learner = heads.learners[name]
         trained = learner.finished()
         held_out = dict(next((report for report in learner.history if report["loss"] == learner.best_loss), {}))
         if trained.recurrent:
             bar.stage("measuring depth")
-            depth = on_policy(trained, heads.held, self.config, settings.agreement)
+            depth = on_policy(trained, heads.held, learner.config, settings.agreement)
             held_out |= {"depth": depth["depth"], "threshold": depth["threshold"]}
-        weights = phases.readout.learner.weights.requires_grad_(False).eval() if phases.readout else None
+        weights = heads.readout.weights
+        if weights is not None:
+            weights.requires_grad_(False).eval()
         exits = Exits.of(backbone, learner.config, trained, weights)
-        if heads.label.is_agreement:  # otherwise a penalty cannot be taken off the confidence
+        drafts = heads.readout.drafts
+        if heads.label.is_agreement and not drafts:  # otherwise a penalty cannot be taken off the confidence
             bar.stage("measuring the drift penalty")
             plan = ExitPlan(learner.config.layers, trained, exits.readout(backbone), POLICIES.lookup("propagate"))
             penalty = drift_penalty(backbone, plan, [(batch, 0) for batch in heads.held.batches], DRIFT_TOKENS)
             exits.drift_penalty = {"propagate": penalty}
-        exits.provenance = self._provenance(learner, phases, counters, held_out)
-        if decode:
+        losses = phases.readout.losses.get(number, {}) if phases.readout else {}
+        exits.provenance = self._provenance(learner, losses, counters, held_out)
+        if drafts:
+            bar.stage("measuring the draft")
+            exits.provenance["chains"] = chain_report(trained, heads.held)
+        elif decode:
             bar.stage("measuring decoded text")
             report = decoded_report(backbone, exits, heads.held.batches, settings.agreement)
             exits.provenance["decoded"] = report
         return exits
 
     def _provenance(
-        self, learner: HeadLearner, phases: Phases, counters: Counters, held_out: dict[str, Any]
+        self, learner: HeadLearner, losses: dict[str, list[float]], counters: Counters, held_out: dict[str, Any]
     ) -> dict[str, Any]:
         """How the heads came about, as JSON types."""
         return {
@@ -162,18 +185,50 @@ class _Training:
             "train_loss": learner.last_loss(),
             "held_out": held_out,
             "history": learner.history,
-            "lens_divergence": phases.readout.losses if phases.readout else {},
+            "readout_losses": losses,
             "wall_seconds": counters.seconds,
             "versions": versions(),
         }
 
 
+def _check(config: ExitConfig, settings: TrainSettings) -> None:
+    """Raise UsageError for settings that this configuration cannot be trained with."""
+    kind = READOUTS.lookup(config.readout)
+    if settings.documents and kind.learner:
+        raise UsageError(
+            f"the readout {config.readout!r} learns from its share of a budget in tokens: leave documents out, or take "
+            "another readout."
+        )
+    if kind.drafts and settings.on_policy:
+        raise UsageError(
+            f"on_policy {settings.on_policy}: a draft leaves no state behind, so there is nothing to learn on policy. "
+            "Leave it out, or train the draft by itself."
+        )
+    if kind.drafts and config.head is not None and HEADS.lookup(config.head).recurrent:
+        plain = [repr(name) for name, bank in HEADS.items() if not bank.recurrent]
+        raise UsageError(
+            f"head {config.head!r} with the readout {config.readout!r}: its chains are no sequence for a head with a "
+            f"memory. Use {' or '.join(plain)}."
+        )
+
+
+def _groups(configs: Mapping[str, ExitConfig]) -> list[dict[str, ExitConfig]]:
+    """Configurations by what they share, a group for every readout. Raises UsageError if there is none to train, or
+    if those with one readout differ in more than the head."""
+    if not configs:
+        raise UsageError("no exit configuration to train: give at least one.")
+    groups: dict[str, dict[str, ExitConfig]] = {}
+    for name, config in configs.items():
+        groups.setdefault(config.readout, {})[name] = config
+    for group in groups.values():
+        _common(group)
+    return list(groups.values())
+
+
 def _common(configs: Mapping[str, ExitConfig]) -> ExitConfig:
     """A configuration that stands for all in what they share, with the inputs of all. Raises UsageError where they
     differ."""
-    first = next(iter(configs.values()), None)
-    if first is None:
-        raise UsageError("no exit configuration to train: give at least one.")
+    first = next(iter(configs.values()))
     for name, config in configs.items():
         if config.head is None:
             raise UsageError(

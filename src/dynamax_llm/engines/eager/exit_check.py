@@ -64,7 +64,7 @@ class ExitCheck:
 
     @property
     def reads_prompts(self) -> bool:
-        """Whether exits read prompts one after another: not where the readout observes them and heads have no memory."""
+        """Whether exits read prompts one by one: not where the readout observes them and heads have no memory."""
         return self.states.estimator is not None or (self.states.readout is not None and not self.plan.readout.taps)
 
     def set_thresholds(self, thresholds: Sequence[RowThresholds], device: torch.device) -> None:
@@ -145,9 +145,7 @@ class ExitCheck:
         if self.recurrent:
             assert token.features is not None
             plan = self.plan
-            self.states = self.states.advanced(
-                first, token.h, token.features, plan.estimator, plan.readout, token.seen
-            )
+            self.states = self.states.advanced(first, token.h, token.features, plan.estimator, plan.readout, token.seen)
 
     def observe(
         self,

@@ -1,1 +1,1 @@
-"""The blocks that readouts train: one layer each, with a state that belongs to the exit; one file a kind, all of ``base``."""
+"""The blocks that readouts train: one layer each, with a state of the exit's own; one file a kind."""

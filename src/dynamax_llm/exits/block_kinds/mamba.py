@@ -54,7 +54,7 @@ class MambaBlock(Block):
     def forward(self, x: Tensor, state: State, padding: Tensor | None = None) -> tuple[Tensor, State]:
         z, rows, dt = self._project(x, padding)
         joined = torch.cat((state[0], rows), dim=1)
-        y, cells = self._scan(joined, dt, state[1], x.shape[1])
+        y, cells = self._scan(joined, dt, state[1])
         return self._finish(x, y, z), (joined[:, x.shape[1] :], cells[:, -1])
 
     def update(self, x: Tensor, state: State, padding: Tensor | None = None, counts: Tensor | None = None) -> State:
@@ -67,7 +67,7 @@ class MambaBlock(Block):
             dt = dt * (steps < counts.unsqueeze(1)).unsqueeze(-1)
             slots = counts.unsqueeze(1) + torch.arange(self.KERNEL - 1, device=x.device)
             window = joined[torch.arange(len(x), device=x.device).unsqueeze(1), slots]
-        return window, self._scan(joined, dt, state[1], x.shape[1])[1][:, -1]
+        return window, self._scan(joined, dt, state[1])[1][:, -1]
 
     def _project(self, x: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gate z (B, T, E), rows to convolve (B, T, C) and dt (B, T, H), the last two float32 and zero at pads."""
@@ -90,15 +90,11 @@ class MambaBlock(Block):
         x, b, c = F.silu(mixed + self.conv_bias.float()).split((self.inner, self.STATE, self.STATE), dim=-1)
         return x.unflatten(-1, (self.heads, -1)), b, c
 
-    def _scan(
-        self, joined: Tensor, dt: Tensor, cell: Tensor, count: int, chunk: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def _scan(self, joined: Tensor, dt: Tensor, cell: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """y (B, T, H, P) with the skip added, and the cells after every chunk (B, M, H, P, N)."""
         x, b, c = self._convolve(joined)
-        arguments = (part.unsqueeze(0) for part in (x, dt))
-        y, cells = scan_chunks(
-            *arguments, self._decay().view(1, 1, 1, -1), b.unsqueeze(0), c.unsqueeze(0), cell.unsqueeze(0), chunk
-        )
+        decay = self._decay().view(1, 1, 1, -1)
+        y, cells = scan_chunks(x[None], dt[None], decay, b[None], c[None], cell[None], chunk)
         return y[0] + x * self.skip.float(), cells[0, :, 1:]
 
     def _decay(self) -> Tensor:
@@ -116,7 +112,7 @@ class MambaBlock(Block):
         window, cell = self.initial_state(len(x), x.device)
         lead = FORK_CHUNK - offset
         joined = torch.cat((window, F.pad(rows, (0, 0, lead, 0))), dim=1)  # zeros before the start change nothing
-        y, cells = self._scan(joined, F.pad(dt, (0, 0, lead, 0)), cell, x.shape[1] + lead, FORK_CHUNK)
+        y, cells = self._scan(joined, F.pad(dt, (0, 0, lead, 0)), cell, FORK_CHUNK)
         windows = torch.stack(
             [F.pad(rows, (0, 0, self.KERNEL - 1, 0))[:, forks + 1 + tap] for tap in range(self.KERNEL - 1)], dim=2
         )  # (B, F, K - 1, C): the rows that end at each fork
@@ -154,5 +150,3 @@ class _MambaFork(Fork):
         self.cell = self.cell * keep + new
         y = (self.cell @ c.squeeze(2)[:, :, None, :, None]).squeeze(-1) + fed.squeeze(2) * block.skip.float()
         return block._finish(x, y, z)
-
-

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ class TrainedReadout(Readout):
             )
         own = dataclasses.asdict(options)
         sizes = attention_sizes(backbone)
-        changes = {name: value for name, value in sizes.items() if not own[name]}
+        changes: dict[str, Any] = {name: value for name, value in sizes.items() if not own[name]}
         return dataclasses.replace(config, readout_options=dataclasses.replace(options, **changes))
 
     @classmethod
