@@ -62,18 +62,18 @@ def test_chats_and_questions_are_drawn_encoded(asked: Path) -> None:
     def encode(prompt: Prompt) -> list[int]:
         return chat_ids(tokenizer, prompt, "S")
 
-    drawn = draw_chats(source, encode, 20, 40)
+    drawn = draw_chats(source, encode, 20, 44)
     assert len(drawn.items) == 20 and drawn.left_out > 0
     for item in drawn.items:
         text = tokenizer.decode(item.ids)
         assert text.startswith("system: S\nuser: Count to 1") and text.endswith(".\nassistant: ")
-        assert item.prompt == len(item.ids) <= 40
+        assert item.prompt == len(item.ids) <= 44
     questions = draw_questions(source, tokenizer, 60, 60, encode=encode)
     assert len(questions.items) == 60 and questions.items[0].answers == ("one",)
     assert {item.ids for item in drawn.items} < {item.ids for item in questions.items}
     plain = draw_questions(source, tokenizer, 60, 60)
     assert tokenizer.decode(plain.items[0].ids).startswith("Question: Count")
-    with pytest.raises(DataError, match="has no prompt of at most 3 tokens. Raise `prompt_tokens`"):
+    with pytest.raises(DataError, match=r"has no prompt of at most 3 tokens\. Raise `prompt_tokens`"):
         draw_chats(source, encode, 20, 3)
 
 
@@ -98,7 +98,11 @@ def test_agreement_counts_what_follows_each_prompt(policy: str) -> None:
         _, plan, _ = early.attach(model)
         for item, loss in zip(answered, together.losses.tolist(), strict=True):
             ids = torch.tensor([item.ids])
-            full, forced = (teacher_forced(backbone, plan, ids, t, prompt_length=item.prompt) for t in ((), (0.0, 0.0)))
+            never, always = (None, None), (0.0, 0.0)
+            full, forced = (
+                teacher_forced(backbone, plan, ids, thresholds, prompt_length=item.prompt)
+                for thresholds in (never, always)
+            )
             wrong = (full.tokens != forced.tokens)[0, item.prompt :]
             assert loss == pytest.approx(float(wrong.double().mean()) if len(wrong) else 0.0)
 

@@ -270,7 +270,7 @@ def _ready(
     limit: int | None,
     max_new_tokens: int,
     seed: int,
-    chat: Chat | None,
+    chat: Chat | None = None,
 ) -> EvalTask:
     generates = task.OUTPUT_TYPE == "generate_until"
     if not generates and task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
