@@ -59,6 +59,25 @@ def model_folder(model_type: str = "llama", seed: int = 0) -> Path:
     return folder
 
 
+#: A chat template in plain bytes.
+CHAT = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@functools.cache
+def chat_folder(model_type: str = "llama") -> Path:
+    """``model_folder(model_type)`` with a chat template, and answers that a fifth of all tokens end."""
+    folder = copy(model_folder(model_type), room() / f"{model_type}-chat")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": list(range(0, 250, 5))}))
+    return folder
+
+
 @functools.cache
 def exits_folder(model_type: str = "llama", head: str | None = "mamba", readout: str = "head") -> Path:
     """Saved exits at depths 2 and 3 for ``model_folder(model_type)``; their heads are random. Copy before damaging."""

@@ -36,6 +36,7 @@ from dynamax_llm.settings import (
     option_of,
     setting,
 )
+from dynamax_llm.text.settings import AnswerSettings, LearnSettings
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.tuning import TuneSettings
 from tests.folders import exits_folder
@@ -48,7 +49,7 @@ OWN = {
 }
 SETTINGS = {
     "generate": (DecodeSettings, GenerateSettings, PlaceSettings),
-    "train": (TrainSettings,),
+    "train": (TrainSettings, LearnSettings, AnswerSettings),
     "tune": (TuneSettings,),
     "scan": (ScanSettings,),
     "calibrate": (CalibrationSettings, PromiseSettings),

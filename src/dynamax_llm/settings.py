@@ -94,6 +94,14 @@ def check_settings(settings: Any, label: str) -> None:
 
 
 SEED = {"least": 0, "most": 2**63 - 1}
+CHAT_HELP = "Put prompts through the tokenizer's chat template."
+SYSTEM_HELP = "System message of a chat."
+
+
+def check_chat(settings: Any, label: str) -> None:
+    """Raise UsageError for a ``system`` message without ``chat``."""
+    if settings.system is not None and not settings.chat:
+        raise UsageError(f"{label} system = {settings.system!r}: only a chat has a system message. Give `chat` too.")
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,11 @@ class GenerateSettings:
     temperature: float | None = setting(None, "Sampling temperature; implies --sample.", above=0)
     top_p: float | None = setting(None, "Nucleus sampling; implies --sample.", above=0, most=1)
     seed: int | None = setting(None, "Seed of the sampling.", **SEED)
+    chat: bool = setting(False, CHAT_HELP)
+    system: str | None = setting(None, SYSTEM_HELP, metavar="TEXT")
+
+    def __post_init__(self) -> None:
+        check_chat(self, "generation setting")
 
     def arguments(self) -> dict[str, Any]:
         """The sampling arguments of ``generate``."""

@@ -83,6 +83,11 @@ def peek(name_or_path: str | Path) -> PreTrainedConfig:
     return _load_config(_resolve(name_or_path))
 
 
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, as ``load`` gives it. Raises BackboneError."""
+    return _load_tokenizer(_resolve(name_or_path))
+
+
 def shipped_exits(name_or_path: str | Path, head: str | None = None) -> Path | None:
     """The folder of exits shipped with a reference backbone, with this head or the default; None for other models.
 

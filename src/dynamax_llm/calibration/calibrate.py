@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +23,7 @@ import torch
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.calibration.fit import fit_path
 from dynamax_llm.calibration.path import Point
-from dynamax_llm.calibration.prompts import Drawn, Item, draw, draw_questions
+from dynamax_llm.calibration.prompts import Drawn, Item, draw, draw_chats, draw_questions
 from dynamax_llm.calibration.risk_test import ROUNDING, RiskTest
 from dynamax_llm.calibration.risks import (
     AgreementRisk,
@@ -39,6 +40,7 @@ from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.errors import PromiseError, UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.promise import METHODS, Promise, Target, digest
+from dynamax_llm.text.prompts import chat_ids
 from dynamax_llm.text.sources import Source
 from dynamax_llm.version import installed_version
 
@@ -136,8 +138,8 @@ def calibrate(
     drawn = _draw(request, source, tokenizer, settings)
     request.check_count(len(drawn.items), settings, f"data {source.spec!r} gives {len(drawn.items)} prompts")
     n_path = settings.split(len(drawn.items))
-    path_risk = _risk(request, backbone, tokenizer, drawn.items[:n_path], settings)
-    risk = _risk(request, backbone, tokenizer, drawn.items[n_path:], settings)
+    path_risk = _risk(request, backbone, tokenizer, exits, drawn.items[:n_path], settings)
+    risk = _risk(request, backbone, tokenizer, exits, drawn.items[n_path:], settings)
     score = _full_score(exits, request, risk)
     path = fit_path(exits, path_risk, request.target.limit, request.how, PARAMETERS)
     evidence = _evidence(request, _tests(exits, request, path.points, path_risk, risk), on_test)
@@ -247,17 +249,30 @@ def _record(request: Request, point: Point, p: float | None, result: Measured) -
 
 
 def _risk(
-    request: Request, backbone: Backbone, tokenizer: Any, items: Sequence[Item], settings: CalibrationSettings
+    request: Request,
+    backbone: Backbone,
+    tokenizer: Any,
+    exits: Exits,
+    items: Sequence[Item],
+    settings: CalibrationSettings,
 ) -> Risk:
     if not request.target.of_texts:
+        if settings.chat:
+            never = EarlyExit(exits, threshold="never", measure=request.measure)
+            text = TextRisk(backbone, tokenizer, items, settings.batch, settings.new_tokens, loss=inconsistency)
+            items = text.answered(never)
         return AgreementRisk(backbone, tokenizer, items, settings.batch)
     loss = inconsistency if request.metric is None else shortfall(request.metric)
     return TextRisk(backbone, tokenizer, items, settings.batch, settings.new_tokens, loss=loss)
 
 
 def _draw(request: Request, source: Source, tokenizer: Any, settings: CalibrationSettings) -> Drawn:
+    size = (settings.prompts, settings.prompt_tokens)
+    encode = functools.partial(chat_ids, tokenizer, system=settings.system) if settings.chat else None
     if request.metric is not None:
-        return draw_questions(source, tokenizer, settings.prompts, settings.prompt_tokens, settings.seed)
+        return draw_questions(source, tokenizer, *size, settings.seed, encode)
+    if encode is not None:
+        return draw_chats(source, encode, *size, settings.seed)
     return draw(source, tokenizer, settings.prompts, settings.prompt_tokens, settings.new_tokens, settings.seed)
 
 

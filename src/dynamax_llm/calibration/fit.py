@@ -36,6 +36,7 @@ def fit_path(exits: Exits, risk: Risk, limit: float, how: Mapping[str, Any], par
         items = [Item((*item.ids[: item.prompt], *row), item.prompt) for item, row in pairs]
     else:
         items = risk.items
+    items = sorted(items, key=lambda item: item.prompt)  # a batch counts what follows its longest prompt
     groups = [items[start : start + risk.batch] for start in range(0, len(items), risk.batch)]
     batches = [(pad([list(item.ids) for item in group]), max(item.prompt for item in group)) for group in groups]
     plan = ExitPlan(

@@ -10,12 +10,16 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dynamax_llm.errors import DataError
+from dynamax_llm.text.prompts import Prompt, read_prompts
 from dynamax_llm.text.sources import Source, json_records
+
+#: Token ids of a prompt as a chat.
+Encode = Callable[[Prompt], list[int]]
 
 #: Documents that are read before some are drawn; of a larger source, the first this many of its shuffled stream.
 READ = 20_000
@@ -70,19 +74,40 @@ def draw(source: Source, tokenizer: Any, count: int, prompt: int, new: int, seed
     return drawn
 
 
-def draw_questions(source: Source, tokenizer: Any, count: int, prompt: int, seed: int = 0) -> Drawn:
+def draw_chats(source: Source, encode: Encode, count: int, prompt: int, seed: int = 0) -> Drawn:
+    """At most ``count`` prompts, encoded as chats, of at most ``prompt`` tokens; see ``text.prompts`` for the records.
+
+    Raises DataError if the source holds no prompts, or none that is short enough.
+    """
+    asked = {json.dumps([(m.role, m.content) for m in one.messages]): one for one in read_prompts(source.spec)}
+
+    def cut(text: str) -> Item | None:
+        ids = tuple(encode(asked[text]))
+        return Item(ids, len(ids)) if 0 < len(ids) <= prompt else None
+
+    drawn = _collect(((text, text) for text in asked), cut, count, seed)
+    if not drawn.items:
+        raise DataError(f"data {source.spec!r} has no prompt of at most {prompt} tokens. Raise `prompt_tokens`.")
+    return drawn
+
+
+def draw_questions(
+    source: Source, tokenizer: Any, count: int, prompt: int, seed: int = 0, encode: Encode | None = None
+) -> Drawn:
     """At most ``count`` questions with reference answers, of at most ``prompt`` tokens: a record's ``prompt`` as it is,
-    or its ``question`` as ``Question: …`` and ``Answer:``. Raises DataError for a source that is no .jsonl with one of
-    these fields and answers."""
+    or its ``question`` as ``Question: …`` and ``Answer:``; with ``encode``, either of them as it is, encoded as a chat.
+
+    Raises DataError for a source that is no .jsonl with one of these fields and answers.
+    """
     answers: dict[str, tuple[str, ...]] = {}
 
     def questions() -> Iterator[tuple[str, str]]:
-        for text, references in _questions(source):
+        for text, references in _questions(source, "Question: {}\nAnswer:" if encode is None else "{}"):
             answers.setdefault(text, references)
             yield text, json.dumps([text, references], ensure_ascii=False)
 
     def cut(text: str) -> Item | None:
-        ids = tuple(tokenizer(text, verbose=False)["input_ids"])
+        ids = tuple(tokenizer(text, verbose=False)["input_ids"] if encode is None else encode(Prompt.of(text)))
         return Item(ids, len(ids), answers[text]) if len(ids) <= prompt else None
 
     drawn = _collect(questions(), cut, count, seed)
@@ -110,8 +135,8 @@ def _collect(texts: Iterator[tuple[str, str]], cut: Any, count: int, seed: int) 
     return Drawn(tuple(items), used.hexdigest(), missed)
 
 
-def _questions(source: Source) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Prompts and their reference answers, in file order."""
+def _questions(source: Source, form: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Prompts, or questions in a form, and their reference answers, in file order."""
     wanted = (
         'A risk is measured against references: give .jsonl files with the fields "question" and "answers", or '
         '"prompt" for the whole prompt instead of "question".'
@@ -124,7 +149,7 @@ def _questions(source: Source) -> Iterator[tuple[str, tuple[str, ...]]]:
             prompt, question, references = fields.get("prompt"), fields.get("question"), _references(fields)
             if not references or not (isinstance(prompt, str) or isinstance(question, str)):
                 raise DataError(f"{place}: no question with answers. {wanted}")
-            yield prompt if isinstance(prompt, str) else f"Question: {question}\nAnswer:", references
+            yield prompt if isinstance(prompt, str) else form.format(question), references
 
 
 def _references(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """What a promise limits, as one loss in [0, 1] per sequence, measured under the state policy and readout in use.
 
     agreement     share of the tokens after the prompt that differ from the full model's given the same prefix; the
-                  text is the data's own, decoded with forced tokens
+                  text is the data's own, or in a chat the full model's answer, decoded with forced tokens
     consistency   1 - ROUGE-L between the greedy text with exits and the full model's
     risk[metric]  how far the score of the text with exits, against reference answers, falls below the full model's:
                   max(0, full - early) per prompt. A gain on one prompt does not make up for a loss on another, so the
@@ -28,7 +28,7 @@ from dynamax_llm.errors import PolicyMismatchError
 from dynamax_llm.metrics import exact_match, f1, rouge_l
 from dynamax_llm.registry import Registry
 from dynamax_llm.text.batches import pad
-from dynamax_llm.traces.teacher_forced import force_text, teacher_forced
+from dynamax_llm.traces.teacher_forced import PARALLEL, force_text, teacher_forced
 
 #: A loss in [0, 1] of the text with exits, given the full model's text and the item.
 TextLoss = Callable[[str, str, Item], float]
@@ -63,13 +63,14 @@ class Risk(abc.ABC):
 
 
 class AgreementRisk(Risk):
-    """Tokens that differ, teacher-forced; prompts of one batch share the longest one's length."""
+    """Tokens that differ, teacher-forced."""
 
     _full_tokens: list[Tensor] | None = None  # of every batch (B, T): the full model's token after every position
 
     def measure(self, early: EarlyExit) -> Measured:
         check_policy(early.policy.name)
-        batches = [(pad([list(item.ids) for item in items]), max(i.prompt for i in items)) for items in self.batches()]
+        groups = list(self.groups(early.policy.name in PARALLEL))
+        batches = [(pad([list(item.ids) for item in items]), [item.prompt for item in items]) for items in groups]
         device = self.backbone.device
         if self._full_tokens is None:
             full = EarlyExit(early.exits, threshold="never", measure=early.measure)
@@ -78,16 +79,26 @@ class AgreementRisk(Risk):
         backbone, plan, costs = early.attach(self.backbone.model)
         thresholds = early.thresholds.values[: len(plan.layers)]
         losses, depth = [], []
-        for (batch, prompt), full_tokens in zip(batches, self._full_tokens, strict=True):
-            mask = batch.mask.to(device)[:, prompt:]
-            forced = force_text(backbone, plan, batch.ids.to(device), thresholds, prompt_length=prompt)
-            exit_index = forced.exit_index[:, prompt:]
+        for (batch, prompts), full_tokens in zip(batches, self._full_tokens, strict=True):
+            first = torch.tensor(prompts, device=device)[:, None]
+            mask = batch.mask.to(device) & (torch.arange(batch.ids.shape[1], device=device) >= first)
+            length = prompts[0] if len(set(prompts)) == 1 else first.squeeze(1)
+            forced = force_text(backbone, plan, batch.ids.to(device), thresholds, prompt_length=length)
+            exit_index = forced.exit_index
             layers = costs.layers(torch.where(exit_index == len(plan.layers), len(costs.depths) - 1, exit_index))
             count = mask.sum(1).clamp(min=1).double()
-            wrong = ((forced.tokens != full_tokens)[:, prompt:] & mask).sum(1)
+            wrong = ((forced.tokens != full_tokens) & mask).sum(1)
             losses.append((wrong / count).cpu())
             depth.append(((layers * mask).sum(1) / count / backbone.n_layers).cpu())
         return Measured(torch.cat(losses), torch.cat(depth))
+
+    def groups(self, parallel: bool) -> Iterator[list[Item]]:
+        """Consecutive items; prompts of different length share a batch only where one pass decodes the text."""
+        for items in self.batches():
+            if parallel or len({item.prompt for item in items}) == 1:
+                yield items
+            else:
+                yield from ([item] for item in items)
 
 
 class TextRisk(Risk):
@@ -124,6 +135,13 @@ class TextRisk(Risk):
         """The mean loss of empty texts; of a risk, the full model's own mean score."""
         full = self.full(early)
         return float(self._losses([""] * len(full), full).mean())
+
+    def answered(self, full: EarlyExit) -> list[Item]:
+        """The items with the greedy answers of ``full`` behind their prompts, without the answers' last token: what is
+        read after a token is the next one."""
+        rows, _ = self.generate(full)
+        pairs = zip(self.items, rows, strict=True)
+        return [Item((*item.ids[: item.prompt], *row[:-1]), item.prompt, item.answers) for item, row in pairs]
 
     def _losses(self, texts: Sequence[str], full: Sequence[str]) -> Tensor:
         rows = zip(texts, full, self.items, strict=True)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dynamax_llm.exits.promise import METHODS
-from dynamax_llm.settings import MEASURES, SEED, STATE_POLICIES, DecodeSettings, check_settings, setting
+from dynamax_llm.settings import (
+    CHAT_HELP,
+    MEASURES,
+    SEED,
+    STATE_POLICIES,
+    SYSTEM_HELP,
+    DecodeSettings,
+    check_chat,
+    check_settings,
+    setting,
+)
 
 #: Sequences without which a path cannot be learnt.
 LEAST_PATH = 4
@@ -23,9 +33,12 @@ class CalibrationSettings:
     path_share: float = setting(0.2, "Share of the prompts on which the path is learnt.", above=0, below=1)
     batch: int = setting(16, "Prompts at once.", flag="--batch-size", least=1)
     seed: int = setting(0, "Seed of the draw.", **SEED)
+    chat: bool = setting(False, f"{CHAT_HELP} Agreement is then read on the full model's own answers.")
+    system: str | None = setting(None, SYSTEM_HELP, metavar="TEXT")
 
     def __post_init__(self) -> None:
         check_settings(self, "calibration setting")
+        check_chat(self, "calibration setting")
 
     def split(self, count: int) -> int:
         """How many of ``count`` sequences are the path's."""

@@ -26,7 +26,7 @@ def calibrate(
         str,
         typer.Option(
             help="Text like that to come: a .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id; "
-            "for a risk, .jsonl with question (or a whole prompt) and answers.",
+            "for a risk, .jsonl with question (or a whole prompt) and answers; with --chat, prompts.",
             metavar="PATH|ID",
         ),
     ],

@@ -18,6 +18,7 @@ from dynamax_llm.settings import DecodeSettings
 
 if TYPE_CHECKING:
     from dynamax_llm.evaluation.harness.settings import Subject, Variant
+    from dynamax_llm.evaluation.harness.tasks import Chat
     from dynamax_llm.exits.artifact import Exits
 
 
@@ -67,7 +68,7 @@ def evaluate(
     trained = _trained(model, exits or (), exit_layers, what.measures)
     promised = _promised(trained, decode.get("promise"))
     sizes: opt.Given = {name: getattr(what, name) for name in ("data_dir", "shots", "limit", "max_new_tokens")}
-    loaded = load_tasks(what.tasks, seed=plan.seed, **sizes)
+    loaded = load_tasks(what.tasks, seed=plan.seed, chat=_chat(model, what), **sizes)
     lm, tokenizer = load_backbone(model, place)
     subject = Subject(Path(model).name, lm, tokenizer)
     variants = _variants(subject, trained, exit_layers, what, decode)
@@ -77,6 +78,20 @@ def evaluate(
     kept = {subject.name: tuple(item.to_json() for exits in trained.values() for item in exits.promises)}
     found = add_to(out, found.model_copy(update={"promises": kept}))
     typer.echo(found.model_dump_json(indent=1)) if as_json else show_evaluation(found, out)
+
+
+def _chat(model: str, what: EvalSettings) -> Chat | None:
+    """What frames prompts as conversations, if asked for. Raises UsageError for a tokenizer without a template."""
+    from dynamax_llm.backbones.loading import load_tokenizer
+    from dynamax_llm.evaluation.harness.tasks import Chat
+    from dynamax_llm.text.prompts import has_template
+
+    if not what.chat:
+        return None
+    tokenizer = load_tokenizer(model)
+    if not has_template(tokenizer):
+        raise UsageError(f"the tokenizer of {model!r} has no chat template: leave out `chat`.")
+    return Chat(tokenizer, what.system)
 
 
 def _trained(

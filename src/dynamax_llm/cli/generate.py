@@ -52,7 +52,7 @@ def generate(
     backbone = adapt(lm)
     if early_exit is None:
         early_exit = at_layers(backbone, exit_layers, options)
-    job = Generation(lm, tokenizer, early_exit.exits, prompts, early_exit.promise)
+    job = Generation(lm, tokenizer, early_exit.exits, prompts, early_exit.promise, request.chat, request.system)
     terminal = Terminal(no_color=True if no_color else None, soft_wrap=True)
     live = None if as_json or len(prompts) > 1 else Live(terminal, job)
     if live is not None:

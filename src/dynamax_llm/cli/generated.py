@@ -12,6 +12,7 @@ import typer
 from dynamax_llm.cli.tables import Terminal
 from dynamax_llm.errors import UsageError
 from dynamax_llm.render import Piece, Pieces, exactness, legend, marked, pieces, summary, tinted
+from dynamax_llm.text.prompts import chat_ids, has_template
 
 if TYPE_CHECKING:
     from dynamax_llm.exits.artifact import Exits
@@ -27,6 +28,8 @@ class Generation:
     exits: Exits
     prompts: list[str]
     promise: Promise | None = None
+    chat: bool = False
+    system: str | None = None
     prompt_ids: list[list[int]] = field(default_factory=list)  # without padding; known after ``encode``
 
     @property
@@ -34,19 +37,26 @@ class Generation:
         return self.exits.config.n_layers
 
     def encode(self) -> dict[str, Any]:
-        """Ids and mask of the left-padded prompts, on the model's device. Raises UsageError for an empty one."""
-        several = len(self.prompts) > 1
-        if several and self.tokenizer.pad_token is None:  # padding is masked, so any token will do
-            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(0)
-        batch = self.tokenizer(self.prompts, return_tensors="pt", padding=several)
-        self.prompt_ids = [
-            row[mask.bool()].tolist() for row, mask in zip(batch.input_ids, batch.attention_mask, strict=True)
-        ]
+        """Ids and mask of the left-padded prompts, on the model's device.
+
+        Raises UsageError for a prompt without tokens, DataError for a chat template that fails.
+        """
+        import torch
+
+        if self.chat and not has_template(self.tokenizer):
+            typer.echo("note: this tokenizer has no chat template: prompts are continued as they are.", err=True)
+        self.prompt_ids = [chat_ids(self.tokenizer, text, self.system, self.chat) for text in self.prompts]
         for text, ids in zip(self.prompts, self.prompt_ids, strict=True):
             if not ids:
                 raise UsageError(f"the prompt {text!r} has no tokens: give some text to continue.")
+        width, pad = max(map(len, self.prompt_ids)), self.tokenizer.pad_token_id or 0  # masked: any token will do
+        rows = [[pad] * (width - len(ids)) + ids for ids in self.prompt_ids]
+        mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in self.prompt_ids]
         device = self.model.get_input_embeddings().weight.device
-        return {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+        return {
+            "input_ids": torch.tensor(rows, device=device),
+            "attention_mask": torch.tensor(mask, device=device),
+        }
 
     def rows(self, out: Any) -> list[tuple[list[int], list[int]]]:
         """New ids and their depths, per prompt."""

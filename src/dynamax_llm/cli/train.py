@@ -9,10 +9,12 @@ from typing import Annotated
 import typer
 
 from dynamax_llm.cli import options as opt
-from dynamax_llm.cli.backbone import load_backbone, no_empty_folder, peek_backbone, text_of
+from dynamax_llm.cli.backbone import load_backbone, no_empty_folder, peek_backbone
+from dynamax_llm.cli.learn import Lesson
 from dynamax_llm.exits.config import INPUTS, ExitConfig
 from dynamax_llm.exits.registries import HEADS, READOUTS
 from dynamax_llm.settings import Option
+from dynamax_llm.text.settings import AnswerSettings, LearnSettings
 from dynamax_llm.training.settings import TrainSettings
 
 #: Fields of an ExitConfig that are options; their defaults are ExitConfig's.
@@ -33,13 +35,25 @@ CONFIG = {
 
 
 @opt.verb(
-    place=opt.PLACE, resumes=True, config=opt.Fields(ExitConfig, options=CONFIG), settings=opt.Fields(TrainSettings)
+    place=opt.PLACE,
+    resumes=True,
+    config=opt.Fields(ExitConfig, options=CONFIG),
+    settings=opt.Fields(TrainSettings),
+    learn=opt.Fields(LearnSettings),
+    answering=opt.Fields(AnswerSettings),
 )
 def train(
     *,
     context: typer.Context,
     model: opt.Model,
-    data: opt.Data,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id; with --answers, prompts: "
+            "records with prompt, messages or question, or a .txt file of one a line.",
+            metavar="PATH|ID",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the exits; the same command again resumes a killed run.")],
     exit_layers: opt.ExitLayers = opt.DEFAULT_LAYERS,
     preset: Annotated[
@@ -51,6 +65,8 @@ def train(
     ] = None,
     config: opt.Given,
     settings: opt.Given,
+    learn: opt.Given,
+    answering: opt.Given,
     text_field: opt.TextField = None,
     place: opt.Given,
 ) -> None:
@@ -61,6 +77,7 @@ def train(
     if opt.was_given(context, "exit_layers"):
         plan = replace(plan, exits=exit_layers)
     training = plan.train_settings(**settings)
+    lesson = Lesson.of(data, text_field, learn, {**answering, "seed": training.seed}, given=bool(answering))
 
     from dynamax_llm.backbones import adapt
     from dynamax_llm.cli.trained import report
@@ -72,11 +89,12 @@ def train(
     if tail_layers is not None:
         config = {**config, "tail_layers": tail_layers}
     exits = plan.exit_config(peek_backbone(model).num_hidden_layers, **config)
-    source = text_of(data, text_field)
+    lesson.read()
     with no_empty_folder(out):
         prepare_folder(out, (MANIFEST, TENSORS))
         group = Group.join(cpu=place.get("device") == "cpu")
         lm, tokenizer = load_backbone(model, place)
+        source = lesson.source(lm, tokenizer, out, group)
         trained = train_exits(adapt(lm), tokenizer, source, exits, training, out)
     if group.main:
         report(trained, model, out)

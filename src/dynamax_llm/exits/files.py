@@ -12,8 +12,9 @@ from huggingface_hub import hf_hub_download
 
 from dynamax_llm.errors import ArtifactError
 
-#: What a folder of ours may hold beside its own files. Hidden names (git's, a run's resume files) are left alone.
-COMPANIONS = ("README.md", "LICENSE")
+#: What a folder of ours may hold beside its own files; in ``answers`` are those that exits learnt from. Hidden names
+#: (git's, a run's resume files) are left alone.
+COMPANIONS = ("README.md", "LICENSE", "answers")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

@@ -12,6 +12,7 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load, peek
@@ -37,7 +38,7 @@ def run(plan: PaperPlan, out: str | Path, *, command: str = "", on_progress: OnP
     folder = Path(out).expanduser()
     for model in plan.models:
         peek(model)  # a wrong name is refused before the first backbone's hours
-    options = {"limit": plan.limit, "max_new_tokens": plan.max_new_tokens, "seed": plan.how.seed}
+    options: dict[str, Any] = {"limit": plan.limit, "max_new_tokens": plan.max_new_tokens, "seed": plan.how.seed}
     tasks = load_tasks(plan.tasks, data_dir=plan.data_dir, **options)
     start = time.perf_counter()
     parts = [_backbone(plan, model, tasks, folder, command, on_progress) for model in plan.models]

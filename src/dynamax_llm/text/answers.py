@@ -49,6 +49,8 @@ __all__ = ["AnswerSettings", "Answers", "load_answers", "make_answers"]
 
 #: Prompts sorted by length together; batches of a part.
 GROUP, PART_BATCHES = 4096, 8
+#: Seconds between two looks at answers that another process makes.
+PAUSE = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,12 @@ def make_answers(
     *,
     name: str = "prompts",
     quiet: bool = False,
+    writes: bool = True,
 ) -> Answers:
     """The model's answers to ``prompts``, made or completed in ``folder``; what is there already is only read.
 
-    ``name`` says in messages and records where the prompts are from. Prompts that are too long are left out and
+    ``name`` says in messages and records where the prompts are from; without ``writes`` another process makes the
+    answers, and this one waits for them. Prompts that are too long are left out and
     counted, repeated ones answered once. Raises DataError if none is left or ``folder`` holds answers to other prompts
     or with other settings, ArtifactMismatchError for those of another model, ArtifactCorruptError for damaged ones,
     UsageError if prompt and answer exceed the model's context or the device's memory.
@@ -92,14 +96,21 @@ def make_answers(
         generation=_stored(model),
         parts_planned=len(parts),
     )
-    manifest = read_manifest(place)
-    if manifest is None:
-        manifest = wanted
-    check_same(place, manifest, wanted)
-    for part in manifest.parts:
-        read_part(place, part)
-    _Writer(model, tokenizer, settings, place).complete(manifest, parts, quiet)
+    manifest = _checked(place, wanted)
+    if writes:
+        for part in manifest.parts:
+            read_part(place, part)
+        _Writer(model, tokenizer, settings, place).complete(manifest, parts, quiet)
+    while not (writes or _checked(place, wanted).complete):
+        time.sleep(PAUSE)
     return load_answers(place)
+
+
+def _checked(folder: Path, wanted: Manifest) -> Manifest:
+    """The manifest in ``folder``, or ``wanted`` where there is none. Raises as ``check_same``."""
+    found = read_manifest(folder) or wanted
+    check_same(folder, found, wanted)
+    return found
 
 
 class _Writer:

@@ -174,11 +174,14 @@ class _Pass:
 
 
 def force_text(
-    backbone: Backbone, plan: ExitPlan, ids: Ids, thresholds: Sequence[float | None], *, prompt_length: int = 1
+    backbone: Backbone, plan: ExitPlan, ids: Ids, thresholds: Sequence[float | None], *, prompt_length: int | Tensor = 1
 ) -> TeacherForced:
-    """``teacher_forced`` where the policy allows one pass, ``step_by_step`` otherwise; right padding alone."""
-    decode = teacher_forced if plan.policy.name in PARALLEL else step_by_step
-    return decode(backbone, plan, ids, thresholds, prompt_length=prompt_length)
+    """``teacher_forced`` where the policy allows one pass, ``step_by_step`` otherwise; right padding alone. Prompts of
+    different length (B,) need a policy that allows one pass."""
+    if plan.policy.name in PARALLEL:
+        return teacher_forced(backbone, plan, ids, thresholds, prompt_length=prompt_length)
+    assert isinstance(prompt_length, int)
+    return step_by_step(backbone, plan, ids, thresholds, prompt_length=prompt_length)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynamax_llm.errors import UsageError
-from dynamax_llm.settings import SEED, DecodeSettings, check_settings, setting
+from dynamax_llm.settings import CHAT_HELP, SEED, SYSTEM_HELP, DecodeSettings, check_chat, check_settings, setting
 
 MARGIN = "softmax_margin"
 
@@ -53,9 +53,12 @@ class EvalSettings:
     )
     max_new_tokens: int = setting(32, "Tokens to generate at most.", least=1)
     data_dir: Path | None = setting(None, "Folder of local task files (triviaqa_dev.jsonl …), for use offline.")
+    chat: bool = setting(False, f"{CHAT_HELP} Worked examples become messages of their own.")
+    system: str | None = setting(None, SYSTEM_HELP, metavar="TEXT")
 
     def __post_init__(self) -> None:
         check_settings(self, "evaluation setting")
+        check_chat(self, "evaluation setting")
         for name in ("tasks", "thresholds"):
             if not getattr(self, name):
                 raise UsageError(f"evaluation setting {name} = (): give at least one.")

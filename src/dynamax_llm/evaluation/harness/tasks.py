@@ -23,6 +23,7 @@ from dynamax_llm.errors import DataError, UsageError, first_line
 from dynamax_llm.evaluation.harness.patches import single_scores, squad_metrics
 from dynamax_llm.evaluation.harness.plan import EvalSettings
 from dynamax_llm.evaluation.harness.results import TaskFacts
+from dynamax_llm.text.prompts import rendered
 
 #: The harness's own seed for drawing few-shot examples.
 SHOT_SEED = 1234
@@ -50,6 +51,27 @@ LOCAL = {
     "truthfulqa_mc1": Local("truthfulqa", _CHOICES, _CHOICES, 1, "acc,none"),
     "truthfulqa_mc2": Local("truthfulqa", _CHOICES, _CHOICES, 1, "acc,none"),
 }
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Prompts as conversations: a tokenizer with a chat template, and the system message."""
+
+    tokenizer: Any
+    system: str | None = None
+
+    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation, as the harness asks for it; its last message is continued if it is the model's.
+
+        Raises DataError for a template that fails.
+        """
+        how = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return str(rendered(self.tokenizer, messages, tokenize=False, **how))
+
+    def options(self) -> dict[str, Any]:
+        """Arguments with which the harness builds requests."""
+        how = {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": self.render}
+        return {**how, "system_instruction": self.system}
 
 
 @dataclass(frozen=True)
@@ -108,11 +130,14 @@ def load_tasks(
     limit: int | None = EvalSettings.limit,
     max_new_tokens: int = EvalSettings.max_new_tokens,
     seed: int = 0,
+    chat: Chat | None = None,
 ) -> list[EvalTask]:
     """The named tasks with their requests built.
 
     ``data_dir`` holds local files (see ``LOCAL``); without it, and for other tasks, documents come from the hub.
     ``shots`` None is the paper's number for the five tasks above, else the harness's. ``limit`` None is all documents.
+    ``chat`` frames prompts as conversations.
+
     Raises UsageError for an unknown task or a number out of range, DataError for documents that cannot be had.
     """
     if not names:
@@ -135,7 +160,7 @@ def load_tasks(
             files = _files(name, folder)
             count = shots if shots is not None or name not in LOCAL else LOCAL[name].shots
             task = _task(manager or _manager(LOCAL[name].folder), name, files, count, seed)
-            loaded.append(_ready(name, task, files, limit, max_new_tokens, seed))
+            loaded.append(_ready(name, task, files, limit, max_new_tokens, seed, chat))
     return loaded
 
 
@@ -239,7 +264,13 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _ready(
-    name: str, task: Any, files: Mapping[str, Path], limit: int | None, max_new_tokens: int, seed: int
+    name: str,
+    task: Any,
+    files: Mapping[str, Path],
+    limit: int | None,
+    max_new_tokens: int,
+    seed: int,
+    chat: Chat | None = None,
 ) -> EvalTask:
     generates = task.OUTPUT_TYPE == "generate_until"
     if not generates and task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
@@ -248,7 +279,7 @@ def _ready(
         )
     if generates:
         task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
-    task.build_all_requests(limit=limit)
+    task.build_all_requests(limit=limit, **({} if chat is None else chat.options()))
     by_doc: dict[int, list[Any]] = {}
     for instance in task.instances:
         by_doc.setdefault(int(instance.doc_id), []).append(instance)
