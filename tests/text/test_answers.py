@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,22 @@ def test_finished_answers_are_only_read(model, tmp_path: Path, monkeypatch: pyte
     assert torch.equal(first.ids, again.ids) and first.sha256 == again.sha256
     loaded = load_answers(tmp_path / "a", model)
     assert list(loaded) == list(first) and len(loaded) == 24
+
+
+def test_other_processes_wait_for_the_one_that_writes(model, tokenizer, tmp_path: Path, monkeypatch) -> None:
+    waited = []
+
+    def work(seconds: float) -> None:
+        waited.append(seconds)
+        make(model, tmp_path / "a", count=len(waited) * 12)  # at first, other answers than those waited for
+
+    monkeypatch.setattr(module.time, "sleep", work)
+    asked, how = prompts(24), {"name": "p.jsonl", "quiet": True, "writes": False}
+    with pytest.raises(DataError, match="other answers: prompts count is 24 here, and was 12"):
+        make_answers(model, tokenizer, asked, few(), tmp_path / "a", **how)
+    shutil.rmtree(tmp_path / "a")
+    found = make_answers(model, tokenizer, asked, few(), tmp_path / "a", **how)
+    assert waited == [module.PAUSE] * 2 and len(found) == 24
 
 
 def test_long_prompts_are_left_out_and_repeated_ones_answered_once(model, tokenizer, tmp_path: Path) -> None:

@@ -32,10 +32,10 @@ class Lesson:
     prompts: list[Prompt] = field(default_factory=list)
 
     @classmethod
-    def of(cls, data: str, text_field: str | None, learn: Given, answering: Given, given: bool) -> Lesson:
-        """``given``: whether an option of answers was. Raises UsageError for options that do not go together."""
+    def of(cls, data: str, text_field: str | None, learn: Given, answering: Given) -> Lesson:
+        """``learn`` and ``answering`` are the options given. Raises UsageError for those that do not go together."""
         chosen = LearnSettings(**learn)
-        if chosen.answers is None and given:
+        if chosen.answers is None and answering:
             raise UsageError("options of answers are given, and no answers asked for: add --answers own.")
         if "mix_share" in learn and chosen.mix_text is None:
             raise UsageError(f"mix_share = {chosen.mix_share!r}: there is no text to mix. Give `mix_text`.")

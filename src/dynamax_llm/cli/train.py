@@ -77,7 +77,7 @@ def train(
     if opt.was_given(context, "exit_layers"):
         plan = replace(plan, exits=exit_layers)
     training = plan.train_settings(**settings)
-    lesson = Lesson.of(data, text_field, learn, {**answering, "seed": training.seed}, given=bool(answering))
+    lesson = Lesson.of(data, text_field, learn, answering)
 
     from dynamax_llm.backbones import adapt
     from dynamax_llm.cli.trained import report

@@ -92,7 +92,7 @@ def make_answers(
         version=VERSION,
         model=fingerprint(model),
         prompts={"name": name, "count": len(asked), "left_out": left_out, "sha256": _digest(asked)},
-        settings=settings.deciding(),
+        settings={**settings.deciding(), "group": GROUP, "part_batches": PART_BATCHES},
         generation=_stored(model),
         parts_planned=len(parts),
     )

@@ -28,7 +28,7 @@ class AnswerSettings:
     max_prompts: int | None = setting(None, "Read no more prompts than this. Default: all.", least=1)
     system: str | None = setting(None, "System message of prompts that bring none.", metavar="TEXT")
     chat: bool = setting(True, CHAT_HELP, flag="--chat/--no-chat")
-    seed: int = setting(0, "Seed of the sampling.", flag="", **SEED)
+    seed: int = setting(0, "Seed of sampled answers.", flag="--answer-seed", **SEED)
 
     def __post_init__(self) -> None:
         check_settings(self, "answer setting")
