@@ -95,6 +95,8 @@ class ExitConfig:
         ``Options`` (only those of the kind that is used count). Raises TypeError for unknown options, UsageError for
         values that are not allowed."""
         kind = READOUTS.lookup(options.get("readout", cls.readout))
+        if kind.drafts:  # one exit, before the first layer
+            layers, options = (0,), {**options, "candidates": 0}
         names = {field.name for each in READOUTS.values() for field in fields(each.Options)}
         given = {name: options.pop(name) for name in names & options.keys()}
         own = {field.name for field in fields(kind.Options)}
