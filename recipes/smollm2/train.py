@@ -1,6 +1,6 @@
 """Blocks and a draft for SmolLM2, in one pass over its own answers (and some plain text), on one GPU.
 
-    python recipes/smollm2/train.py MODEL --prompts train.jsonl --out DIR [--text FILE] [--tokens 30e6]
+    python -m recipes.smollm2.train MODEL --prompts train.jsonl --out DIR [--text FILE] [--tokens 30e6]
 
 writes DIR/block and DIR/draft, and DIR/training.json with the seconds of every stage. The same command resumes.
 """
@@ -34,7 +34,7 @@ def main() -> None:
     made.add_argument("--prompts", required=True)
     made.add_argument("--text", help="plain text in a share of the batches")
     made.add_argument("--text-share", type=float, default=0.25)
-    made.add_argument("--tokens", type=float, default=30e6)
+    made.add_argument("--tokens", type=float, default=30e6, help="0: answers alone")
     made.add_argument("--layers", type=int, nargs="+", default=LAYERS)
     made.add_argument("--block", default="transformer")
     made.add_argument("--vocabulary", type=int, nargs=2, default=(8192, 16384), help="of the blocks, of the draft")
@@ -61,6 +61,9 @@ def main() -> None:
     folder = args.answers or args.out / "answers"
     answers = make_answers(model, tokenizer, read_prompts(args.prompts), asked, folder)
     seconds["answers"] = time.monotonic() - start - sum(seconds.values())
+    print(json.dumps(seconds))
+    if not args.tokens:
+        return
     source = AnswerSource(answers)
     if args.text:
         source = MixedSource(source, find_source(args.text), args.text_share)

@@ -142,9 +142,11 @@ class TrainedLearner(abc.ABC):
         counted = (batch.mask if batch.answers is None else batch.answers).to(final.device, non_blocking=True)
         with torch.set_grad_enabled(learn):
             weighted: list[Tensor] = []
+            target, at = None, None
             for number, outputs, positions in self.parts(hidden, batch, forks):
-                real = counted[:, positions]
-                loss = self._loss(outputs, final[:, positions], real)
+                if target is None or at is not positions:
+                    target, at = self._target(final[:, positions]), positions
+                loss = self._loss(outputs, *target, counted[:, positions])
                 losses[number] = loss.detach()
                 weighted.append(loss * self._weight(number))
                 if learn and self.separate:
@@ -170,16 +172,19 @@ class TrainedLearner(abc.ABC):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
-    def _loss(self, outputs: Tensor, final: Tensor, real: Tensor) -> Tensor:
-        """Mean loss over ``real`` (B, F) positions of outputs against the full model's h, both (B, F, d)."""
+    @torch.no_grad()
+    def _target(self, final: Tensor) -> tuple[Tensor, Tensor]:
+        """The full model's distribution over the tokens that the readout speaks, from its h (B, F, d): probabilities
+        p (B, F, K), and their logarithms taken among these tokens."""
+        log_p = torch.log_softmax(self.backbone.readout(final), dim=-1)  # (B, F, V)
+        if self.readout.vocabulary is not None:
+            log_p = log_p[..., self.readout.vocabulary]
+        return log_p.exp(), log_p.log_softmax(-1)
+
+    def _loss(self, outputs: Tensor, p: Tensor, log_target: Tensor, real: Tensor) -> Tensor:
+        """Mean loss over ``real`` (B, F) positions of outputs (B, F, d) against ``_target``."""
         log_q = torch.log_softmax(self.readout.scores(0, outputs), dim=-1)  # (B, F, K)
-        with torch.no_grad():
-            log_p = torch.log_softmax(self.backbone.readout(final), dim=-1)  # (B, F, V)
-            if self.readout.vocabulary is not None:
-                log_p = log_p[..., self.readout.vocabulary]
-            p, log_target = log_p.exp(), log_p.log_softmax(-1)
-            target = log_target.exp()
-        divergence = (target * (log_target - log_q)).sum(-1)
+        divergence = (log_target.exp() * (log_target - log_q)).sum(-1)
         variation = 1.0 - torch.minimum(p, log_q.exp()).sum(-1)
         count = self.group.sum(real.sum().float()).clamp(min=1)
         return ((divergence + variation) * real).sum() / count

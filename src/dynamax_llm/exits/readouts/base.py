@@ -167,7 +167,7 @@ class Readout(Stateful):
 
     def _columns(self, tokens: Tensor) -> Tensor:
         """Where ``tokens``, all of which it speaks, are in ``scores``."""
-        return tokens if self.vocabulary is None else torch.searchsorted(self.vocabulary, tokens)
+        return tokens if self.vocabulary is None else torch.searchsorted(self.vocabulary, tokens.contiguous())
 
     def _features(self, h: Hidden, h_before: Hidden, scores: Logits, previous: ExitFeatures | None) -> ExitFeatures:
         """ExitFeatures of scores over all tokens it speaks, or over the candidates of the exits before."""
