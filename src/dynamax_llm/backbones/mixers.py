@@ -73,7 +73,9 @@ def path_to(layer: nn.Module, mixer: Mixer) -> list[str]:
     return next(name for name, module in layer.named_modules() if module is mixer).split(".")
 
 
-def prepare(layer: nn.Module, mixer: Mixer, h: Tensor, continuing: bool, path: Sequence[str] | None = None) -> nn.Module:
+def prepare(
+    layer: nn.Module, mixer: Mixer, h: Tensor, continuing: bool, path: Sequence[str] | None = None
+) -> nn.Module:
     """The layer with Mamba-2 ``mixer`` as it should run on h (B, T, d): itself, or a copy whose mixer is set otherwise.
 
     ``continuing``: h are several tokens that follow a state, and the pass must do what as many single steps do. The

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 #: Tokens of a chunk, measured on one thread (recipes/cpu/README.md), and of a chunk of heads that decay faster.
 CHUNK = 64
 STEEP_CHUNK = 16
-#: The greatest log decay between the first and the last token of a chunk. Factors then lie between exp(-60) and exp(60).
-MOST_DECAY = 120.0
-#: Below exp of this, what is kept is taken as nothing: denormal numbers would make products many times slower.
-NOTHING = -60.0
+#: The greatest log decay between the first and the last token of a chunk. Factors then lie between exp(-50) and exp(50).
+MOST_DECAY = 100.0
+#: What is kept is taken as nothing below exp of this: denormal numbers would make products many times slower. The middle
+#: of a chunk is so low only if the first token of the chunk keeps less than exp(-20) of the state before it.
+NOTHING = -70.0
 
 
 def causal_convolution(rows: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor | None) -> Tensor:
@@ -47,7 +48,8 @@ def chunked_scan(
     float32. Heads that decay too fast for ``_scan_calm`` are scanned by ``_scan_steep``.
     """
     steps = dt * decay
-    total = _in_chunks(steps, min(x.shape[1], CHUNK)).cumsum(2)  # (B, M, Q, H)
+    # Summed in float64: log decays may be large, and only their differences count.
+    total = _in_chunks(steps.double(), min(x.shape[1], CHUNK)).cumsum(2)  # (B, M, Q, H)
     spread = total[:, :, 0] - total[:, :, -1]
     if float(spread.max()) <= MOST_DECAY:
         return _scan_calm(x, dt, total, b, c, state)
@@ -95,7 +97,7 @@ def _scan_steep(
     )  # (B H, M, Q, P or N)
     bs = bs.transpose(2, 3)
     y = ((cs @ bs) * _kept(gap.masked_fill_(future, float("-inf")))) @ fed
-    since, left = _kept(total.float()).unsqueeze(3), _kept((total[:, :, -1:] - total).float()).unsqueeze(3)
+    since, left = (_kept(part).float().unsqueeze(3) for part in (total, total[:, :, -1:] - total))
     cs, keep = cs * since, since[:, :, -1:]  # keep (B H, M, 1, 1)
     arrived = bs @ (fed * left)  # (B H, M, N, P)
     carried = torch.zeros_like(arrived[:, 0])
@@ -113,18 +115,17 @@ def _scan_calm(
 ) -> tuple[Tensor, Tensor]:
     """``chunked_scan`` with log decays ``total`` (B, M, Q, H) since each chunk's begin, none above ``MOST_DECAY``.
 
-    In a chunk with log decays l, y is a causal attention (C B^T) x weighted by exp(l_i - l_j) = exp(l_i - m) exp(m - l_j):
-    rows and columns are weighted apart, so that one lower triangle serves all heads of a group. m is the middle of the
-    chunk's range of l, so that no factor overflows.
+    y in a chunk is a causal attention (C B^T) x weighted by exp(l_i - l_j) = exp(l_i - m) exp(m - l_j), l the log
+    decays: rows and columns are weighted apart, so that one lower triangle serves all heads of a group. m is the middle
+    of the chunk's range of l, so that no factor overflows.
     """
     batch, count, heads, dim = x.shape
     groups, size = b.shape[2:]
     each, chunk = heads // groups, total.shape[2]  # heads of a group, tokens of a chunk
     middle = (total[:, :, :1] + total[:, :, -1:]) / 2
-    above = torch.exp(total - middle)  # (B, M, Q, H): exp(l_i - m)
-    enter, leave = _kept(middle[:, :, 0]), above[:, :, -1]  # (B, M, H): what m keeps from before, and the end of m
-    scales = torch.cat((enter[:, :1], leave[:, :-1] * enter[:, 1:], leave[:, -1:]), dim=1)  # (B, M + 1, H)
-    scales = scales.view(batch, -1, groups, 1, each, 1)
+    above = torch.exp(total - middle).float()  # (B, M, Q, H): exp(l_i - m)
+    enter, leave = _kept(middle[:, :, 0]).float(), above[:, :, -1]  # (B, M, H): from before to m, and from m to the end
+    enter, leave = (part.view(batch, -1, groups, 1, each, 1) for part in (enter, leave))
     above = above.flatten(1, 2)[:, :count]
     below = (dt / above).view(batch, count, groups, each, 1)  # exp(m - l_j), and dt
     length = total.shape[1] * chunk
@@ -139,13 +140,14 @@ def _scan_calm(
     carried = x.new_zeros(batch * groups, size, each * dim)  # the state, transposed, in the middle of a chunk
     cells = carried.view(batch, groups, size, each, dim)
     if state is not None:
-        cells.copy_(state.unflatten(1, (groups, each)).permute(0, 1, 4, 2, 3)).mul_(scales[:, 0])
-    parts = (part.unbind(1) for part in (cs, bs, fed, y, scales[:, 1:]))
-    for index, (reading, entering, values, out, scale) in enumerate(zip(*parts, strict=True)):
+        cells.copy_(state.unflatten(1, (groups, each)).permute(0, 1, 4, 2, 3))
+    parts = (part.unbind(1) for part in (cs, bs, fed, y, enter, leave))
+    for index, (reading, entering, values, out, before, after) in enumerate(zip(*parts, strict=True)):
         if index or state is not None:
+            cells.mul_(before)  # not one factor with the last ``after``: that could be a denormal number
             out.baddbmm_(reading, carried)
         carried.baddbmm_(entering, values)
-        cells.mul_(scale)
+        cells.mul_(after)
     y = y.view(batch, groups, length, each, dim)[:, :, :count].transpose(1, 2)
     y = y.mul_(above.view(batch, count, groups, each, 1)).reshape(x.shape)
     return y, cells.permute(0, 1, 3, 4, 2).reshape(batch, heads, dim, size)
