@@ -1,4 +1,4 @@
-"""Our pass of Mamba-2 mixers over several tokens on a CPU, against the stock mixers: outputs, and the states they leave."""
+"""Our pass of Mamba-2 mixers over several tokens on a CPU, against the stock mixers: outputs, and states left."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """A pass of a stock Mamba-2 mixer over several tokens on a CPU, by the operations of ``scan``.
 
-Stock mixers without kernels build matrices per head and token pair; they read a prompt five to ten times more slowly.
+Stock mixers without kernels build matrices per head and token pair; they read a prompt four to five times more slowly
+(recipes/cpu).
 ``run_pass`` takes the place of a mixer's ``forward`` in a copy of its layer (``mixers.prepare``): same arguments, same
 output, same states in the cache, to floating-point noise.
 """

@@ -81,12 +81,12 @@ def _kept(total: Tensor) -> Tensor:
 def _scan_steep(
     x: Tensor, dt: Tensor, steps: Tensor, b: Tensor, c: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``chunked_scan`` for any decay, where each head has B and C of its own (G = H) and log decays ``steps`` (B, T, H).
+    """``chunked_scan`` for any decay, with B and C for each head (G = H) and log decays ``steps`` (B, T, H).
 
     Weights exp(l_i - l_j), l the log decay since the chunk's begin, are made per head and pair of tokens of a short
     chunk. l is summed in float64: it may be hundreds, and only differences count.
     """
-    batch, count, heads, dim = x.shape
+    batch, count, heads, _ = x.shape
     total = _in_chunks(steps.double(), min(count, STEEP_CHUNK)).permute(0, 3, 1, 2).flatten(0, 1)  # (B H, M, Q)
     total = total.cumsum(2)
     gap = (total.unsqueeze(3) - total.unsqueeze(2)).float()
