@@ -15,10 +15,10 @@ from torch.nn import functional as F
 #: Tokens of a chunk, measured on one thread (recipes/cpu/README.md), and of a chunk of heads that decay faster.
 CHUNK = 64
 STEEP_CHUNK = 16
-#: The greatest log decay between the first and the last token of a chunk. Factors then lie between exp(-50) and exp(50).
+#: The greatest log decay between the first and the last token of a chunk: factors lie between exp(-50) and exp(50).
 MOST_DECAY = 100.0
-#: What is kept is taken as nothing below exp of this: denormal numbers would make products many times slower. The middle
-#: of a chunk is so low only if the first token of the chunk keeps less than exp(-20) of the state before it.
+#: What is kept is nothing below exp of this: denormal numbers would make products many times slower. The middle of a
+#: chunk is so low only if the chunk's first token keeps less than exp(-20) of the state before it.
 NOTHING = -70.0
 
 
