@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import threading
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 import dynamax_llm as dx
 from dynamax_llm.backbones import Backbone, adapt
-from dynamax_llm.backbones.mixers import as_single_steps
+from dynamax_llm.backbones.mixers import prepare
 from dynamax_llm.backbones.stacking import StackedWeights, weights_signature
 from dynamax_llm.errors import UsageError
 from dynamax_llm.testing import random_ids, tiny_model
@@ -168,7 +169,7 @@ def test_a_copy_for_single_steps_shares_everything_but_two_settings() -> None:
     layer = model.backbone.layers[1]
     accelerate.add_hook_to_module(layer, accelerate.ModelHook())
     accelerate.add_hook_to_module(layer.mixer, accelerate.ModelHook())
-    twin = as_single_steps(layer, ("mixer",), 5)
+    twin: Any = prepare(layer, layer.mixer, torch.randn(1, 5, 36), continuing=True)
     assert (twin.mixer.chunk_size, twin.mixer.time_step_limit) == (16, (0.0, float("inf")))
     assert (layer.mixer.chunk_size, layer.mixer.time_step_limit) == (64, (0.02, 0.08))
     assert twin.mixer.in_proj is layer.mixer.in_proj and twin.mixer.A_log is layer.mixer.A_log

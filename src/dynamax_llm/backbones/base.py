@@ -77,7 +77,7 @@ class Backbone(abc.ABC):
     needs_embedding: bool = False
     #: True if stock passes over several tokens clamp Mamba-2's dt where single steps do not: a whole text in one pass
     #: then leaves slightly different states and logits than a prompt and single steps, in the stock model as much as
-    #: here. Passes that continue a state give what single steps give (``mixers.as_single_steps``).
+    #: here. Passes that continue a state give what single steps give (``mixers.prepare``).
     clamps_dt: bool = False
     #: True if layers read token positions (rotary embeddings).
     needs_positions: bool = False

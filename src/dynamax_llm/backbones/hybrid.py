@@ -24,13 +24,12 @@ from dynamax_llm.backbones.mamba1 import TokenByToken
 from dynamax_llm.backbones.mixers import (
     StackedMixerWeights,
     advance_mamba1,
-    as_single_steps,
     clamps_dt,
     continue_mamba2,
     continues,
     mamba2_rows,
     mixer_cost,
-    path_to,
+    prepare,
     some_rows,
     stacked_mixer_weights,
 )
@@ -91,8 +90,8 @@ class HybridBackbone(Backbone):
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         layer = self.layers[index]
         mixer = self._parts(layer).mamba
-        if mixer is not None and self.can_continue_multi_token and continues(index, h, cache):
-            layer = as_single_steps(layer, path_to(layer, mixer), h.shape[1])
+        if mixer is not None and self.can_continue_multi_token:
+            layer = prepare(layer, mixer, h, continues(index, h, cache))
         return self._run(layer, index, h, cache, ctx)
 
     def _run(self, layer: Any, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:

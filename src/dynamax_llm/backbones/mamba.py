@@ -12,12 +12,12 @@ from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.mixers import (
     StackedMixerWeights,
     advance_mamba2,
-    as_single_steps,
     clamps_dt,
     continue_mamba2,
     continues,
     mamba2_rows,
     mixer_cost,
+    prepare,
     some_rows,
     stacked_mixer_weights,
 )
@@ -69,8 +69,7 @@ class Mamba2Backbone(MambaBackbone):
 
     def layer(self, index: int, h: Tensor, cache: StackedCache | None, ctx: Context) -> Tensor:
         layer = self.layers[index]
-        if continues(index, h, cache):
-            layer = as_single_steps(layer, ("mixer",), h.shape[1])
+        layer = prepare(layer, layer.mixer, h, continues(index, h, cache), ("mixer",))
         return layer(h, cache_params=cache, attention_mask=ctx.padding)
 
     @staticmethod

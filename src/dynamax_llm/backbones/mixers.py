@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from dynamax_llm.backbones.base import LayerCost, linear_macs, weight_macs
 from dynamax_llm.backbones.cache import StackedCache
+from dynamax_llm.backbones.mixer_pass import can_run, run_pass
 from dynamax_llm.backbones.stacking import is_plain_linear
 from dynamax_llm.backbones.stock import Mamba1Mixer, Mamba2Mixer, Mixer
 
@@ -72,20 +73,31 @@ def path_to(layer: nn.Module, mixer: Mixer) -> list[str]:
     return next(name for name, module in layer.named_modules() if module is mixer).split(".")
 
 
-def as_single_steps(layer: nn.Module, path: Sequence[str], tokens: int) -> nn.Module:
-    """A copy of a layer for a pass over few tokens that continue a state: it does what as many single steps do.
+def prepare(
+    layer: nn.Module, mixer: Mixer, h: Tensor, continuing: bool, path: Sequence[str] | None = None
+) -> nn.Module:
+    """The layer with Mamba-2 ``mixer`` as it should run on h (B, T, d): itself, or a copy whose mixer is set otherwise.
 
-    The stock pass clamps dt and single steps do not; and it fills its scan up to ``chunk_size`` (256, say), which for
-    a window of 16 is most of the work. The copy has its own values of the two settings in the Mamba-2 mixer at
-    ``path`` and shares everything else (parameters, buffers, hooks, submodules). The stock layer is not written to,
-    so any number of threads may run it at the same time.
+    ``continuing``: h are several tokens that follow a state, and the pass must do what as many single steps do. The
+    stock pass clamps dt and single steps do not; and it fills its scan up to ``chunk_size`` (256, say), which for a
+    window of 16 is most of the work. On a CPU a pass over several tokens is our own (``mixer_pass``). ``path`` are the
+    names that lead to the mixer, if they are known.
+
+    The copy has its own values of these settings and shares everything else (parameters, buffers, hooks, submodules).
+    The stock layer is not written to, so any number of threads may run it at the same time.
     """
-    twin = _twin(layer)
-    if path:
-        twin._modules[path[0]] = as_single_steps(getattr(layer, path[0]), path[1:], tokens)
-    else:
-        twin.chunk_size = min(twin.chunk_size, max(LEAST_CHUNK, 1 << (tokens - 1).bit_length()))
-        twin.time_step_limit = (0.0, float("inf"))
+    ours = can_run(mixer, h)
+    if not (continuing or ours):
+        return layer
+    twin = parent = _twin(layer)
+    for name in path or path_to(layer, mixer):
+        parent._modules[name] = _twin(getattr(parent, name))
+        parent = parent._modules[name]
+    if continuing:
+        parent.chunk_size = min(parent.chunk_size, max(LEAST_CHUNK, 1 << (h.shape[1] - 1).bit_length()))
+        parent.time_step_limit = (0.0, float("inf"))
+    if ours:
+        parent.forward = partial(run_pass, parent)
     return twin
 
 
