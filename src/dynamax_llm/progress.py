@@ -6,28 +6,43 @@ import time
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 #: Seconds between two updates of the bar, whose figures wait for the device; and between two lines in a pipe.
 PAUSE, LINE_PAUSE = 0.5, 30.0
 
+#: Called with the steps done and all steps of a stage; the last number may be an upper bound.
+Advance = Callable[[int, int], None]
+
+
+def unwatched(done: int, total: int) -> None:
+    """An ``Advance`` that shows nothing."""
+
+
+class _Count(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.completed:,.0f} / {task.total:,.0f}")
+
 
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
+        if not task.fields["tokens"]:
+            return Text()
         speed = task.finished_speed or task.speed
         return Text("– tokens/s" if speed is None else f"{speed:,.0f} tokens/s")
 
 
 class TokenBar:
-    """Tokens, tokens per second, time left and the latest figures; nothing at all if ``quiet`` is set."""
+    """Tokens, tokens per second, time left and the latest figures, then a bar for every ``stage``; nothing at all if
+    ``quiet`` is set."""
 
     def __init__(self, total: int, done: int, quiet: bool, title: str = "training") -> None:
         self._console, self._quiet, self._total = Console(stderr=True, highlight=False, markup=False), quiet, total
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:,.0f} / {task.total:,.0f}"),
+            _Count(),
             _Rate(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
@@ -35,7 +50,8 @@ class TokenBar:
             disable=quiet or not self._console.is_terminal,
         )
         self._updated = 0.0 if self._console.is_terminal else time.monotonic()
-        self._task = self._progress.add_task(title, total=total, completed=done, note="")
+        self._task = self._progress.add_task(title, total=total, completed=done, note="", tokens=True)
+        self._stage: TaskID | None = None
 
     def show(self, tokens: int, note: Callable[[], tuple[str, str]]) -> None:
         """Move to ``tokens`` tokens done, at most once in a pause: ``note`` makes phase and figures, and costs time."""
@@ -48,11 +64,30 @@ class TokenBar:
         if self._progress.disable:
             self._line(f"{phase}: {tokens:,} of {self._total:,} tokens; {figures}")
 
-    def stage(self, name: str) -> None:
-        """Begin work of unknown length before or after the tokens, such as a measurement."""
-        self._progress.update(self._task, description=name, total=None, note="")
-        if self._progress.disable and not self._quiet:
+    def stage(self, name: str) -> Advance:
+        """Begin work before or after the tokens, such as a measurement, with a bar of its own; what is returned moves
+        it. In a pipe: a line now, and one whenever a pause is over."""
+        self._end_stage()
+        self._stage = task = self._progress.add_task(name, total=None, note="", tokens=False)
+        lines = self._progress.disable and not self._quiet
+        if lines:
             self._line(f"{name} …")
+        last = time.monotonic()
+
+        def advance(done: int, total: int) -> None:
+            nonlocal last
+            self._progress.update(task, completed=done, total=total)
+            if lines and time.monotonic() - last >= LINE_PAUSE:
+                last = time.monotonic()
+                self._line(f"{name}: {done:,} of {total:,}")
+
+        return advance
+
+    def _end_stage(self) -> None:
+        """Fill the bar of the stage that has ended: a search may end before its last step."""
+        if self._stage is not None:
+            steps = self._progress.tasks[self._progress.task_ids.index(self._stage)].total or 1
+            self._progress.update(self._stage, completed=steps, total=steps)
 
     def _line(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
@@ -61,5 +96,7 @@ class TokenBar:
         self._progress.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        if error is None:
+            self._end_stage()
         self._progress.stop()

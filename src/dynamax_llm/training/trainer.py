@@ -130,20 +130,20 @@ class _Training:
         trained = learner.finished()
         held_out = dict(next((report for report in learner.history if report["loss"] == learner.best_loss), {}))
         if trained.recurrent:
-            bar.stage("measuring depth")
-            depth = on_policy(trained, heads.held, self.config, settings.agreement)
+            depth = on_policy(trained, heads.held, self.config, settings.agreement, bar.stage("measuring depth"))
             held_out |= {"depth": depth["depth"], "threshold": depth["threshold"]}
         weights = phases.readout.learner.weights.requires_grad_(False).eval() if phases.readout else None
         exits = Exits.of(backbone, learner.config, trained, weights)
         if heads.label.is_agreement:  # otherwise a penalty cannot be taken off the confidence
-            bar.stage("measuring the drift penalty")
+            advance = bar.stage("measuring the drift penalty")
             plan = ExitPlan(learner.config.layers, trained, exits.readout(backbone), POLICIES.lookup("propagate"))
-            penalty = drift_penalty(backbone, plan, [(batch, 0) for batch in heads.held.batches], DRIFT_TOKENS)
+            batches = [(batch, 0) for batch in heads.held.batches]
+            penalty = drift_penalty(backbone, plan, batches, DRIFT_TOKENS, advance)
             exits.drift_penalty = {"propagate": penalty}
         exits.provenance = self._provenance(learner, phases, counters, held_out)
         if decode:
-            bar.stage("measuring decoded text")
-            report = decoded_report(backbone, exits, heads.held.batches, settings.agreement)
+            advance = bar.stage("measuring decoded text")
+            report = decoded_report(backbone, exits, heads.held.batches, settings.agreement, advance)
             exits.provenance["decoded"] = report
         return exits
 
