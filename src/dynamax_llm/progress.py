@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -33,12 +34,11 @@ class _Rate(ProgressColumn):
         return Text("– tokens/s" if speed is None else f"{speed:,.0f} tokens/s")
 
 
-class TokenBar:
-    """Tokens, tokens per second, time left and the latest figures, then a bar for every ``stage``; nothing at all if
-    ``quiet`` is set."""
+class Stages:
+    """Stages of long work one after another, each with a bar of its own; nothing at all if ``quiet`` is set."""
 
-    def __init__(self, total: int, done: int, quiet: bool, title: str = "training") -> None:
-        self._console, self._quiet, self._total = Console(stderr=True, highlight=False, markup=False), quiet, total
+    def __init__(self, quiet: bool) -> None:
+        self._console, self._quiet = Console(stderr=True, highlight=False, markup=False), quiet
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -49,24 +49,11 @@ class TokenBar:
             console=self._console,
             disable=quiet or not self._console.is_terminal,
         )
-        self._updated = 0.0 if self._console.is_terminal else time.monotonic()
-        self._task = self._progress.add_task(title, total=total, completed=done, note="", tokens=True)
         self._stage: TaskID | None = None
 
-    def show(self, tokens: int, note: Callable[[], tuple[str, str]]) -> None:
-        """Move to ``tokens`` tokens done, at most once in a pause: ``note`` makes phase and figures, and costs time."""
-        now = time.monotonic()
-        if self._quiet or now - self._updated < (LINE_PAUSE if self._progress.disable else PAUSE):
-            return
-        self._updated = now
-        phase, figures = note()
-        self._progress.update(self._task, completed=tokens, total=self._total, description=phase, note=figures)
-        if self._progress.disable:
-            self._line(f"{phase}: {tokens:,} of {self._total:,} tokens; {figures}")
-
     def stage(self, name: str) -> Advance:
-        """Begin work before or after the tokens, such as a measurement, with a bar of its own; what is returned moves
-        it. In a pipe: a line now, and one whenever a pause is over."""
+        """Begin work such as a measurement; what is returned moves its bar. In a pipe: a line now, and one whenever a
+        pause is over."""
         self._end_stage()
         self._stage = task = self._progress.add_task(name, total=None, note="", tokens=False)
         lines = self._progress.disable and not self._quiet
@@ -92,7 +79,7 @@ class TokenBar:
     def _line(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
 
-    def __enter__(self) -> TokenBar:
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -100,3 +87,24 @@ class TokenBar:
         if error is None:
             self._end_stage()
         self._progress.stop()
+
+
+class TokenBar(Stages):
+    """Tokens, tokens per second, time left and the latest figures, and stages before or after them."""
+
+    def __init__(self, total: int, done: int, quiet: bool, title: str = "training") -> None:
+        super().__init__(quiet)
+        self._total = total
+        self._updated = 0.0 if self._console.is_terminal else time.monotonic()
+        self._task = self._progress.add_task(title, total=total, completed=done, note="", tokens=True)
+
+    def show(self, tokens: int, note: Callable[[], tuple[str, str]]) -> None:
+        """Move to ``tokens`` tokens done, at most once in a pause: ``note`` makes phase and figures, and costs time."""
+        now = time.monotonic()
+        if self._quiet or now - self._updated < (LINE_PAUSE if self._progress.disable else PAUSE):
+            return
+        self._updated = now
+        phase, figures = note()
+        self._progress.update(self._task, completed=tokens, total=self._total, description=phase, note=figures)
+        if self._progress.disable:
+            self._line(f"{phase}: {tokens:,} of {self._total:,} tokens; {figures}")

@@ -109,7 +109,7 @@ def _file_documents(path: Path, text_field: str | None) -> Iterator[str]:
     return (document for document in reader if document.strip())
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines(path: Path) -> Iterator[str]:
     """Lines of a UTF-8 file, decompressed if it is .xz. Raises DataError naming file and byte."""
     offset = 0
     try:
@@ -135,7 +135,7 @@ def _lines(path: Path) -> Iterator[str]:
 def _txt_documents(path: Path) -> Iterator[str]:
     """Paragraphs (blank lines between them) joined into documents of at most TXT_DOCUMENT characters."""
     document, paragraph = "", ""
-    for line in _lines(path):
+    for line in lines(path):
         paragraph += line
         if line.strip() and len(paragraph) < TXT_DOCUMENT:
             continue
@@ -153,7 +153,7 @@ def _txt_documents(path: Path) -> Iterator[str]:
 
 def json_records(path: Path) -> Iterator[tuple[str, Any]]:
     """The records of a .jsonl or .jsonl.xz file, each with its place in words. Raises DataError."""
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines(path), start=1):
         if not line.strip():
             continue
         try:

@@ -186,7 +186,8 @@ def decoded_report(
 ) -> dict[str, Any]:
     """What decoding with exits on, under ``propagate``, gives on held-out text, for the record of a training.
 
-    ``advance`` counts passes over a batch. ``best`` is the shallowest point found with at least ``target`` agreement, None where there is none.
+    ``advance`` counts passes over a batch. ``best`` is the shallowest point found with at least ``target`` agreement,
+    None where there is none.
     """
     ends = accumulate(batch.tokens for batch in batches)
     text = [batch for batch, end in zip(batches, ends, strict=True) if end - batch.tokens < DECODED_TOKENS]
