@@ -77,26 +77,27 @@ def show_exits(found: ExitBench) -> None:
         f"{load.repeats} repeats"
     )
     terminal.write_line(f"\n{found.backbone.name}, {found.place.dtype}, {work}\n{found.run.hardware}")
-    columns = ("mode", "tokens/s", "x plain", "depth", "/check", "same", "counted")
+    columns = ("mode", "tok/s", "x plain", "from-to", "depth", "/check", "same", "counted")
     for plain in found.plain:
         rows = [row for row in found.rows if row.batch == plain.batch]
-        cells: list[tuple[str, ...]] = [
-            ("plain generate", f"{plain.tokens_per_second['all']:.1f}", "1.00x", "1.000", "–", "100%", "0%")
-        ]
+        rate = f"{plain.tokens_per_second['all']:.1f}"
+        cells: list[tuple[str, ...]] = [("plain generate", rate, "1.00", "–", "1.000", "–", "100.0%", "0%")]
         cells += [(row.label, *_figures(row.overall)) for row in rows]
         terminal.write_table(f"batch {plain.batch}", columns, cells)
-        by_kind = [(row.label, *(_ratio(row.kinds[kind].ratio) for kind in load.kinds)) for row in rows if row.kinds]
+        by_kind = [
+            (row.label, *(" ".join(_ratio(row.kinds[kind].ratio)) for kind in load.kinds)) for row in rows if row.kinds
+        ]
         counts = [f"{kind} ({count})" for kind, count in load.kinds.items()]
         terminal.write_table("x plain by kind of prompt", ("mode", *counts), by_kind)
     for mode in found.left_out:
         batch = "" if mode.batch is None else f", batch {mode.batch}"
         terminal.write_line(f"Left out{batch}: {mode.label}: {mode.reason}.")
     terminal.write_line(
-        "tokens/s: new tokens over whole generate calls. x plain: speed over plain generate's just before or after, "
-        "median over prompts [95 % bootstrap interval; for one batch of prompts, least and greatest]. never exit: the "
-        "engine at full depth. Depth: share of the layers until a token is decided. /check: tokens that a verification "
-        "decides. Same: new tokens that are plain generate's, place by place. Counted: multiply-accumulates not spent, "
-        "which is no speed-up."
+        "tok/s: new tokens over whole generate calls. x plain: speed over plain generate's just before or after, "
+        "median over prompts; from-to: its 95 % bootstrap interval, for one batch of prompts least and greatest. never "
+        "exit: the engine at full depth. Depth: share of the layers until a token is decided. /check: tokens that a "
+        "verification decides. Same: new tokens that are plain generate's, place by place. Counted: "
+        "multiply-accumulates not spent, which is no speed-up."
     )
 
 
@@ -104,7 +105,7 @@ def _figures(figures: Figures) -> tuple[str, ...]:
     decided = figures.tokens_per_verification
     return (
         f"{figures.tokens_per_second:.1f}",
-        _ratio(figures.ratio),
+        *_ratio(figures.ratio),
         f"{figures.mean_depth:.3f}",
         "–" if decided is None else f"{decided:.1f}",
         f"{figures.equal:.1%}",
@@ -112,6 +113,7 @@ def _figures(figures: Figures) -> tuple[str, ...]:
     )
 
 
-def _ratio(value: Interval) -> str:
-    ends = "" if value.low is None or value.high is None else f" [{value.low:.2f}, {value.high:.2f}]"
-    return f"{value.value:.2f}{ends}"
+def _ratio(value: Interval) -> tuple[str, str]:
+    """The ratio, and the ends of its interval."""
+    ends = "–" if value.low is None or value.high is None else f"{value.low:.2f}-{value.high:.2f}"
+    return f"{value.value:.2f}", ends

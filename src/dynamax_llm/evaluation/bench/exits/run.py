@@ -1,8 +1,8 @@
-"""Timing saved exits on prompts: every mode in pairs with plain ``generate``, in one process.
+"""Timing saved exits on prompts: plain ``generate``, a mode, plain ``generate``, the next mode, in one process.
 
 A pair is one batch of prompts, once plain and once in the mode, in alternating order; both are whole ``generate`` calls
-that write equally many tokens, as many as plain ``generate`` wrote before its end-of-text token. The first call of a
-mode, which builds what it needs, is not timed.
+that write equally many tokens, as many as plain ``generate`` wrote before its end-of-text token. Modes take turns, so
+that a slow moment of the machine affects all. The first call of a mode, which builds what it needs, is not timed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynamax_llm.backbones import adapt
-from dynamax_llm.decoding import EarlyExitOutput
 from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.bench import parity
 from dynamax_llm.evaluation.bench.device import describe
@@ -29,6 +29,7 @@ from dynamax_llm.evaluation.bench.exits.modes import Mode, modes
 from dynamax_llm.evaluation.bench.exits.settings import ExitBenchSettings
 from dynamax_llm.evaluation.bench.exits.verdict import verdict
 from dynamax_llm.evaluation.bench.exits.work import Item, Work, batched, check_room, encode
+from dynamax_llm.evaluation.bench.plan import GROUP
 from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
 from dynamax_llm.evaluation.common.timing import in_turns, timed
 from dynamax_llm.exits.artifact import Exits
@@ -56,7 +57,7 @@ def bench_exits(
     """Time ``exits`` on ``prompts`` in every mode that they and the model support, beside plain ``model.generate``.
 
     ``chat``: prompts go through the tokenizer's chat template, with ``system`` as system message. ``name`` and
-    ``exits_name`` are noted in the document. ``on_part`` is called with the document so far after every mode. Raises
+    ``exits_name`` are noted in the document. ``on_part`` is called with the document so far after every repeat. Raises
     ArtifactMismatchError for exits of another backbone, UsageError for exits without heads and no measure named, an
     engine that cannot run, or a prompt that the context has no room for, DataError for prompts that cannot be used.
     """
@@ -70,6 +71,15 @@ def bench_exits(
         run.note(exits, items, {"backbone": name, "exits": exits_name}, command, chat)
         run.measure(items, on_part)
         return run.document(complete=True)
+
+
+@dataclass
+class Timing:
+    """One batch of prompts in one mode: seconds of plain generate and of the mode, per repeat, and the last output."""
+
+    work: Work
+    pairs: list[tuple[float, float]] = field(default_factory=list)
+    out: Any = None  # an EarlyExitOutput, once it was timed
 
 
 class _Run:
@@ -122,10 +132,13 @@ class _Run:
                 several = f", batch {batch}" if len(self.settings.batches) > 1 else ""
                 works = batched(items, batch, self.pad, self.device)
                 self._write(works, bar.stage(f"plain generate{several}"))
-                for mode in self.modes:
-                    self._time(mode, batch, works, bar.stage(f"{mode.label}{several}"))
-                    if on_part is not None and self.rows:
-                        on_part(self.document(complete=False))
+                # On a GPU fewer take turns than the engine keeps programs of: building is not timed.
+                size = GROUP if self.device.type == "cuda" else len(self.modes)
+                for first in range(0, len(self.modes), size):
+                    advance = bar.stage(f"first calls{several}")
+                    ready = [mode for mode in self.modes[first : first + size] if self._built(mode, batch, works)]
+                    advance(1, 1)
+                    self._time(ready, batch, works, bar.stage(f"timing{several}"), on_part)
 
     def _write(self, works: Sequence[Work], advance: Advance) -> None:
         """Plain generate's text of every batch, with its own end: how many tokens all modes write."""
@@ -142,35 +155,44 @@ class _Run:
         options = {**GREEDY, "max_new_tokens": work.new, "eos_token_id": None, "pad_token_id": self.pad, **own}
         return timed(lambda: self.model.generate(work.ids, attention_mask=work.mask, **options), self.device)
 
-    def _time(self, mode: Mode, batch: int, works: Sequence[Work], advance: Advance) -> None:
-        """One mode at one batch size: a call that is not timed for every number of rows, then pairs."""
+    def _built(self, mode: Mode, batch: int, works: Sequence[Work]) -> bool:
+        """Whether a mode runs; its first call for every number of rows, which builds what it needs."""
         try:
             for work in {len(work.items): work for work in works}.values():
                 self._call(work, mode)
         except torch.OutOfMemoryError:
-            self.left_out.append(LeftOut(label=mode.label, batch=batch, reason="out of memory"))
-            return
+            reason = "out of memory"
         except UsageError as error:
             if mode.kind == "never":
                 raise
-            self.left_out.append(LeftOut(label=mode.label, batch=batch, reason=str(error).rstrip(".")))
-            return
-        pairs: list[list[tuple[float, float]]] = [[] for _ in works]
-        outs: list[EarlyExitOutput] = []
-        repeats = self.settings.repeats
-        for turn in range(repeats * len(works)):
-            repeat, index = divmod(turn, len(works))
-            (plain, _), (own, out) = in_turns(
-                functools.partial(self._call, works[index]),
-                functools.partial(self._call, works[index], mode),
-                repeat + index,
-            )
-            pairs[index].append((plain, own))
-            if repeat == 0:
-                outs.append(out)
-            advance(turn + 1, repeats * len(works))
-        samples = tuple(_sample(*one) for one in zip(works, outs, pairs, strict=True))
-        self.rows.append(_row(mode, batch, samples, outs[0]))
+            reason = str(error).rstrip(".")
+        else:
+            return True
+        self.left_out.append(LeftOut(label=mode.label, batch=batch, reason=reason))
+        return False
+
+    def _time(
+        self,
+        group: Sequence[Mode],
+        batch: int,
+        works: Sequence[Work],
+        advance: Advance,
+        on_part: Callable[[ExitBench], None] | None,
+    ) -> None:
+        """Modes in turns; rows are known after every repeat."""
+        timings = [[Timing(work) for work in works] for _ in group]
+        before, repeats, done = len(self.rows), self.settings.repeats, 0
+        for repeat in range(repeats):
+            for index, work in enumerate(works):
+                for mode, timing in zip(group, timings, strict=True):
+                    sides = (functools.partial(self._call, work), functools.partial(self._call, work, mode))
+                    (plain, _), (own, timing[index].out) = in_turns(*sides, repeat + index)
+                    timing[index].pairs.append((plain, own))
+                    done += 1
+                    advance(done, repeats * len(works) * len(group))
+            self.rows[before:] = [_row(mode, batch, timing) for mode, timing in zip(group, timings, strict=True)]
+            if on_part is not None:
+                on_part(self.document(complete=False))
 
     def document(self, *, complete: bool) -> ExitBench:
         """What is known so far. The commit of a checkout is no part of it."""
@@ -188,8 +210,9 @@ class _Run:
         )
 
 
-def _sample(work: Work, out: EarlyExitOutput, pairs: Sequence[tuple[float, float]]) -> Sample:
-    plain, own = zip(*pairs, strict=True)
+def _sample(timing: Timing) -> Sample:
+    work, out = timing.work, timing.out
+    plain, own = zip(*timing.pairs, strict=True)
     start = work.ids.shape[1]
     equal, first = parity.compared(out.sequences[:, start:], work.text[:, start:])
     differs = out.sequences != work.text
@@ -216,8 +239,8 @@ def _sample(work: Work, out: EarlyExitOutput, pairs: Sequence[tuple[float, float
     )
 
 
-def _row(mode: Mode, batch: int, samples: tuple[Sample, ...], out: EarlyExitOutput) -> ModeRow:
-    early = mode.early
+def _row(mode: Mode, batch: int, timings: Sequence[Timing]) -> ModeRow:
+    early, out, samples = mode.early, timings[0].out, tuple(map(_sample, timings))
     return ModeRow(
         label=mode.label,
         mode=mode.kind,
