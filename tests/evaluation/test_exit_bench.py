@@ -202,6 +202,7 @@ def test_turns_and_ratios_of_neighbours():
     seconds = iter([9.0, 9.0, 1.0, 2.0, 4.0, 2.0, 3.0, 4.0])
     found = paired(lambda: next(seconds), lambda: next(seconds), 3)
     assert (found.median, found.least, found.greatest) == (0.5, 0.5, 0.75)
+    assert str(found) == "0.500 (0.500 to 0.750)"
 
 
 def sample(ratios: tuple[float, ...], *, kind: str | None = None, equal: float = 1.0, **counts: object) -> Sample:
