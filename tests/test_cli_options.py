@@ -45,7 +45,6 @@ from tests.folders import exits_folder
 OWN = {
     *("context", "model", "models", "evaluations", "data", "out", "figures", "exits", "exit_layers", "prompt"),
     *("prompt_file", "preset", "text_field", "as_json", "no_color", "shape", "promise", "tail_layers"),
-    *("chat", "system"),
     *("train_data", "help"),
 }
 SETTINGS = {

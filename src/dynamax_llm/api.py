@@ -97,7 +97,7 @@ def bench_exits(
     """Wall clock of exits on prompts, every mode beside plain ``model.generate``; print its ``verdict``.
 
     ``exits`` may be their folder, ``prompts`` a file. ``how`` are arguments of ``evaluation.bench.exits.run``'s
-    ``bench_exits`` (``chat``, ``system``, ``on_part`` …), which also says what is raised.
+    ``bench_exits`` (``name``, ``on_part`` …), which also says what is raised.
     """
     from dynamax_llm.evaluation.bench.exits.run import bench_exits as run
     from dynamax_llm.text.prompts import Prompt, read_prompts

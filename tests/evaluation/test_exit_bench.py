@@ -318,6 +318,22 @@ def test_prompts_are_chosen_from_all_kinds_and_padded_on_the_left():
         encode(tokenizer, many, 5, chat=True)
 
 
+def test_a_chat_goes_through_the_template():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    framed = encode(tokenizer, [Prompt.of("Hi")], 1, chat=True, system="Be brief.")
+    assert tokenizer.decode(framed[0].ids) == "<system>Be brief.<user>Hi<assistant>"
+    assert tokenizer.decode(encode(tokenizer, [Prompt.of("Hi")], 1)[0].ids) == "Hi"
+    settings = dataclasses.replace(SETTINGS, policies=("verify",), chat=True)
+    found = run.bench_exits(
+        load(model_folder())[0], tokenizer, Exits.from_pretrained(exits_folder()), PROMPTS, settings
+    )
+    assert found.load.chat and found.rows[1].samples[0].prompt_tokens == len("<user>The cat<assistant>")
+
+
 def test_from_python_with_plain_strings_and_a_folder():
     model, tokenizer = load(model_folder())
     settings = dataclasses.replace(SETTINGS, policies=("propagate",), threads=1)
@@ -390,7 +406,7 @@ REFUSED = [
     (("--policy", "verfy"), "Did you mean 'verify'?"),
     (("--checks", "2"), "--checks is about random tokens, not about prompts: leave --data out, or leave --checks out."),
     (("--chat",), "this tokenizer has no chat template: leave --chat out"),
-    (("--system", "Be brief."), "--system is for the chat template: give --chat too."),
+    (("--system", "Be brief."), "--system 'Be brief.': only a chat has a system message. Give --chat too."),
     (("--exits", "8,12"), "--exits takes a folder"),
     (("--exits", str(exits_folder("mamba2"))), "these exits were made for another backbone"),
     (("--exits", str(exits_folder("llama", None))), "these exits have no trained head"),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: Fields of ExitBenchSettings that BenchSettings has not; the others share their options.
-ON_PROMPTS = ("thresholds", "measure", "prompts", "threads")
+ON_PROMPTS = ("thresholds", "measure", "prompts", "chat", "system", "threads")
 
 
 @opt.verb(place=opt.PLACE, settings=opt.Fields(BenchSettings), on_prompts=opt.Fields(ExitBenchSettings, *ON_PROMPTS))
@@ -45,8 +45,6 @@ def bench(
         ),
     ] = None,
     exits: ExitsFolder = None,
-    chat: Annotated[bool, typer.Option("--chat", help="With --data: put prompts through the chat template.")] = False,
-    system: Annotated[str | None, typer.Option(help="With --chat: the system message.", metavar="TEXT")] = None,
     on_prompts: opt.Given,
     settings: opt.Given,
     out: opt.Target = None,
@@ -62,15 +60,12 @@ def bench(
     if (model is None) == (shape is None):
         raise UsageError("give either a MODEL or --shape with the name of a shape, and not both.")
     if data is None:
-        own = {"exits": exits, "chat": chat, "system": system, **on_prompts}
-        _refuse([name for name, value in own.items() if value], "is about saved exits and prompts: give `data` too")
+        _refuse(["exits"] * bool(exits) + list(on_prompts), "is about saved exits and prompts: give `data` too")
         _on_random_tokens(model, shape, BenchSettings(**settings), out, place, as_json)
         return
     of_the_other = [name for name in settings if name not in ExitBenchSettings.__dataclass_fields__]
     _refuse(["shape"] * bool(shape) + of_the_other, "is about random tokens, not about prompts: leave `data` out")
-    _on_prompts(
-        str(model), exits, data, (chat, system), ExitBenchSettings(**settings, **on_prompts), out, place, as_json
-    )
+    _on_prompts(str(model), exits, data, ExitBenchSettings(**settings, **on_prompts), out, place, as_json)
 
 
 def _refuse(names: list[str], reason: str) -> None:
@@ -83,15 +78,12 @@ def _on_prompts(
     model: str,
     exits: str | None,
     data: Path,
-    template: tuple[bool, str | None],
     settings: ExitBenchSettings,
     out: Path | None,
     place: opt.Given,
     as_json: bool,
 ) -> None:
     check_exits(exits, None, settings.measure)
-    if template[1] is not None and not template[0]:
-        raise UsageError("`system` is for the chat template: give `chat` too.")
     peek_backbone(model)
 
     from dynamax_llm.backbones import adapt
@@ -113,8 +105,6 @@ def _on_prompts(
         saved or Exits.untrained(adapt(lm), DEFAULT_EXITS),
         prompts,
         settings,
-        chat=template[0],
-        system=template[1],
         name=Path(model).name,
         exits_name=Path(exits or model).name,
         command=command_line("bench"),

@@ -88,11 +88,15 @@ def chat_ids(tokenizer: Any, prompt: Prompt | str, system: str | None = None, ch
     messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
     if system is not None and messages[0]["role"] != SYSTEM:
         messages.insert(0, {"role": SYSTEM, "content": system})
+    return list(rendered(tokenizer, messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], **how: Any) -> Any:
+    """The tokenizer's ``apply_chat_template``. Raises DataError where the template fails."""
     try:
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        return tokenizer.apply_chat_template(list(messages), **how)
     except Exception as error:  # templates raise jinja2's errors, and whatever their expressions do
         raise _refused(messages, error) from error
-    return list(encoded["input_ids"])
 
 
 def has_template(tokenizer: Any) -> bool:

@@ -54,6 +54,11 @@ class Source:
         else:
             yield from _interleave(self.files, self.text_field, random.Random(seed))
 
+    def identity(self) -> dict[str, Any]:
+        """What decides which documents these are, as JSON types."""
+        sizes = sum(path.stat().st_size for path in self.files)
+        return {"data": self.spec, "text_field": self.text_field, "data_bytes": sizes}
+
 
 def find_source(spec: str | Path, text_field: str | None = None) -> Source:
     """The Source that ``spec`` names. Raises DataError for a path that does not exist or has no usable file."""

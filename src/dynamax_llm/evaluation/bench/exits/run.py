@@ -47,8 +47,6 @@ def bench_exits(
     prompts: Sequence[Prompt],
     settings: ExitBenchSettings | None = None,
     *,
-    chat: bool = False,
-    system: str | None = None,
     name: str | None = None,
     exits_name: str = "",
     command: str = "dynamax_llm.bench_exits",
@@ -56,19 +54,19 @@ def bench_exits(
 ) -> ExitBench:
     """Time ``exits`` on ``prompts`` in every mode that they and the model support, beside plain ``model.generate``.
 
-    ``chat``: prompts go through the tokenizer's chat template, with ``system`` as system message. ``name`` and
-    ``exits_name`` are noted in the document. ``on_part`` is called with the document so far after every repeat. Raises
-    ArtifactMismatchError for exits of another backbone, UsageError for exits without heads and no measure named, an
-    engine that cannot run, or a prompt that the context has no room for, DataError for prompts that cannot be used.
+    ``name`` and ``exits_name`` are noted in the document. ``on_part`` is called with the document so far after every
+    repeat. Raises ArtifactMismatchError for exits of another backbone, UsageError for exits without heads and no
+    measure named, an engine that cannot run, a chat template that is not there, or a prompt that the context has no
+    room for, DataError for prompts that cannot be used.
     """
     settings = settings or ExitBenchSettings()
     backbone = adapt(model)
     wanted, left_out = modes(exits, backbone, settings)
-    items = encode(tokenizer, prompts, settings.prompts, chat=chat, system=system)
+    items = encode(tokenizer, prompts, settings.prompts, chat=settings.chat, system=settings.system)
     check_room(items, backbone, settings.new)
     with _threads(settings.threads):
         run = _Run(model, tokenizer, settings, wanted, left_out)
-        run.note(exits, items, {"backbone": name, "exits": exits_name}, command, chat)
+        run.note(exits, items, {"backbone": name, "exits": exits_name}, command)
         run.measure(items, on_part)
         return run.document(complete=True)
 
@@ -101,9 +99,7 @@ class _Run:
         self.pad = int(pad or 0)  # padding is masked, so any token will do
         self.rows: list[ModeRow] = []
 
-    def note(
-        self, exits: Exits, items: Sequence[Item], names: Mapping[str, str | None], command: str, chat: bool
-    ) -> None:
+    def note(self, exits: Exits, items: Sequence[Item], names: Mapping[str, str | None], command: str) -> None:
         """Take down what is measured, and where."""
         config, settings, backbone = exits.config, self.settings, self.backbone
         self.command = command
@@ -120,7 +116,7 @@ class _Run:
                 prompts=len(items),
                 new=settings.new,
                 repeats=settings.repeats,
-                chat=chat,
+                chat=settings.chat,
                 kinds=Counter(item.kind for item in items if item.kind is not None),
             ),
         }

@@ -26,6 +26,8 @@ class ExitBenchSettings:
         None, "With --data: decide by this measure, not by the trained heads.", choices=MEASURES, metavar="NAME"
     )
     prompts: int = setting(16, "With --data: prompts that are timed, of all kinds alike.", least=1)
+    chat: bool = setting(False, "With --data: put prompts through the tokenizer's chat template.")
+    system: str | None = setting(None, "With --chat: system message of a chat.", metavar="TEXT")
     threads: int | None = setting(None, "With --data: threads of the processor. Default: torch's own.", least=1)
     new: int = setting(128, "New tokens of a prompt at most.", flag="--max-new-tokens", least=1)
     repeats: int = setting(3, "Times everything is measured.", least=1)
@@ -41,6 +43,10 @@ class ExitBenchSettings:
 
     def __post_init__(self) -> None:
         check_settings(self, "bench setting")
+        if self.system is not None and not self.chat:
+            raise UsageError(
+                f"bench setting system = {self.system!r}: only a chat has a system message. Give `chat` too."
+            )
         for name in ("thresholds", "batches", "policies", "windows"):
             if not getattr(self, name):
                 raise UsageError(f"bench setting {name} = (): give at least one.")
