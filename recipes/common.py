@@ -1,4 +1,4 @@
-"""What the recipes share: options, the conditions of a measurement, paired timing, JSON and Markdown tables."""
+"""What the recipes share: options, the conditions of a measurement, timed generations, JSON and Markdown tables."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from dynamax_llm.evaluation.common.bootstrap import interval
+from dynamax_llm.evaluation.common.timing import seconds
 
 
 def parser(doc: str | None, *flags: str) -> argparse.ArgumentParser:
@@ -82,51 +82,9 @@ def bootstrap(values: Sequence[float]) -> dict[str, float]:
     return {"mean": found.value, "low": low, "high": high}
 
 
-def wait(device: torch.device | str) -> None:
-    """Wait for the device's queue."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds(call: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """Wall clock of one call, the device's work included."""
-    wait(device)
-    start = time.perf_counter()
-    call()
-    wait(device)
-    return time.perf_counter() - start
-
-
 def median_seconds(call: Callable[[], object], device: torch.device | str, repeats: int, warm_up: int = 2) -> float:
     """Median wall clock of a call; the first ``warm_up`` calls are left out."""
     return statistics.median([seconds(call, device) for _ in range(repeats + warm_up)][warm_up:])
-
-
-class Ratio(NamedTuple):
-    """Median, least and greatest of ratios of neighbouring runs."""
-
-    median: float
-    least: float
-    greatest: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.least:.3f} to {self.greatest:.3f})"
-
-
-def paired(one: Callable[[], float], other: Callable[[], float], repeats: int) -> Ratio:
-    """one() / other() over neighbouring runs in alternating order, after one run of each that is not counted.
-
-    Ratios of neighbours stay right on a machine whose speed drifts.
-    """
-    one(), other()
-    ratios = []
-    for turn in range(repeats):
-        if turn % 2:
-            bottom, top = other(), one()
-        else:
-            top, bottom = one(), other()
-        ratios.append(top / bottom)
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios))
 
 
 def generate(model: Any, ids: torch.Tensor, new: int, early: Any = None) -> Any:

@@ -18,6 +18,7 @@ from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.thresholds import SCHEDULES
 from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.evaluation.bench import BenchSettings
+from dynamax_llm.evaluation.bench.exits.settings import ExitBenchSettings
 from dynamax_llm.evaluation.harness.plan import EvalSettings, Plan
 from dynamax_llm.evaluation.scan.settings import ScanSettings
 from dynamax_llm.exits import registries
@@ -54,7 +55,7 @@ SETTINGS = {
     "scan": (ScanSettings,),
     "calibrate": (CalibrationSettings, PromiseSettings),
     "eval": (EvalSettings, Plan),
-    "bench": (BenchSettings,),
+    "bench": (BenchSettings, ExitBenchSettings),
     "paper": (PaperPlan, Plan),
 }
 
@@ -120,7 +121,7 @@ def test_one_name_for_one_thing():
     flags = {verb: {option for item in parameters(verb).values() for option in item.opts} for verb in cli.VERBS}
     every = set().union(*flags.values())
     assert not every & {"--batch", "--new-tokens", "--new", "--exit-at", "--schedule", "--baseline-new"}
-    assert {verb for verb in flags if "--exits" in flags[verb]} == {"generate", "eval", "calibrate"}
+    assert {verb for verb in flags if "--exits" in flags[verb]} == {"generate", "eval", "calibrate", "bench"}
     assert {verb for verb in flags if "--engine" in flags[verb]} == {"generate", "eval", "bench", "paper"}
     assert {verb for verb in flags if "--tokens-per-step" in flags[verb]} == {"train", "tune", "scan"}
     assert {verb for verb in flags if "--batch-size" in flags[verb]} == {"eval", "calibrate", "bench", "paper"}
@@ -207,6 +208,7 @@ LIGHT = [
     ["scan", "transformer-ee", "--data", "x", "--seq-length", "1"],
     ["calibrate", "transformer-ee", "--data", "x", "--promise", "agreement>=0.9", "--confidence", "2"],
     ["bench", "--shape", "tiny-mamba", "--engine", "gpu"],
+    ["bench", "transformer-ee", "--data", "x", "--repeats", "0"],
     ["paper", "--out", "x", "--heads", "lstm"],
 ]
 

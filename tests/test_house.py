@@ -65,9 +65,9 @@ def test_public_names_resolve():
 
 def test_public_names_are_these():
     generate = ["load", "Exits", "EarlyExit", "EarlyExitOutput", "Thresholds", "Trace"]
-    stages = ["scan", "train", "tune", "calibrate"]
-    records = ["ExitConfig", "ScanSettings", "TrainSettings", "TuneSettings", "CalibrationSettings", "Promise"]
-    assert dynamax_llm.__all__ == [*generate, *stages, *records, "errors"]
+    stages = ["scan", "train", "tune", "calibrate", "bench_exits"]
+    settings = ["ScanSettings", "TrainSettings", "TuneSettings", "CalibrationSettings", "ExitBenchSettings"]
+    assert dynamax_llm.__all__ == [*generate, *stages, "ExitConfig", *settings, "Promise", "errors"]
     assert dynamax_llm.__version__ == installed_version()
     assert set(dir(dynamax_llm)) == {*dynamax_llm.__all__, "__version__"}
     with pytest.raises(AttributeError, match="no attribute 'magic'"):

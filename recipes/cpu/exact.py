@@ -10,11 +10,12 @@ token while the full model costs what it always costs. The aim: ``verify`` with 
 from __future__ import annotations
 
 import torch
-from overhead import PROMPT, arguments, decode_seconds, four_exits, generate, paired
+from overhead import PROMPT, arguments, decode_seconds, four_exits, generate
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import load
 from dynamax_llm.decoding import EarlyExit
+from dynamax_llm.evaluation.common.timing import paired
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.testing import zero_tail

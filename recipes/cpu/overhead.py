@@ -15,10 +15,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import conditions, decode_seconds, generate, paired, parsed, parser, seconds
+from common import conditions, decode_seconds, generate, parsed, parser
 from dynamax_llm.backbones import adapt
 from dynamax_llm.backbones.loading import REFERENCE_BACKBONES, load, shipped_exits
 from dynamax_llm.decoding import EarlyExit
+from dynamax_llm.evaluation.common.timing import paired, seconds
 from dynamax_llm.exits.artifact import Exits
 
 PROMPT = "The river rises in the mountains of the north and flows through three countries before it reaches the sea."

@@ -22,9 +22,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import conditions, parsed, parser, seconds, write_json
+from common import conditions, parsed, parser, write_json
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.evaluation.common.random_models import random_model
+from dynamax_llm.evaluation.common.timing import seconds
 from dynamax_llm.exits.config import ExitConfig, place_exits
 from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.text.batches import Batch

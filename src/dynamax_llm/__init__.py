@@ -11,10 +11,11 @@ from dynamax_llm import errors
 from dynamax_llm.lazy import lazy
 
 if TYPE_CHECKING:
-    from dynamax_llm.api import calibrate, scan, train, tune
+    from dynamax_llm.api import bench_exits, calibrate, scan, train, tune
     from dynamax_llm.backbones.loading import load
     from dynamax_llm.calibration.settings import CalibrationSettings
     from dynamax_llm.decoding import EarlyExit, EarlyExitOutput, Thresholds, Trace
+    from dynamax_llm.evaluation.bench.exits.settings import ExitBenchSettings
     from dynamax_llm.evaluation.scan.settings import ScanSettings
     from dynamax_llm.exits.artifact import Exits
     from dynamax_llm.exits.config import ExitConfig
@@ -35,12 +36,14 @@ __all__ = [  # noqa: RUF022  by purpose
     "train",
     "tune",
     "calibrate",
+    "bench_exits",
     # what is configured and recorded
     "ExitConfig",
     "ScanSettings",
     "TrainSettings",
     "TuneSettings",
     "CalibrationSettings",
+    "ExitBenchSettings",
     "Promise",
     "errors",
 ]
@@ -58,11 +61,13 @@ _lazy = lazy(
         "train": "api",
         "tune": "api",
         "calibrate": "api",
+        "bench_exits": "api",
         "ExitConfig": "exits.config",
         "ScanSettings": "evaluation.scan.settings",
         "TrainSettings": "training.settings",
         "TuneSettings": "training.tuning.settings",
         "CalibrationSettings": "calibration.settings",
+        "ExitBenchSettings": "evaluation.bench.exits.settings",
         "Promise": "exits.promise",
         # of the rooms; not public here
         "adapt": "backbones",

@@ -6,6 +6,7 @@ shares of the depth as on the command line: "8,12", "1/4,1/2".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,11 @@ from dynamax_llm.training.tuning.settings import TuneSettings
 if TYPE_CHECKING:
     import torch
 
+    from dynamax_llm.evaluation.bench.exits.document import ExitBench
+    from dynamax_llm.evaluation.bench.exits.settings import ExitBenchSettings
     from dynamax_llm.evaluation.scan.document import Scan
     from dynamax_llm.evaluation.scan.settings import ScanSettings
+    from dynamax_llm.text.prompts import Prompt
     from dynamax_llm.training.tuning.run import Tuned
 
 Layers = str | tuple[str | int | float, ...]
@@ -82,6 +86,30 @@ def calibrate(
 
     chosen = exits if isinstance(exits, Exits) else Exits.from_pretrained(str(exits))
     return run(_backbone(model), tokenizer, chosen, _source(data), promise, **how)
+
+
+def bench_exits(
+    model: nn.Module,
+    tokenizer: Any,
+    exits: Exits | str | Path,
+    prompts: str | Path | Sequence[str | Prompt],
+    settings: ExitBenchSettings | None = None,
+    **how: Any,
+) -> ExitBench:
+    """Wall clock of exits on prompts, every mode beside plain ``model.generate``; print its ``verdict``.
+
+    ``exits`` may be their folder, ``prompts`` a file. ``how`` are arguments of ``evaluation.bench.exits.run``'s
+    ``bench_exits`` (``name``, ``on_part`` …), which also says what is raised.
+    """
+    from dynamax_llm.evaluation.bench.exits.run import bench_exits as run
+    from dynamax_llm.text.prompts import Prompt, read_prompts
+
+    chosen = exits if isinstance(exits, Exits) else Exits.from_pretrained(str(exits))
+    if isinstance(prompts, str | Path):
+        read = read_prompts(prompts)
+    else:
+        read = [Prompt.of(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    return run(model, tokenizer, chosen, read, settings, **how)
 
 
 def tune(

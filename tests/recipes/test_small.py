@@ -22,11 +22,7 @@ def test_every_script_says_what_it_does_and_parses() -> None:
         compile(source, str(path), "exec")
 
 
-def test_ratios_of_neighbouring_runs() -> None:
-    values = iter([9.0, 9.0, 2.0, 1.0, 1.0, 3.0, 4.0, 1.0])  # a warm-up pair, then alternating order
-    ratio = common.paired(lambda: next(values), lambda: next(values), 3)
-    assert (ratio.median, ratio.least, ratio.greatest) == (3.0, 2.0, 4.0)
-    assert str(ratio) == "3.000 (2.000 to 4.000)"
+def test_tables_and_intervals() -> None:
     assert common.markdown(["a", "b"], [[1, 2]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
     assert common.bootstrap([0.5] * 4) == {"mean": 0.5, "low": 0.5, "high": 0.5}
 

@@ -10,6 +10,7 @@ import torch
 
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.exits.readouts.lens import LensReadout
+from dynamax_llm.progress import TokenBar
 from dynamax_llm.registry import Registry
 from dynamax_llm.text.batches import Split, find_source, first_batches
 from dynamax_llm.traces.teacher_forced import step_by_step
@@ -76,11 +77,35 @@ def test_progress_in_a_pipe_is_lines_that_name_the_measurements(
     train(backbone("mistral"), tokenizer, find_source(corpus), CONFIG, settings, tmp_path / "out")
     lines = capsys.readouterr().err.splitlines()
     assert sum("of 1,500 tokens; mamba: loss" in line for line in lines) >= 2
-    assert [line for line in lines if line.startswith("measuring")] == [
-        "measuring depth …",
-        "measuring the drift penalty …",
-        "measuring decoded text …",
-    ]
+    stages = ("measuring depth", "measuring the drift penalty", "measuring decoded text")
+    assert [line for line in lines if line.endswith(" …")] == [f"{name} …" for name in stages]
+    for name in stages:  # without a pause every step is a line
+        steps = [line.removeprefix(f"{name}: ").split(" of ") for line in lines if line.startswith(f"{name}: ")]
+        done, totals = [int(step) for step, _ in steps], {int(total) for _, total in steps}
+        assert done == list(range(1, len(done) + 1)) and len(done) >= 4
+        assert len(totals) == 1 and len(done) <= totals.pop()
+
+
+def test_a_pause_lies_between_two_lines_of_a_stage(capsys, monkeypatch) -> None:
+    moments = iter([0.0, 0.0, 29.0, 31.0, 31.0, 60.0, 62.0, 62.0])
+    monkeypatch.setattr("dynamax_llm.progress.time.monotonic", lambda: next(moments))
+    with TokenBar(10, 0, quiet=False) as bar:
+        advance = bar.stage("weighing")
+        for step in (1, 2, 3, 4):  # after 29, 31, 60 and 62 seconds
+            advance(step, 1000)
+    assert capsys.readouterr().err.splitlines() == ["weighing …", "weighing: 2 of 1,000", "weighing: 4 of 1,000"]
+
+
+def test_a_terminal_has_a_bar_for_every_stage(monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with TokenBar(100, 0, quiet=False) as bar:
+        bar.show(100, lambda: ("mamba", "loss 0.5"))
+        bar.stage("measuring depth")(3, 12)
+        halfway = [(task.description, task.completed, task.total) for task in bar._progress.tasks]
+        bar.stage("measuring decoded text")
+    ended = [(task.description, task.completed, task.total) for task in bar._progress.tasks]
+    assert halfway == [("mamba", 100, 100), ("measuring depth", 3, 12)]
+    assert ended == [("mamba", 100, 100), ("measuring depth", 12, 12), ("measuring decoded text", 1, 1)]
 
 
 class RandomLens:

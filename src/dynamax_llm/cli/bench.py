@@ -1,4 +1,4 @@
-"""``dynamax bench``: wall clock of every state policy and exit depth against full depth, in one run."""
+"""``dynamax bench``: wall clock. Of saved exits on prompts (``--data``), or of policies and depths on random tokens."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ import typer
 
 from dynamax_llm.cli import options as opt
 from dynamax_llm.cli.backbone import command_line, default_device, load_backbone, peek_backbone, quiet
+from dynamax_llm.cli.deciding import ExitsFolder, check_exits, saved_exits
 from dynamax_llm.errors import UsageError
+from dynamax_llm.evaluation.bench.exits.settings import ExitBenchSettings
 from dynamax_llm.evaluation.bench.settings import BenchSettings
 from dynamax_llm.settings import PlaceSettings
-
-#: Columns of a terminal from which on times carry their ranges.
-WIDE = 120
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dynamax_llm.evaluation.bench import Bench
-    from dynamax_llm.evaluation.bench.document import Row, Spread
+#: Fields of ExitBenchSettings that BenchSettings has not; the others share their options.
+ON_PROMPTS = ("thresholds", "measure", "prompts", "chat", "system", "threads")
 
 
-@opt.verb(place=opt.PLACE, settings=opt.Fields(BenchSettings))
+@opt.verb(place=opt.PLACE, settings=opt.Fields(BenchSettings), on_prompts=opt.Fields(ExitBenchSettings, *ON_PROMPTS))
 def bench(
     *,
     model: Annotated[
@@ -37,32 +36,95 @@ def bench(
             metavar="NAME",
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Time saved exits on these prompts: a .jsonl file with a field prompt, messages or question, and kind "
+            "if you like, or a .txt file with one a line.",
+            metavar="FILE",
+        ),
+    ] = None,
+    exits: ExitsFolder = None,
+    on_prompts: opt.Given,
     settings: opt.Given,
     out: opt.Target = None,
     place: opt.Given,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Time decoding on this machine: policies, exit depths and batch sizes against full depth, in one run.
+    """Time decoding on this machine: saved exits on your prompts, or policies and exit depths on random tokens.
 
-    With --out the document is written after every group of settings: a run that is cut off leaves what it measured.
+    With --data every mode of the exits in --exits takes turns with plain generate; without it, every policy, depth and
+    batch size with full depth. With --out the document is written after every part: a run that is cut off leaves what
+    it measured.
     """
     if (model is None) == (shape is None):
         raise UsageError("give either a MODEL or --shape with the name of a shape, and not both.")
-    plan = BenchSettings(**settings)
+    if data is None:
+        _refuse(["exits"] * bool(exits) + list(on_prompts), "is about saved exits and prompts: give `data` too")
+        _on_random_tokens(model, shape, BenchSettings(**settings), out, place, as_json)
+        return
+    of_the_other = [name for name in settings if name not in ExitBenchSettings.__dataclass_fields__]
+    _refuse(["shape"] * bool(shape) + of_the_other, "is about random tokens, not about prompts: leave `data` out")
+    _on_prompts(str(model), exits, data, ExitBenchSettings(**settings, **on_prompts), out, place, as_json)
 
+
+def _refuse(names: list[str], reason: str) -> None:
+    """Raise UsageError for the first argument that belongs to the other way of using the command."""
+    if names:
+        raise UsageError(f"`{names[0]}` {reason}, or leave `{names[0]}` out.")
+
+
+def _on_prompts(
+    model: str,
+    exits: str | None,
+    data: Path,
+    settings: ExitBenchSettings,
+    out: Path | None,
+    place: opt.Given,
+    as_json: bool,
+) -> None:
+    check_exits(exits, None, settings.measure)
+    peek_backbone(model)
+
+    from dynamax_llm.backbones import adapt
+    from dynamax_llm.cli.benched import show_exits
+    from dynamax_llm.evaluation.bench.exits.document import ExitBench
+    from dynamax_llm.evaluation.bench.exits.run import bench_exits
+    from dynamax_llm.exits.artifact import Exits
+    from dynamax_llm.exits.config import DEFAULT_EXITS
+    from dynamax_llm.report.plots import check_target
+    from dynamax_llm.text.prompts import read_prompts
+
+    prompts = read_prompts(data)
+    path = None if out is None else check_target(out, ExitBench.FILE)
+    saved = saved_exits(model, exits, None, settings.measure)
+    lm, tokenizer = load_backbone(model, place)
+    found = bench_exits(
+        lm,
+        tokenizer,
+        saved or Exits.untrained(adapt(lm), DEFAULT_EXITS),
+        prompts,
+        settings,
+        name=Path(model).name,
+        exits_name=Path(exits or model).name,
+        command=command_line("bench"),
+        on_part=None if path is None else lambda part: part.save(path),
+    )
+    typer.echo(found.model_dump_json(indent=1)) if as_json else show_exits(found)
+    if path is not None:
+        found.save(path)
+        typer.echo(f"Saved: {path}.", err=as_json)
+
+
+def _on_random_tokens(
+    model: str | None, shape: str | None, plan: BenchSettings, out: Path | None, place: opt.Given, as_json: bool
+) -> None:
+    from dynamax_llm.cli.benched import show_bench
     from dynamax_llm.evaluation.bench import bench as measure
     from dynamax_llm.report.benched import target, write_bench
 
-    if out is not None:
-        target(out)
-    chosen = PlaceSettings(**place)
-    lm, tail = _random(shape, plan, chosen) if shape else (_loaded(str(model), place), None)
-
-    def save(part: Bench) -> None:
-        path = target(Path(str(out)))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.save(path)
-
+    path = None if out is None else target(out)
+    lm, tail = _random(shape, plan, PlaceSettings(**place)) if shape else (_loaded(str(model), place), None)
     found = measure(
         lm,
         plan,
@@ -70,9 +132,9 @@ def bench(
         zero_tail_from=tail,
         command=command_line("bench"),
         tell=lambda line: typer.echo(line, err=True),
-        on_part=None if out is None else save,
+        on_part=None if path is None else lambda part: part.save(path),
     )
-    typer.echo(found.model_dump_json(indent=1)) if as_json else _show(found)
+    typer.echo(found.model_dump_json(indent=1)) if as_json else show_bench(found)
     if out is not None:
         typer.echo(f"Saved: {', '.join(map(str, write_bench(found, out)))}.", err=as_json)
 
@@ -103,57 +165,3 @@ def _random(shape: str, plan: BenchSettings, chosen: PlaceSettings) -> tuple[Pre
     lm = random_model(shape, place, wanted, seed=plan.seed)
     zero_tail(lm, first)
     return lm, first
-
-
-def _show(found: Bench) -> None:
-    """Times, then what engines say, then what is missing."""
-    from dynamax_llm.cli.tables import Terminal
-
-    terminal = Terminal()
-    place, load = found.place, found.load
-    heading = (
-        f"{found.backbone.name}, {place.device_name}, {place.dtype}, {load.prompt}-token prompt, {load.new} new "
-        f"tokens, {load.repeats} repeats; a copy moves {place.copy_bandwidth / 1e9:,.0f} GB/s"
-    )
-    wide = terminal.width >= WIDE
-    columns: tuple[str, ...] = ("setting · engine", "ms/token", "tokens/s", "x full", "bandwidth")
-    columns += ("first token", "building") if wide else ()
-    for batch in sorted({row.batch for row in found.rows}):
-        rows = [_cells(row, wide)[: len(columns)] for row in found.rows if row.batch == batch]
-        terminal.write_table(f"{heading}, batch {batch}", columns, rows)
-    same = [
-        (
-            f"{item.of}, against {item.reference}"
-            + ("" if item.model == found.backbone.name else f" ({item.model}, {item.dtype})"),
-            str(item.batch),
-            f"{item.positions:,}",
-            "–" if item.differing is None else f"{item.differing:.2%}",
-            "–" if item.equal is None else f"{item.equal:.1%}",
-        )
-        for item in found.parity
-    ]
-    terminal.write_table("Same tokens?", ("of, against", "batch", "tokens", "likeliest differs", "equal"), same)
-    for lack in found.missing:
-        terminal.write_line(f"Not measured, batch {lack.batch}: {lack.label}: {lack.reason}.")
-    terminal.write_line(
-        "ms/token: median of one row's time per token after the first [least, greatest]. x full: wall clock against "
-        "full depth of the same engine in the same turns. Bandwidth: counted bytes of weights over time, as a share of "
-        "the copy's. Building: what the first call took longer than later ones. Likeliest differs: given the same text "
-        "so far; equal: in free generation, where one difference changes all that follows.",
-    )
-
-
-def _cells(row: Row, wide: bool) -> tuple[str, ...]:
-    return (
-        f"{row.label} · {row.engine}",
-        _range(row.ms_per_token, 3) if wide else f"{row.ms_per_token.median:.3f}",
-        f"{row.tokens_per_second.median:.1f}",
-        "–" if row.speed_up is None else f"{row.speed_up.median:.3f}",
-        f"{row.bandwidth_share:.2f}",
-        f"{1e3 * row.first_token.median:.1f} ms",
-        f"{row.building:.1f} s",
-    )
-
-
-def _range(value: Spread, digits: int) -> str:
-    return f"{value.median:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence.base import ConfidenceEstimator
 from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.progress import Advance, unwatched
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.chains import STEPS, ChainTrace
 from dynamax_llm.traces.collect import ExitBatch, collect_exits
@@ -32,6 +33,8 @@ from dynamax_llm.training.parallel import ALONE, Group
 
 #: Exit batches of a held-out split that fit into this are kept; others are collected again at every evaluation.
 KEPT_BYTES = 256 * 2**20
+#: Thresholds at most that ``on_policy`` applies.
+ON_POLICY_POINTS = 12
 #: Held-out tokens decoded with exits on for the closing report, how often at most, and how close to the target.
 DECODED_TOKENS, DECODED_POINTS, DECODED_TOLERANCE = 5_000, 7, 5e-4
 
@@ -148,9 +151,14 @@ class Decoded:
 
 @torch.no_grad()
 def apply_threshold(
-    estimator: ConfidenceEstimator, held: HeldOut, config: ExitConfig, threshold: float
+    estimator: ConfidenceEstimator,
+    held: HeldOut,
+    config: ExitConfig,
+    threshold: float,
+    step: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """(mean depth as a share, agreement) when every exit compares ``estimator`` with this threshold."""
+    """(mean depth as a share, agreement) when every exit compares ``estimator`` with this threshold; ``step`` is called
+    after each batch."""
     shares = torch.tensor([*depths(config), config.n_layers], dtype=torch.float64) / config.n_layers
     depth, agree, tokens = 0.0, 0, 0
     for exit_batch in held:
@@ -160,36 +168,56 @@ def apply_threshold(
         depth += float(shares[exit_index].sum())
         agree += int(torch.cat((labels, torch.ones_like(labels[:1]))).gather(0, exit_index[None]).sum())
         tokens += len(exit_index)
+        step()
     depth, agreed, count = held.group.totals(depth, agree, tokens)
     return depth / count, agreed / count
 
 
-def on_policy(estimator: ConfidenceEstimator, held: HeldOut, config: ExitConfig, agreement: float) -> dict[str, float]:
+def on_policy(
+    estimator: ConfidenceEstimator,
+    held: HeldOut,
+    config: ExitConfig,
+    agreement: float,
+    advance: Advance = unwatched,
+) -> dict[str, float]:
     """Lowest depth found, with its threshold, at no less than this agreement, by bisection; later exits read, and
-    recurrent heads remember, tokens that leave as they were when they left."""
+    recurrent heads remember, tokens that leave as they were when they left. ``advance`` counts batches."""
+    step = _steps(advance, ON_POLICY_POINTS * len(held.share))
 
     def measure(threshold: float) -> Decoded:
-        return Decoded(threshold, *apply_threshold(estimator, held, config, threshold))
+        return Decoded(threshold, *apply_threshold(estimator, held, config, threshold, step))
 
-    best = shallowest(threshold_for_agreement(measure, agreement), agreement) or Decoded(NEVER, 1.0, 1.0)
+    points = threshold_for_agreement(measure, agreement, steps=ON_POLICY_POINTS)
+    best = shallowest(points, agreement) or Decoded(NEVER, 1.0, 1.0)
     return {"depth": best.depth, "agreement": best.agreement, "threshold": best.threshold}
 
 
+def _steps(advance: Advance, total: int) -> Callable[[], None]:
+    """A function that moves ``advance`` by one step of ``total`` at each call."""
+    done = count(1)
+    return lambda: advance(next(done), total)
+
+
 @torch.no_grad()
-def decoded_report(backbone: Backbone, exits: Exits, batches: Sequence[Batch], target: float) -> dict[str, Any]:
+def decoded_report(
+    backbone: Backbone, exits: Exits, batches: Sequence[Batch], target: float, advance: Advance = unwatched
+) -> dict[str, Any]:
     """What decoding with exits on, under ``propagate``, gives on held-out text, for the record of a training.
 
-    ``best`` is the shallowest point found with at least ``target`` agreement, None where there is none.
+    ``advance`` counts passes over a batch. ``best`` is the shallowest point found with at least ``target`` agreement,
+    None where there is none.
     """
     ends = accumulate(batch.tokens for batch in batches)
     text = [batch for batch, end in zip(batches, ends, strict=True) if end - batch.tokens < DECODED_TOKENS]
     readout, estimator, config = exits.readout(backbone), exits.estimator(), exits.config
+    step = _steps(advance, (1 + DECODED_POINTS) * len(text))
     traces, labels, full = [], [], []
     for batch in text:
         shown = collect_exits(backbone, readout, batch)
         traces.append(simulate_no_exit(estimator, shown).confidence[:, shown.mask])
         labels.append(shown.labels[:, shown.mask])
         full.append(shown.target[shown.mask])
+        step()
     curve = sweep(torch.cat(traces, dim=1), torch.cat(labels, dim=1), depths(config), config.n_layers)
     exits.check_backbone(backbone)
 
@@ -203,6 +231,7 @@ def decoded_report(backbone: Backbone, exits: Exits, batches: Sequence[Batch], t
             agree += int((forced.tokens[mask] == tokens).sum())
             left = forced.exit_index[mask]
             exit_index.append(torch.where(left < len(plan.layers), left, len(config.layers)).cpu())
+            step()
         where = torch.cat(exit_index)
         macs = torch.tensor(costs.by_exit, dtype=torch.float64)[where].mean()
         depth = costs.layers(where).double().mean() / backbone.n_layers

@@ -146,8 +146,7 @@ class _Training:
         trained = learner.finished()
         held_out = dict(next((report for report in learner.history if report["loss"] == learner.best_loss), {}))
         if trained.recurrent:
-            bar.stage("measuring depth")
-            depth = on_policy(trained, heads.held, learner.config, settings.agreement)
+            depth = on_policy(trained, heads.held, learner.config, settings.agreement, bar.stage("measuring depth"))
             held_out |= {"depth": depth["depth"], "threshold": depth["threshold"]}
         weights = heads.readout.weights
         if weights is not None:
@@ -155,9 +154,10 @@ class _Training:
         exits = Exits.of(backbone, learner.config, trained, weights)
         drafts = heads.readout.drafts
         if heads.label.is_agreement and not drafts:  # otherwise a penalty cannot be taken off the confidence
-            bar.stage("measuring the drift penalty")
+            advance = bar.stage("measuring the drift penalty")
             plan = ExitPlan(learner.config.layers, trained, exits.readout(backbone), POLICIES.lookup("propagate"))
-            penalty = drift_penalty(backbone, plan, [(batch, 0) for batch in heads.held.batches], DRIFT_TOKENS)
+            batches = [(batch, 0) for batch in heads.held.batches]
+            penalty = drift_penalty(backbone, plan, batches, DRIFT_TOKENS, advance)
             exits.drift_penalty = {"propagate": penalty}
         losses = phases.readout.losses.get(number, {}) if phases.readout else {}
         exits.provenance = self._provenance(learner, losses, counters, held_out)
@@ -165,8 +165,8 @@ class _Training:
             bar.stage("measuring the draft")
             exits.provenance["chains"] = chain_report(trained, heads.held)
         elif decode:
-            bar.stage("measuring decoded text")
-            report = decoded_report(backbone, exits, heads.held.batches, settings.agreement)
+            advance = bar.stage("measuring decoded text")
+            report = decoded_report(backbone, exits, heads.held.batches, settings.agreement, advance)
             exits.provenance["decoded"] = report
         return exits
 

@@ -6,11 +6,11 @@ import platform
 import shutil
 import statistics
 import subprocess
-import time
 
 import torch
 
 from dynamax_llm.evaluation.bench.document import Place
+from dynamax_llm.evaluation.common.timing import seconds
 
 #: Bytes of a copy: far more than caches hold.
 COPIED = {"cuda": 2 << 30, "cpu": 64 << 20}
@@ -39,21 +39,13 @@ def copy_bandwidth(device: torch.device, size: int) -> float:
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    rates = []
-    for _ in range(TRIALS):
-        wait(device)
-        started = time.perf_counter()
+
+    def copies() -> None:
         for _ in range(COPIES):
             target.copy_(source)
-        wait(device)
-        rates.append(2 * size * COPIES / (time.perf_counter() - started))
+
+    rates = [2 * size * COPIES / seconds(copies, device) for _ in range(TRIALS)]
     return statistics.median(rates)
-
-
-def wait(device: torch.device) -> None:
-    """Wait until the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def forget_peak(device: torch.device) -> None:

@@ -22,11 +22,12 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.errors import UsageError, first_line
 from dynamax_llm.evaluation.bench import parity
 from dynamax_llm.evaluation.bench.counted import Counted
-from dynamax_llm.evaluation.bench.device import describe, forget_peak, peak, wait
+from dynamax_llm.evaluation.bench.device import describe, forget_peak, peak
 from dynamax_llm.evaluation.bench.document import Bench, Load, Missing, Parity, Row, Spread
 from dynamax_llm.evaluation.bench.early_exits import EarlyExits
 from dynamax_llm.evaluation.bench.plan import COMPILED, EAGER, STOCK, BenchSettings, Planned, Setting
 from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
+from dynamax_llm.evaluation.common.timing import timed
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import ExitConfig
 
@@ -127,11 +128,8 @@ class _Run:
             options["custom_generate"] = self.early(setting)
         elif setting.engine == COMPILED:
             options["cache_implementation"] = "static"
-        wait(self.device)
-        started = time.perf_counter()
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        wait(self.device)
-        return time.perf_counter() - started, out
+        mask = torch.ones_like(ids)
+        return timed(lambda: self.model.generate(ids, attention_mask=mask, **options), self.device)
 
     # measuring
 

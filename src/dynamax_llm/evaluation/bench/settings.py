@@ -25,17 +25,19 @@ class BenchSettings:
     """
 
     prompt: int = setting(64, "Prompt tokens.", flag="--prompt-tokens", least=1)
-    new: int = setting(256, "New tokens.", flag="--max-new-tokens", least=2)
+    new: int = setting(256, "New tokens; with --data 128 at most.", flag="--max-new-tokens", least=2)
     baseline_new: int = setting(64, "New tokens of the baselines, which are slow.", flag="--baseline-tokens", least=2)
     repeats: int = setting(3, "Times everything is measured.", least=1)
-    batches: tuple[int, ...] = setting((1, 8), "Batch sizes.", flag="--batch-size", least=1)
+    batches: tuple[int, ...] = setting((1, 8), "Batch sizes; with --data 1.", flag="--batch-size", least=1)
     policies: tuple[str, ...] = setting(
         ("propagate", "defer", "verify"),
         "State policies: propagate, copy, stale, defer, verify.",
         flag="--policy",
         choices=STATE_POLICIES,
     )
-    windows: tuple[int, ...] = setting((8, 16), "Tokens that wait under defer and verify.", flag="--window", least=1)
+    windows: tuple[int, ...] = setting(
+        (8, 16), "Tokens that wait under defer and verify; with --data 16.", flag="--window", least=1
+    )
     exit_at: str = setting(
         "1/2",
         "Where all tokens leave, one setting each: layers or shares.",

@@ -58,7 +58,8 @@ def hardware() -> str:
     """The accelerators if there are any, the processor, its cores, and the threads in use."""
     chips = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ", ".join([*chips, f"{_processor()}, {cores} cores, {torch.get_num_threads()} threads"])
+    threads = torch.get_num_threads()
+    return ", ".join([*chips, f"{_processor()}, {cores} cores, {threads} thread{'' if threads == 1 else 's'}"])
 
 
 def _processor() -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dynamax_llm.evaluation.common.timing import in_turns, wait
 from dynamax_llm.evaluation.harness.prompts import PromptSharing, SharedPrompts
 from dynamax_llm.evaluation.harness.settings import Variant
 
@@ -23,11 +24,12 @@ def pair(full: Variant, variant: Variant, prompts: SharedPrompts, ids: Tensor, c
 
     ``ids`` (1, T); the full model is first in even turns.
     """
-    seconds: dict[str, float] = {}
-    order = [("full", full), ("own", variant)]
-    for name, item in order if turn % 2 == 0 else reversed(order):
-        seconds[name] = per_token(item.model, item.early_exit(prompts), ids, count)
-    return {**seconds, "ratio": seconds["full"] / seconds["own"]}
+
+    def side(item: Variant) -> float:
+        return per_token(item.model, item.early_exit(prompts), ids, count)
+
+    whole, own = in_turns(lambda: side(full), lambda: side(variant), turn)
+    return {"full": whole, "own": own, "ratio": whole / own}
 
 
 def per_token(model: PreTrainedModel, early: PromptSharing, ids: Tensor, count: int) -> float:
@@ -35,8 +37,7 @@ def per_token(model: PreTrainedModel, early: PromptSharing, ids: Tensor, count: 
     moments: list[float] = []
 
     def note(tokens: Tensor, depths: Tensor) -> None:
-        if tokens.is_cuda:
-            torch.cuda.synchronize(tokens.device)
+        wait(tokens.device)
         moments.append(time.perf_counter())
 
     early.on_token = note

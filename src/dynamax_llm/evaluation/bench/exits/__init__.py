@@ -1,0 +1,1 @@
+"""Wall clock of saved exits on prompts: ``modes``, ``run`` them beside plain generate, ``document``, ``verdict``."""
