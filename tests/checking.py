@@ -69,7 +69,7 @@ def kind(value: Any) -> Any:
 
 
 def patch_triton_once() -> None:
-    """Let Triton's interpreter patch ``triton.language`` once per module of kernels, for as long as the process runs."""
+    """Let Triton's interpreter patch ``triton.language`` once per module of kernels, and for good."""
     try:
         from triton.runtime import interpreter
     except ImportError:
