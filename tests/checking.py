@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import jaxtyping
@@ -49,12 +50,20 @@ def checked(what: Any, typechecker: Callable) -> Any:
             return out
         out = what(*arguments, **named)
         if (found := kind(out)) not in known:
-            again = functools.wraps(what)(lambda *_, **__: out)
-            _jaxtyped(again, typechecker=typechecker)(*arguments, **named)
+            _jaxtyped(giving(out, what), typechecker=typechecker)(*arguments, **named)
             known.add(found)
         return out
 
     return once_per_shape
+
+
+def giving(out: Any, like: Callable) -> Callable:
+    """A function with the signature of another, and its module's names for it, that returns ``out``."""
+
+    def made(*_: Any, **__: Any) -> Any:
+        return out
+
+    return functools.wraps(like)(FunctionType(made.__code__, like.__globals__, closure=made.__closure__))
 
 
 def kind(value: Any) -> Any:
