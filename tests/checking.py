@@ -16,6 +16,7 @@ from types import FunctionType
 from typing import Any
 
 import jaxtyping
+import numpy as np
 from torch import Tensor
 
 _jaxtyped = jaxtyping.jaxtyped
@@ -92,3 +93,15 @@ def patch_triton_once() -> None:
         return nothing
 
     interpreter._patch_lang = once
+    interpreter.TritonSemantic.binary_op_sanitize_overflow_impl = refuse_overflow
+
+
+def refuse_overflow(self: Any, one: Any, other: Any, operation: Callable) -> None:
+    """Triton's own check of a sum, difference or product of integers, in NumPy: the interpreter's takes as long as
+    everything else."""
+    integer = one.type.scalar
+    if integer.int_bitwidth < 64:
+        calculate = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
+        found = calculate(one.handle.data.astype(np.int64), other.handle.data.astype(np.int64))
+        least, most = integer.get_int_min_value(), integer.get_int_max_value()
+        assert least <= found.min() and found.max() <= most, f"overflow in {operation.__name__} of {integer}"
