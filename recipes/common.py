@@ -100,16 +100,6 @@ def decode_seconds(model: Any, ids: torch.Tensor, new: int, early: Any = None) -
     return whole - seconds(lambda: generate(model, ids, 1, early), ids.device)
 
 
-def replayed_microseconds(work: Callable[[], object], repeats: int = 9) -> float:
-    """Median time of a recorded CUDA graph of ``work``."""
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return event_microseconds(graph.replay, repeats)
-
-
 def event_microseconds(call: Callable[[], object], repeats: int = 9) -> float:
     """Median time of a call between two CUDA events."""
     times = []

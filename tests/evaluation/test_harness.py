@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import lm_eval
@@ -61,6 +62,7 @@ def test_never_leaving_scores_as_the_stock_class_does(family, name, tmp_path):
         assert cell.counted_reduction.value == 0.0
 
 
+@functools.cache
 def many_choices(length: int = 100) -> EvalTask:
     """More documents than a batch holds, whose continuations fit the tiny models' context."""
     (found,) = load_tasks(["truthfulqa_mc2"], data_dir=ROWS, limit=None)

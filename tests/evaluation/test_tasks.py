@@ -72,7 +72,7 @@ def test_damaged_and_empty_files_are_named(tmp_path):
     shutil.copytree(ROWS, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "triviaqa_dev.jsonl"
     path.write_text(json.dumps({"question": "?"}) + "\n{\n")
-    with pytest.raises(DataError, match=r"triviaqa_dev.jsonl, line 2: not valid JSON"):
+    with pytest.raises(DataError, match=r"triviaqa_dev.jsonl, line 2, column 1: not valid JSON"):
         load_tasks(["triviaqa"], data_dir=tmp_path)
     path.write_text("\n")
     with pytest.raises(DataError, match="holds no document"):

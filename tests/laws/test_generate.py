@@ -92,9 +92,9 @@ def test_a_generated_row_equals_the_row_alone_under_a_cheap_policy(cheap_case: C
 
 
 def check_generated_rows_alone(case: Case, policy: str) -> None:
-    batch, model = 4, case.backbone.model
-    ids, mask, script = random_ids(batch, PROMPT), left_padding(batch, PROMPT), pattern(batch, NEW, len(case.exits))
-    request = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    batch, new, model = 4, 8, case.backbone.model
+    ids, mask, script = random_ids(batch, PROMPT), left_padding(batch, PROMPT), pattern(batch, new, len(case.exits))
+    request = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None}
     together = model.generate(
         ids,
         attention_mask=mask,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from dynamax_llm.backbones import adapt
 from dynamax_llm.errors import ArtifactCorruptError, UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence.heads import ExitHeads
@@ -21,6 +25,7 @@ from dynamax_llm.exits.confidence.measures import measure
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.features import STATISTICS, ExitFeatures
 from dynamax_llm.exits.registries import HEADS
+from dynamax_llm.testing import tiny_model
 from dynamax_llm.text.batches import find_source
 from dynamax_llm.traces.collect import ExitBatch
 from dynamax_llm.traces.simulate import NEVER, ThresholdSample, simulate_exits
@@ -32,6 +37,7 @@ from dynamax_llm.training.optimiser import learning_rate
 from dynamax_llm.training.phases import Phases
 from dynamax_llm.training.settings import TrainSettings
 from dynamax_llm.training.trainer import train, train_many
+from tests.training.conftest import ByteTokenizer, sentences, write_jsonl
 
 CONFIG = ExitConfig(layers=(2, 3, 4), n_layers=5, head="mamba")
 SETTINGS = TrainSettings(
@@ -196,6 +202,26 @@ def test_training_lowers_the_loss(backbone, corpus: Path, tokenizer, tmp_path: P
     assert min(exits.provenance["held_out"]["auroc"]) > 0.6
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """One text for all runs here, so that they can be compared."""
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", sentences(200))
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus: Path, tmp_path_factory) -> Callable[[str, str], Path]:
+    """The folder of a finished run of CONFIG with a readout on a family; made once, to be read or copied."""
+
+    @functools.cache
+    def run(family: str = "mistral", readout: str = "head") -> Path:
+        config, out = dataclasses.replace(CONFIG, readout=readout), tmp_path_factory.mktemp("unbroken") / "out"
+        torch.manual_seed(0)
+        train(adapt(tiny_model(family)), ByteTokenizer(), find_source(corpus), config, SETTINGS, out)
+        return out
+
+    return run
+
+
 def run_until(monkeypatch, steps: int, *arguments) -> None:
     """A run that dies in its step number ``steps``, after the last checkpoint, as a kill would have it."""
     original = Phases.step
@@ -217,23 +243,23 @@ def run_until(monkeypatch, steps: int, *arguments) -> None:
 @pytest.mark.parametrize("readout", ["head", "lens"])
 @pytest.mark.parametrize("family", ["mistral", "mamba2"])
 def test_a_killed_run_ends_like_an_unbroken_one(
-    backbone, corpus: Path, tokenizer, tmp_path: Path, monkeypatch, readout: str, family: str
+    backbone, corpus: Path, tokenizer, tmp_path: Path, monkeypatch, readout: str, family: str, unbroken
 ) -> None:
     config = dataclasses.replace(CONFIG, readout=readout)
     common = (backbone(family), tokenizer, find_source(corpus), config, SETTINGS)
-    unbroken = train(*common, tmp_path / "a")
+    whole = Exits.from_pretrained(unbroken(family, readout))
     for steps in (1, 3, 9):
         run_until(monkeypatch, steps, *common, tmp_path / "b")
     resumed = train(*common, tmp_path / "b")
     for key in ("tokens", "steps", "train_loss", "history", "held_out", "readout_losses"):
-        assert resumed.provenance[key] == unbroken.provenance[key], key
-    for name, value in unbroken.heads.state_dict().items():
+        assert resumed.provenance[key] == whole.provenance[key], key
+    for name, value in whole.heads.state_dict().items():
         assert torch.equal(resumed.heads.state_dict()[name], value), name
     repeated = train(*common, tmp_path / "b")  # finished: nothing is left to do
     assert repeated.provenance == resumed.provenance
 
 
-def test_sigkill_and_the_same_command(backbone, corpus: Path, tokenizer, tmp_path: Path) -> None:
+def test_sigkill_and_the_same_command(backbone, corpus: Path, tokenizer, tmp_path: Path, unbroken) -> None:
     script = textwrap.dedent(
         """
         import os, signal, sys
@@ -262,19 +288,17 @@ def test_sigkill_and_the_same_command(backbone, corpus: Path, tokenizer, tmp_pat
     arguments = [sys.executable, "-c", script, str(corpus), str(tmp_path / "a")]
     killed = subprocess.run(arguments, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    source = find_source(str(corpus))
-    resumed, unbroken = (
-        train(backbone("mistral"), tokenizer, source, CONFIG, SETTINGS, tmp_path / folder) for folder in "ab"
-    )
+    resumed = train(backbone("mistral"), tokenizer, find_source(str(corpus)), CONFIG, SETTINGS, tmp_path / "a")
+    whole = Exits.from_pretrained(unbroken())
     for key in ("tokens", "steps"):
-        assert resumed.provenance[key] == unbroken.provenance[key]
-    assert resumed.provenance["train_loss"] == pytest.approx(unbroken.provenance["train_loss"], abs=1e-3)
-    assert resumed.provenance["held_out"]["loss"] == pytest.approx(unbroken.provenance["held_out"]["loss"], abs=1e-3)
+        assert resumed.provenance[key] == whole.provenance[key]
+    assert resumed.provenance["train_loss"] == pytest.approx(whole.provenance["train_loss"], abs=1e-3)
+    assert resumed.provenance["held_out"]["loss"] == pytest.approx(whole.provenance["held_out"]["loss"], abs=1e-3)
 
 
-def test_another_run_in_the_same_folder_is_refused(backbone, corpus: Path, tokenizer, tmp_path: Path) -> None:
+def test_another_run_in_the_same_folder_is_refused(backbone, corpus: Path, tokenizer, tmp_path: Path, unbroken) -> None:
     adapter, source, out = backbone("mistral"), find_source(corpus), tmp_path / "out"
-    train(adapter, tokenizer, source, CONFIG, SETTINGS, out)
+    shutil.copytree(unbroken(), out)
     with pytest.raises(UsageError, match=r"holds another training run: lr is 0\.5 here, and was .*`out`.*delete"):
         train(adapter, tokenizer, source, CONFIG, dataclasses.replace(SETTINGS, lr=0.5), out)
     with pytest.raises(UsageError, match=r"head is 'mlp' here, and was 'mamba'"):
@@ -285,9 +309,9 @@ def test_another_run_in_the_same_folder_is_refused(backbone, corpus: Path, token
     train(adapter, tokenizer, source, CONFIG, hurried, out)  # these decide nothing
 
 
-def test_a_damaged_checkpoint_is_named(backbone, corpus: Path, tokenizer, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named(backbone, corpus: Path, tokenizer, tmp_path: Path, unbroken) -> None:
     arguments = (backbone("mistral"), tokenizer, find_source(corpus), CONFIG, SETTINGS, tmp_path / "out")
-    train(*arguments)
+    shutil.copytree(unbroken(), tmp_path / "out")
     path = tmp_path / "out" / ".checkpoint" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ArtifactCorruptError, match=r"state\.safetensors cannot be read.*Delete .*\.checkpoint"):
@@ -315,8 +339,9 @@ def test_a_head_that_no_longer_improves_stops_with_its_best_weights(
 
 def test_the_budget_may_exceed_the_data(backbone, corpus: Path, tokenizer, tmp_path: Path) -> None:
     lines = corpus.read_text().splitlines(keepends=True)[:25]
-    corpus.write_text("".join(lines))
-    exits = train(backbone("mistral"), tokenizer, find_source(corpus), CONFIG, SETTINGS, tmp_path / "out")
+    (tmp_path / "small.jsonl").write_text("".join(lines))
+    small = find_source(tmp_path / "small.jsonl")
+    exits = train(backbone("mistral"), tokenizer, small, CONFIG, SETTINGS, tmp_path / "out")
     size = sum(len(line) for line in lines)
     assert exits.provenance["tokens"] >= SETTINGS.max_tokens
     assert size < 2 * SETTINGS.max_tokens

@@ -104,19 +104,11 @@ class AgreementRisk(Risk):
 class TextRisk(Risk):
     """A ``loss`` of greedy texts."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        tokenizer: Any,
-        items: Sequence[Item],
-        batch: int = 16,
-        new: int = 64,
-        *,
-        loss: TextLoss,
-    ) -> None:
-        super().__init__(backbone, tokenizer, items, batch, new)
+    _full_texts: list[str] | None = None
+
+    def __init__(self, *arguments: Any, loss: TextLoss, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.loss = loss
-        self._full_texts: list[str] | None = None
 
     def measure(self, early: EarlyExit) -> Measured:
         check_policy(early.policy.name)

@@ -11,7 +11,6 @@ import contextlib
 import difflib
 import hashlib
 import io
-import json
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from dynamax_llm.evaluation.harness.patches import single_scores, squad_metrics
 from dynamax_llm.evaluation.harness.plan import EvalSettings
 from dynamax_llm.evaluation.harness.results import TaskFacts
 from dynamax_llm.text.prompts import rendered
+from dynamax_llm.text.sources import json_records
 
 #: The harness's own seed for drawing few-shot examples.
 SHOT_SEED = 1234
@@ -250,14 +250,7 @@ def _unavailable(name: str, files: Mapping[str, Path], error: Exception) -> Data
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error}). Give one JSON object a line.") from error
+    rows = [record for _, record in json_records(path)]
     if not rows:
         raise DataError(f"{path} holds no document. Give one JSON object a line.")
     return rows

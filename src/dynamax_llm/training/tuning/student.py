@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +59,7 @@ def student(backbone: Backbone, settings: TuneSettings) -> Iterator[Student]:
 
 def _full(backbone: Backbone) -> Student:
     model = copy.deepcopy(backbone.model).float().requires_grad_(True)
-
-    @contextmanager
-    def teacher() -> Iterator[Backbone]:
-        yield backbone
-
-    return Student(adapt(model), dict(model.named_parameters()), teacher, model.state_dict)
+    return Student(adapt(model), dict(model.named_parameters()), lambda: nullcontext(backbone), model.state_dict)
 
 
 def _adapted(backbone: Backbone, settings: TuneSettings) -> Iterator[Student]:
