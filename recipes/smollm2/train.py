@@ -49,6 +49,7 @@ def main() -> None:
     made.add_argument("--block-share", type=float, default=0.88)
     made.add_argument("--lr", type=float, default=1e-3)
     made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--state-rank", type=int, default=64, help="of the learned state update; 0: none")
     made.add_argument("--only", choices=("block", "draft"))
     args = parsed(made)
     start = time.monotonic()
@@ -70,7 +71,9 @@ def main() -> None:
     options = {"block": args.block, "inputs": INPUTS, "head": "mlp"}
     n_layers, (blocks, draft) = backbone.n_layers, args.vocabulary
     configs = {
-        "block": ExitConfig.from_options(args.layers, n_layers, readout="block", vocabulary=blocks, **options),
+        "block": ExitConfig.from_options(
+            args.layers, n_layers, readout="block", vocabulary=blocks, state_rank=args.state_rank, **options
+        ),
         "draft": ExitConfig.from_options((0,), n_layers, readout="draft", vocabulary=draft, **options),
     }
     configs = {name: config for name, config in configs.items() if args.only in (None, name)}

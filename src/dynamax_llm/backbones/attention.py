@@ -19,7 +19,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from dynamax_llm.backbones.base import Backbone, Context, Costs, LayerCost, PastLength, linear_macs, weight_macs
 from dynamax_llm.backbones.cache import StackedCache
 from dynamax_llm.backbones.rotary import rotary_positions
-from dynamax_llm.backbones.stacking import Source, StackedWeights, normalise
+from dynamax_llm.backbones.stacking import Source, StackedWeights, normalise, state_rows
 from dynamax_llm.backbones.stock import Layers, Norm, SelfAttention
 from dynamax_llm.errors import UnsupportedModelError
 
@@ -144,6 +144,9 @@ class AttentionBackbone(Backbone):
     def _rows(layer: Any) -> Source:
         attention = layer.self_attn
         return layer.input_layernorm, ((attention.k_proj, slice(None)), (attention.v_proj, slice(None)))
+
+    def state_projection(self, index: int, h: Tensor) -> Tensor:
+        return state_rows(self._rows(self.layers[index]), h)
 
     def update_states(self, first: int, stop: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
         stackable = self.stacks and stop - first > 1 and cache.stackable(first, stop)

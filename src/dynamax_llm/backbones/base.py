@@ -159,6 +159,11 @@ class Backbone(abc.ABC):
         for index in range(first, stop):
             self.update_state(index, h, cache, ctx)
 
+    def state_projection(self, index: int, h: Tensor) -> Tensor:
+        """What the state of layer ``index`` is made of, (..., R) from h (..., d): the products of its normed input
+        that enter it, or where a family does not name them h at unit root mean square."""
+        return nn.functional.rms_norm(h, h.shape[-1:])
+
     def check_stock(self) -> None:
         """Raise UsageError if the model computes more than its layers do, which driving the layers would leave out.
 

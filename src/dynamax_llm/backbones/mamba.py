@@ -21,7 +21,7 @@ from dynamax_llm.backbones.mixers import (
     some_rows,
     stacked_mixer_weights,
 )
-from dynamax_llm.backbones.stacking import Source, StackedWeights, normalise
+from dynamax_llm.backbones.stacking import Source, StackedWeights, normalise, state_rows
 from dynamax_llm.backbones.stock import Layers
 
 
@@ -84,6 +84,9 @@ class Mamba2Backbone(MambaBackbone):
         x, mixer = layer.norm(h.to(layer.norm.weight.dtype)), layer.mixer
         rows = some_rows(mixer.in_proj, x, mamba2_rows(mixer))
         continue_mamba2(mixer, rows, self._small_weights(index, index + 1), *cache.recurrent(index, index + 1))
+
+    def state_projection(self, index: int, h: Tensor) -> Tensor:
+        return state_rows(self._rows(self.layers[index]), h)
 
     def update_states(self, first: int, stop: int, h: Tensor, cache: StackedCache, ctx: Context) -> None:
         single = h.shape[1] == 1 and stop - first > 1 and cache.get_recurrent_state(first) is not None

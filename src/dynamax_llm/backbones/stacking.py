@@ -50,6 +50,13 @@ def dense_weight(module: nn.Module) -> Tensor:
         ) from error
 
 
+def state_rows(source: Source, h: Tensor) -> Tensor:
+    """The state rows (..., R) of one layer from its input h (..., d)."""
+    norm, parts = source
+    x = norm(h)
+    return torch.cat([nn.functional.linear(x, dense_weight(linear)[rows].to(x.dtype)) for linear, rows in parts], -1)
+
+
 def weights_signature(modules: Iterable[nn.Module]) -> tuple[tuple, ...]:
     """Address, dtype, shape and a checksum of the content of every parameter that these modules hold themselves.
 

@@ -50,7 +50,7 @@ class TokenCosts:
             layers = costs.depth(depth)
             if leaves:
                 resumed = n_layers - tail
-                layers += costs.skipped(depth, resumed) if policy.updates_state else 0
+                layers += costs.skipped(depth, resumed) + readout.skip_macs(index) if policy.updates_state else 0
                 layers += costs.depth(n_layers) - costs.depth(resumed)
             overhead.append(checks + looked + (0 if reused else own))
             by_exit.append(layers + overhead[-1])

@@ -103,6 +103,7 @@ class _Pass:
         self.features: ExitFeatures | None = None
         self.depth = 0
         self.moved = self.h  # what the readout of the exit by which a token left makes of its h
+        self.codes: dict[int, Tensor] = {}  # what the learned state update reads of tokens that left, by exit
         self.seen = self.h  # what estimators read: h, or what the readout made of it when the token left
         self.states = plan.estimator.initial_state(len(self.h), self.h.device)
 
@@ -130,7 +131,11 @@ class _Pass:
     def _layers(self, first: int, stop: int) -> None:
         frozen = self.left.unsqueeze(-1)
         for layer in range(first, stop):
-            moved = self.backbone.layer(layer, self.h, None, self.ctx)
+            entering = self.h
+            for exit, code in self.codes.items():
+                read = self.plan.readout.skip_input(exit, layer, self.visible, code)
+                entering = torch.where((self.exit_index == exit).unsqueeze(-1), read, entering)
+            moved = self.backbone.layer(layer, entering, None, self.ctx)
             self.visible = torch.where(frozen, self.visible, moved)
             self.h = moved if self.exact else self.visible
 
@@ -153,6 +158,9 @@ class _Pass:
             self.exit_index = torch.where(leaving, index, self.exit_index)
             self.left = self.left | leaving
             self.moved = torch.where(leaving.unsqueeze(-1), moved, self.moved)
+            code = readout.skip_code(index, self.visible, moved) if self.plan.policy.updates_state else None
+            if code is not None:
+                self.codes[index] = code
         return visit
 
     def _read(self, keep_logits: bool, wanted: Tensor | None) -> TeacherForced:

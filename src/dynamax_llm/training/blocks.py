@@ -26,6 +26,7 @@ from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.exits.readouts.block import BlockReadout, Blocks
 from dynamax_llm.exits.readouts.draft import DraftReadout, DraftWeights
+from dynamax_llm.exits.readouts.state_map import StateMap
 from dynamax_llm.exits.readouts.trained import TrainedWeights
 from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.chains import chain
@@ -146,7 +147,8 @@ class TrainedLearner(abc.ABC):
             for number, outputs, positions in self.parts(hidden, batch, forks):
                 if target is None or at is not positions:
                     target, at = self._target(final[:, positions]), positions
-                loss = self._loss(outputs, *target, counted[:, positions])
+                p, log_target = target
+                loss = self._loss(outputs, p, log_target, counted[:, positions])
                 losses[number] = loss.detach()
                 weighted.append(loss * self._weight(number))
                 if learn and self.separate:
@@ -215,7 +217,9 @@ class BlockLearner(TrainedLearner):
 
     @property
     def depths(self) -> tuple[int, ...]:
-        return self.config.layers
+        if self.weights.state_map(0) is None:
+            return self.config.layers
+        return tuple(range(min(self.config.layers), self.backbone.n_layers))
 
     @property
     def count(self) -> int:
@@ -224,7 +228,21 @@ class BlockLearner(TrainedLearner):
     def parts(self, hidden: Mapping[int, Tensor], batch: Batch, forks: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         for exit, depth in enumerate(self.config.layers):
             outputs, _ = self.weights.block(exit).fork(self.weights.entered(exit, hidden[depth]), forks)
+            if (found := self.weights.state_map(exit)) is not None and torch.is_grad_enabled():
+                self._add_gradients(self._state_loss(found, hidden, outputs.detach(), forks))
             yield exit, outputs, forks
+
+    def _state_loss(self, state_map: StateMap, hidden: Mapping[int, Tensor], outputs: Tensor, forks: Tensor) -> Tensor:
+        """The mean relative square error of what enters the states of the skipped layers, ``outputs`` (B, F, d)."""
+        h = hidden[state_map.first][:, forks]
+        code = state_map.code(h, outputs)
+        losses = []
+        for layer in range(state_map.first + 1, self.backbone.n_layers):
+            with torch.no_grad():
+                target = self.backbone.state_projection(layer, hidden[layer][:, forks]).float()
+            made = self.backbone.state_projection(layer, state_map.entering(layer, h, code)).float()
+            losses.append((made - target).square().mean() / target.square().mean())
+        return torch.stack(losses).mean()
 
 
 class DraftLearner(TrainedLearner):

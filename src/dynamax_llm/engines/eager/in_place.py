@@ -23,59 +23,73 @@ class InPlaceSession(EagerSession):
     def __init__(self, backbone: Backbone, plan: ExitPlan, slots: int) -> None:
         super().__init__(backbone, plan, slots)
         self._update = UPDATES[plan.policy.name]
+        self._maps = plan.policy.updates_state
+        self._codes: dict[int, Tensor] = {}
 
     def _enter(self, h: Tensor, idle: RowFlags | None) -> None:
         self._context = self.backbone.context(h, past=self.length, padding=self.padding)
         self.length += 1
+        self._codes = {}
         self.token = Token(h, idle, self.plan.full)
 
     def segment(self, index: int) -> None:
-        token, first, stop = self._token, self.starts[index], self.stops[index]
+        token, first, stop = self.current, self.starts[index], self.stops[index]
         if index == self.plan.active:
             return  # ``finish`` runs it, the tail of a readout apart
         for begin, end in ((first, stop - 1), (stop - 1, stop)):
             token.before = token.h
             token.h = self._run(begin, end, token.h)
+        before = token.left
         self.exit_check.decide(token, index)
+        if self._maps and token.left is not before:
+            code = self.plan.readout.skip_code(index, token.h, token.seen)
+            if code is not None:
+                self._codes[index] = code
 
     def leave(self, index: int) -> None:
-        token = self._token
+        token = self.current
         self.exit_check.advance(token, index + 1)
         resumed = self.backbone.n_layers - self.plan.readout.tail_layers
         self._update.skip(self, self.stops[index], resumed, token.h, self._context)
         self._read_out(resumed)
 
     def finish(self) -> None:
-        token = self._token
+        token = self.current
         resumed = self.backbone.n_layers - self.plan.readout.tail_layers
         token.h = self._run(self.starts[self.plan.active], resumed, token.h)
         self._read_out(resumed)
 
     def logits(self) -> NextLogits:
-        assert self._token.logits is not None
-        return self._token.logits
+        assert self.current.logits is not None
+        return self.current.logits
 
     def _read_out(self, resumed: int) -> None:
         """From layer ``resumed``, which every row runs, to the logits of rows that have none yet."""
-        token = self._token
+        token = self.current
         token.h = self._layers(resumed, self.backbone.n_layers, token.h, self._context)
         if not token.all_left or token.logits is None:
             token.keep_logits(~token.left, self.backbone.readout(token.h)[:, 0])
 
     @property
-    def _token(self) -> Token:
+    def current(self) -> Token:
+        """The token on its way."""
         assert self.token is not None
         return self.token
 
+    def codes(self) -> dict[int, Tensor]:
+        """What the learned state update reads of rows that left, by exit; empty where there is none."""
+        return self._codes
+
     def _run(self, first: int, stop: int, h: Tensor) -> Tensor:
         """Layers ``first`` to ``stop - 1`` for the rows that have not left."""
-        token, ctx = self._token, self._context
+        token, ctx = self.current, self._context
         if not token.some_left:
             return self._layers(first, stop, h, ctx)
         frozen = token.left.view(-1, 1, 1)
         for index in range(first, stop):
             kept = self._update.before(self, index)
-            h = torch.where(frozen, h, self._layers(index, index + 1, h, ctx))
+            entering = self._update.entering(self, index, h)
+            h = torch.where(frozen, h, self._layers(index, index + 1, entering, ctx))
             self._update.after(self, index, token.left, kept)
         return h
 
@@ -85,8 +99,19 @@ class StateUpdate:
 
     def skip(self, session: InPlaceSession, first: int, stop: int, h: Tensor, ctx: Context) -> None:
         """Every row left with h (B, 1, d): the state of layers ``first`` to ``stop - 1``."""
-        if first < stop:
+        if first < stop and not session.codes():
             session.backbone.update_states(first, stop, h, session.cache, ctx)
+            return
+        for index in range(first, stop):
+            session.backbone.update_state(index, self.entering(session, index, h), session.cache, ctx)
+
+    def entering(self, session: InPlaceSession, index: int, h: Tensor) -> Tensor:
+        """What layer ``index`` reads: h (B, 1, d), for rows that left as the readout's learned state update has it."""
+        token, readout = session.current, session.plan.readout
+        for exit, code in session.codes().items():
+            rows = (token.exit_index == exit).view(-1, 1, 1)
+            h = torch.where(rows, readout.skip_input(exit, index, token.h, code), h)
+        return h
 
     def before(self, session: InPlaceSession, index: int) -> tuple[Tensor, ...]:
         """What ``after`` needs of layer ``index`` before it runs."""

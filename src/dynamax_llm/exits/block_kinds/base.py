@@ -123,10 +123,8 @@ def matrix(out: int, inputs: int, scale: float = 1.0) -> nn.Parameter:
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """x at unit root mean square along its last axis, times ``weight``; computed in float32, in x's dtype."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
-    return wide.to(x.dtype) * weight.to(x.dtype)
+    """x at unit root mean square along its last axis, times ``weight``, in x's dtype."""
+    return nn.functional.rms_norm(x, x.shape[-1:], weight.to(x.dtype), EPSILON)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -102,6 +102,18 @@ class Readout(Stateful):
         ``state`` None begins a sequence; ``padding`` (B, T) is 0 at left pads.
         """
 
+    def skip_code(self, exit: int, h: Tensor, moved: Tensor) -> Tensor | None:
+        """What ``skip_input`` needs of tokens that leave, h and transformed h (B, T, d); None: layers read h itself."""
+        return None
+
+    def skip_input(self, exit: int, layer: int, h: Tensor, code: Tensor) -> Tensor:
+        """What layer ``layer`` (from 0) reads of tokens (B, T, d) that left at exit ``exit``, under ``propagate``."""
+        return h
+
+    def skip_macs(self, exit: int) -> int:
+        """Multiply-accumulates of ``skip_code`` and every ``skip_input`` of one token."""
+        return 0
+
     def transform_macs(self, exit: int) -> int:
         """Multiply-accumulates of ``transform`` of one token."""
         return 0

@@ -7,16 +7,32 @@ which it left where it left earlier. Shapes: B batch, T tokens, d width, E exits
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.block_kinds.base import Block, linear
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.features import ExitFeatures
-from dynamax_llm.exits.readouts.trained import TrainedReadout, TrainedWeights
+from dynamax_llm.exits.readouts.state_map import StateMap
+from dynamax_llm.exits.readouts.trained import TrainedOptions, TrainedReadout, TrainedWeights
 from dynamax_llm.exits.state import State
+
+
+@final
+@dataclass(frozen=True)
+class BlockOptions(TrainedOptions):
+    """``state_rank``: the rank of the learned state update (``state_map``); 0: skipped layers read h_e itself."""
+
+    state_rank: int = 0
+
+    def check(self, layers: Sequence[int], n_layers: int) -> None:
+        super().check(layers, n_layers)
+        if self.state_rank < 0:
+            raise UsageError(f"state_rank {self.state_rank}: give the rank of the learned state update, or 0 for none.")
 
 
 @final
@@ -24,16 +40,27 @@ class Blocks(TrainedWeights):
     """Per exit: a matrix that takes h_e into the space of the last layers, the identity at first, and a block."""
 
     def __init__(self, config: ExitConfig, width: int) -> None:
-        options = TrainedReadout.options_of(config)
+        options = config.readout_options
+        assert isinstance(options, BlockOptions)
         super().__init__(options.vocabulary)
         self.enter = nn.ParameterList(nn.Parameter(torch.eye(width)) for _ in config.layers)
         self.blocks = nn.ModuleList(options.new_block(width) for _ in config.layers)
+        rank = options.state_rank
+        self.maps = nn.ModuleList(
+            StateMap(layer, config.n_layers, width, rank) for layer in (config.layers if rank else ())
+        )
 
     def block(self, exit: int) -> Block:
         """The block of one exit."""
         block = self.blocks[exit]
         assert isinstance(block, Block)
         return block
+
+    def state_map(self, exit: int) -> StateMap | None:
+        """The learned state update of one exit."""
+        found = self.maps[exit] if len(self.maps) else None
+        assert found is None or isinstance(found, StateMap)
+        return found
 
     def entered(self, exit: int, h: Tensor) -> Tensor:
         """h (B, T, d) of an exit as its block reads it."""
@@ -44,6 +71,7 @@ class Blocks(TrainedWeights):
 class BlockReadout(TrainedReadout):
     """Final norm and LM head of what the exit's block makes of h."""
 
+    Options = BlockOptions
     learner = "block"
 
     @classmethod
@@ -91,6 +119,19 @@ class BlockReadout(TrainedReadout):
             self._blocks.block(exit).update(self._blocks.entered(exit, h), state, padding, counts)
             for exit, (h, state) in enumerate(zip(tapped, states, strict=True))
         ]
+
+    def skip_code(self, exit: int, h: Tensor, moved: Tensor) -> Tensor | None:
+        found = self._blocks.state_map(exit)
+        return None if found is None else found.code(h, moved)
+
+    def skip_input(self, exit: int, layer: int, h: Tensor, code: Tensor) -> Tensor:
+        found = self._blocks.state_map(exit)
+        assert found is not None
+        return found.entering(layer, h, code)
+
+    def skip_macs(self, exit: int) -> int:
+        found = self._blocks.state_map(exit)
+        return 0 if found is None else found.macs()
 
     def transform_macs(self, exit: int) -> int:
         return self._blocks.enter[exit].numel() + self._blocks.block(exit).macs()
