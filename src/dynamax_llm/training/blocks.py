@@ -41,6 +41,8 @@ from dynamax_llm.training.warm_start import start_from_last_layer
 BETAS = (0.9, 0.95)
 #: Later steps of a draft count this much less than the step before.
 STEP_WEIGHT = 0.8
+#: The learned state update is trained at one fork in this many: it has a product per skipped layer.
+STATE_EVERY = 4
 
 
 class TrainedLearner(abc.ABC):
@@ -234,6 +236,7 @@ class BlockLearner(TrainedLearner):
 
     def _state_loss(self, state_map: StateMap, hidden: Mapping[int, Tensor], outputs: Tensor, forks: Tensor) -> Tensor:
         """The mean relative square error of what enters the states of the skipped layers, ``outputs`` (B, F, d)."""
+        forks, outputs = forks[::STATE_EVERY], outputs[:, ::STATE_EVERY]
         h = hidden[state_map.first][:, forks]
         code = state_map.code(h, outputs)
         losses = []
