@@ -135,7 +135,7 @@ class Generation:
             "engine": out.engine,
             "promise": None if self.promise is None else self.promise.text,
             "window_bytes": out.trace.stats.window_bytes,
-            "verification": verification and {**vars(verification), "acceptance_rate": verification.acceptance_rate},
+            "verification": verification and verification.counts(),
             "seconds": seconds,
         }
 
