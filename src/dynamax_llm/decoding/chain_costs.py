@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -98,8 +99,8 @@ class _Clock:
         before = self._seconds(self._step)
         for width in range(1, self.window + 1):
             self._make_room(width)
-            drafting = self._seconds(lambda width=width: self._chain(width - 1))
-            verifying = self._seconds(lambda width=width: self._verify(width))
+            drafting = self._seconds(partial(self._chain, width - 1))
+            verifying = self._seconds(partial(self._verify, width))
             after = self._seconds(self._step)
             unit = (before + after) / 2
             if width > 1:

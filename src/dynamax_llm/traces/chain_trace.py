@@ -22,7 +22,7 @@ from dynamax_llm.decoding.draft_choice import ChainCosts, DraftChoice, Setting
 from dynamax_llm.decoding.generate import EarlyExit
 from dynamax_llm.decoding.rows import RowSettings
 from dynamax_llm.decoding.session import Session
-from dynamax_llm.errors import ArtifactCorruptError, UsageError
+from dynamax_llm.errors import ArtifactCorruptError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence.base import ConfidenceEstimator
 from dynamax_llm.exits.features import ExitFeatures
@@ -47,9 +47,7 @@ class ChainTrace:
 
     @classmethod
     def of(cls, confidences: Sequence[Sequence[float]], accepted: Sequence[int]) -> ChainTrace:
-        """From the confidences of every chain's proposals. Raises UsageError if there is no chain."""
-        if not confidences:
-            raise UsageError("no chain was decoded: the prompts left no room for two new tokens, or gave none.")
+        """From the confidences of every chain's proposals, at least one chain."""
         made = torch.tensor([len(row) for row in confidences])
         padded = [torch.tensor(row, dtype=torch.float64) for row in confidences]
         return cls(nn.utils.rnn.pad_sequence(padded, batch_first=True), torch.tensor(list(accepted)), made)
@@ -128,12 +126,13 @@ def record_chains(
     new_tokens: int = NEW_TOKENS,
     rows: int = ROWS,
     advance: Advance = unwatched,
-) -> ChainTrace:
+) -> ChainTrace | None:
     """Decode prompts of token ids greedily, ``rows`` at once, until ``chains`` are recorded or prompts end.
 
-    Prompts are shared evenly: none gives more than its part before all have begun. ``advance`` counts chains. Raises
-    UsageError for prompts that give no chain.
+    Chains are shared evenly between groups of prompts. ``advance`` counts chains. None where there is no chain: texts
+    that end with their first token, or prompts that leave no room.
     """
+    exits.check_backbone(backbone)
     confidences: list[list[float]] = []
     accepted: list[int] = []
     longest = backbone.max_positions()
@@ -153,7 +152,7 @@ def record_chains(
         finally:
             session.close()
         advance(len(accepted), chains)
-    return ChainTrace.of(confidences[:chains], accepted[:chains])
+    return ChainTrace.of(confidences[:chains], accepted[:chains]) if accepted else None
 
 
 def _record(
