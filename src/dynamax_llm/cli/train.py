@@ -63,7 +63,7 @@ def train(
     readout: Annotated[
         str,
         typer.Option(
-            help="How an exit makes logits: head, tail (last layers first), lens (learned), block (a learned block), or "
+            help="How an exit makes logits: head, tail (last layers first), lens (learned), block (a learned one), or "
             "draft, which runs no layer and whose tokens the model checks. Several (block,draft) learn in one pass and "
             "get a folder each below --out.",
             metavar="NAMES",

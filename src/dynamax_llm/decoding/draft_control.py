@@ -1,9 +1,10 @@
 """Drafting that is switched off where it does not pay, and tried again later, for one session under ``verify``.
 
 After every window the controller adds the tokens it gave (the mean over rows, which share windows) and what it cost, in
-full-depth steps; both sums forget. Where their ratio falls below ``LOW`` drafting rests for some tokens, twice as many
-each time, then short chains are tried, and drafting goes on where they reach ``HIGH``. Decisions follow from windows
-that are over alone, so that the text stays the full model's own.
+full-depth steps; both sums forget. Where their ratio falls below ``LOW`` short chains are tried, and drafting goes on
+where they reach ``HIGH``; otherwise it rests for some tokens, twice as many each time, before the next trial. Where it
+has lost since the last trial it rests at once. Decisions follow from windows that are over alone, so that the text
+stays the full model's own.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class DraftControl:
         self.costs = costs
         self.tokens, self.cost = FIRST_TOKENS, FIRST_COST  # of the last windows
         self.gain = 0.0  # tokens minus steps since drafting last went on
+        self.tried = False  # whether there has been a trial
         self.trial = 0  # windows left of a trial; 0 while drafting is on, or rests
         self.rest = 0  # tokens left of a rest
         self.next_rest = SHORTEST_REST
@@ -84,7 +86,7 @@ class DraftControl:
         if self.rest > 0:
             self.rest -= 1
             if self.rest == 0:
-                self.trial, self.tokens, self.cost = TRIAL_WINDOWS, 0.0, 0.0
+                self._begin_trial()
             return
         cost = self.costs.cost(exits)
         self.tokens, self.cost = MEMORY * self.tokens + tokens, MEMORY * self.cost + cost
@@ -94,7 +96,10 @@ class DraftControl:
         elif self.ratio < LOW:
             if self.gain > 0:
                 self.next_rest = SHORTEST_REST
-            self._begin_rest()
+            if self.gain > 0 or not self.tried:
+                self._begin_trial()
+            else:
+                self._begin_rest()
 
     def _judge_trial(self) -> None:
         self.trial -= 1
@@ -102,6 +107,9 @@ class DraftControl:
             self._begin_rest()
         elif self.trial == 0:
             self.gain = 0.0
+
+    def _begin_trial(self) -> None:
+        self.trial, self.tried, self.tokens, self.cost = TRIAL_WINDOWS, True, 0.0, 0.0
 
     def _begin_rest(self) -> None:
         self.trial, self.rest = 0, self.next_rest

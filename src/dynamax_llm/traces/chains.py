@@ -72,8 +72,7 @@ def collect_chains(backbone: Backbone, readout: Readout, batch: Batch, steps: in
         return torch.stack(tuple(values), dim=2).flatten(1, 2)  # (B, F J, ...)
 
     moved, agreed, target, masks = (side_by_side([each[place] for each in parts]) for place in (0, 2, 3, 4))
+    values, tokens = side_by_side([each[1].values for each in parts]), side_by_side([each[1].token for each in parts])
     rows = [each[1].rows for each in parts if each[1].rows is not None]
-    features = ExitFeatures(
-        side_by_side([each[1].values for each in parts]), None, rows=side_by_side(rows) if rows else None
-    )
+    features = ExitFeatures(values, tokens, rows=side_by_side(rows) if rows else None)
     return ExitBatch(masks, (moved,), (features,), agreed[None], target, agreed[None].float())
