@@ -21,6 +21,7 @@ from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.registries import READOUTS
 from dynamax_llm.testing import random_ids, tiny_model
 from dynamax_llm.text.batches import Batch, find_source
+from dynamax_llm.traces import chain_choice
 from dynamax_llm.traces.chain_choice import chain_facts, choose, prompts_of, record, recorded
 from dynamax_llm.traces.chain_trace import ChainTrace, best_threshold, record_chains
 from dynamax_llm.training.settings import TrainSettings
@@ -39,6 +40,12 @@ def draft(backbone: Backbone) -> Exits:
         torch.manual_seed(0)
         heads, weights = ExitHeads(config, backbone.width), kind.new_weights(config, backbone.width)
     return Exits.of(backbone, config, heads.requires_grad_(False).eval(), weights.requires_grad_(False).eval())
+
+
+@pytest.fixture(autouse=True)
+def few_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_choice, "CHAINS", 20)
+    monkeypatch.setattr(chain_choice, "REPEATS", 1)
 
 
 @pytest.fixture

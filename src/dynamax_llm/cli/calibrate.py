@@ -18,26 +18,30 @@ if TYPE_CHECKING:
     from dynamax_llm.exits.promise import Promise
 
 
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Text like that to come: a .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id; for a risk, "
+        ".jsonl with question (or a whole prompt) and answers; with --chat, and for a draft, prompts. A draft needs "
+        "none.",
+        metavar="PATH|ID",
+    ),
+]
+PromiseText = Annotated[
+    str | None,
+    typer.Option(
+        help=r"agreement>=0.98, consistency>=0.9, risk\[f1]<=0.02 or risk\[exact_match]<=0.02. Without: of a draft, "
+        "measure its costs here and choose threshold and window."
+    ),
+]
+
+
 @opt.verb(place=opt.PLACE, proof=opt.Fields(PromiseSettings), settings=opt.Fields(CalibrationSettings))
 def calibrate(
     *,
     model: opt.Model,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Text like that to come: a .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id; "
-            "for a risk, .jsonl with question (or a whole prompt) and answers; with --chat, and for a draft, prompts. "
-            "A draft needs none.",
-            metavar="PATH|ID",
-        ),
-    ] = None,
-    promise: Annotated[
-        str | None,
-        typer.Option(
-            help=r"agreement>=0.98, consistency>=0.9, risk\[f1]<=0.02 or risk\[exact_match]<=0.02. Without: "
-            "of a draft, measure its costs here and choose threshold and window."
-        ),
-    ] = None,
+    data: Data = None,
+    promise: PromiseText = None,
     exits: ExitsFolder = None,
     out: Annotated[
         Path | None,

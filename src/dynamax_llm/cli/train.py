@@ -31,6 +31,40 @@ CONFIG = {
 }
 
 
+Data = Annotated[
+    str,
+    typer.Option(
+        help="A .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id; with --answers, prompts: "
+        "records with prompt, messages or question, or a .txt file of one a line.",
+        metavar="PATH|ID",
+    ),
+]
+PresetName = Annotated[
+    str | None,
+    typer.Option(help="Start from a named set of options (dynamax-paper); those given here win.", metavar="NAME"),
+]
+Readouts = Annotated[
+    str,
+    typer.Option(
+        help="How an exit makes logits: head, tail (last layers first), lens (learned), block (a learned one), or "
+        "draft, which runs no layer and whose tokens the model checks. Several (block,draft) learn in one pass and "
+        "get a folder each below --out.",
+        metavar="NAMES",
+    ),
+]
+TailLayers = Annotated[
+    int | None, typer.Option(help="Layers of the tail readout. Default: its own.", metavar="INTEGER")
+]
+BlockKind = Annotated[
+    str | None,
+    typer.Option(help="Blocks of block and draft: transformer or mamba. Default: transformer.", metavar="NAME"),
+]
+Vocabulary = Annotated[
+    int | None,
+    typer.Option(help="Most frequent tokens that block and draft speak; 0: all. Default: their own.", metavar="N"),
+]
+
+
 @opt.verb(
     place=opt.PLACE,
     resumes=True,
@@ -43,40 +77,14 @@ def train(
     *,
     context: typer.Context,
     model: opt.Model,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="A .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id; with --answers, prompts: "
-            "records with prompt, messages or question, or a .txt file of one a line.",
-            metavar="PATH|ID",
-        ),
-    ],
+    data: Data,
     out: Annotated[Path, typer.Option(help="Folder for the exits; the same command again resumes a killed run.")],
     exit_layers: opt.ExitLayers = opt.DEFAULT_LAYERS,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="Start from a named set of options (dynamax-paper); those given here win.", metavar="NAME"),
-    ] = None,
-    tail_layers: Annotated[
-        int | None, typer.Option(help="Layers of the tail readout. Default: its own.", metavar="INTEGER")
-    ] = None,
-    readout: Annotated[
-        str,
-        typer.Option(
-            help="How an exit makes logits: head, tail (last layers first), lens (learned), block (a learned one), or "
-            "draft, which runs no layer and whose tokens the model checks. Several (block,draft) learn in one pass and "
-            "get a folder each below --out.",
-            metavar="NAMES",
-        ),
-    ] = ExitConfig.readout,
-    block: Annotated[
-        str | None,
-        typer.Option(help="Blocks of block and draft: transformer or mamba. Default: transformer.", metavar="NAME"),
-    ] = None,
-    vocabulary: Annotated[
-        int | None,
-        typer.Option(help="Most frequent tokens that block and draft speak; 0: all. Default: their own.", metavar="N"),
-    ] = None,
+    preset: PresetName = None,
+    readout: Readouts = ExitConfig.readout,
+    tail_layers: TailLayers = None,
+    block: BlockKind = None,
+    vocabulary: Vocabulary = None,
     config: opt.Given,
     settings: opt.Given,
     learn: opt.Given,
@@ -96,30 +104,42 @@ def train(
     training = plan.train_settings(**settings)
     lesson = Lesson.of(data, text_field, learn, answering)
 
+    n_layers = peek_backbone(model).num_hidden_layers
+    configs = {name: plan.exit_config(n_layers, **{**config, "readout": name}) for name in names}
+    lesson.read()
+    _train(model, configs, training, lesson, out, place)
+
+
+def _train(
+    model: str,
+    configs: dict[str, ExitConfig],
+    training: TrainSettings,
+    lesson: Lesson,
+    out: Path,
+    place: opt.Given,
+) -> None:
+    """Train one configuration in ``out``, or several in folders of their own below it, and report."""
     from dynamax_llm.backbones import adapt
     from dynamax_llm.cli.trained import report
     from dynamax_llm.exits.artifact import MANIFEST, TENSORS
     from dynamax_llm.exits.files import prepare_folder
     from dynamax_llm.training.parallel import Group
-    from dynamax_llm.training.trainer import train as train_exits
-    from dynamax_llm.training.trainer import train_many
+    from dynamax_llm.training.trainer import train, train_many
 
-    n_layers = peek_backbone(model).num_hidden_layers
-    configs = {name: plan.exit_config(n_layers, **{**config, "readout": name}) for name in names}
-    lesson.read()
-    folders = {name: out if len(names) == 1 else out / name for name in names}
+    folders = {name: out if len(configs) == 1 else out / name for name in configs}
     with no_empty_folder(out):
         for folder in folders.values():
             with no_empty_folder(folder):
                 prepare_folder(folder, (MANIFEST, TENSORS))
         group = Group.join(cpu=place.get("device") == "cpu")
         lm, tokenizer = load_backbone(model, place)
-        source = lesson.source(lm, tokenizer, out, group)
-        if len(names) == 1:
-            trained = {names[0]: train_exits(adapt(lm), tokenizer, source, configs[names[0]], training, out)}
+        backbone, source = adapt(lm), lesson.source(lm, tokenizer, out, group)
+        if len(configs) == 1:
+            ((name, config),) = configs.items()
+            trained = {name: train(backbone, tokenizer, source, config, training, out)}
         else:
-            trained = train_many(adapt(lm), tokenizer, source, configs, training, out, decode=True)
-    for name in names if group.main else ():
+            trained = train_many(backbone, tokenizer, source, configs, training, out, decode=True)
+    for name in configs if group.main else ():
         report(trained[name], model, folders[name])
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.decoding.chain_costs import measure_costs
+from dynamax_llm.decoding.chain_costs import REPEATS, measure_costs
 from dynamax_llm.decoding.draft_choice import DraftChoice, drafts, keep_choice
 from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.progress import Advance, unwatched
 from dynamax_llm.text.batches import Batch
-from dynamax_llm.traces.chain_trace import ChainTrace, best_threshold, record_chains
+from dynamax_llm.traces.chain_trace import CHAINS, ChainTrace, best_threshold, record_chains
 
 #: Prompts that are decoded for a record, and tokens of a plain text that serve as one.
 PROMPTS, TEXT_PROMPT = 64, 32
@@ -42,7 +42,7 @@ def record(backbone: Backbone, exits: Exits, prompts: Sequence[Sequence[int]], a
 
     Returns whether there was a chain: without any, nothing changes.
     """
-    trace = record_chains(backbone, exits, prompts, advance=advance)
+    trace = record_chains(backbone, exits, prompts, chains=CHAINS, advance=advance)
     if trace is None:
         return False
     chains = {"match": trace.match, "tokens": trace.outcome(0.0, trace.confidence.shape[1])[0], "windows": len(trace)}
@@ -69,7 +69,7 @@ def choose(backbone: Backbone, exits: Exits, batch_size: int = 1, engine: str | 
     Raises what ``recorded`` and ``measure_costs`` raise.
     """
     trace = recorded(exits)
-    costs, where = measure_costs(backbone, exits, batch_size, engine=engine)
+    costs, where = measure_costs(backbone, exits, batch_size, engine=engine, repeats=REPEATS)
     choice = best_threshold(trace, costs).kept(where, costs)
     keep_choice(exits, choice)
     return choice
