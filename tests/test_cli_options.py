@@ -46,7 +46,7 @@ from tests.folders import exits_folder
 OWN = {
     *("context", "model", "models", "evaluations", "data", "out", "figures", "exits", "exit_layers", "prompt"),
     *("prompt_file", "preset", "text_field", "as_json", "no_color", "shape", "promise", "tail_layers"),
-    *("train_data", "help"),
+    *("train_data", "help", "readout", "block", "vocabulary"),
 }
 SETTINGS = {
     "generate": (DecodeSettings, GenerateSettings, PlaceSettings),

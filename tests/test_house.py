@@ -65,7 +65,7 @@ def test_public_names_resolve():
 
 def test_public_names_are_these():
     generate = ["load", "Exits", "EarlyExit", "EarlyExitOutput", "Thresholds", "Trace"]
-    stages = ["scan", "train", "tune", "calibrate", "bench_exits"]
+    stages = ["scan", "train", "tune", "calibrate", "calibrate_draft", "bench_exits"]
     settings = ["ScanSettings", "TrainSettings", "TuneSettings", "CalibrationSettings", "ExitBenchSettings"]
     assert dynamax_llm.__all__ == [*generate, *stages, "ExitConfig", *settings, "Promise", "errors"]
     assert dynamax_llm.__version__ == installed_version()

@@ -19,15 +19,16 @@ from torch import Tensor
 
 from dynamax_llm.backbones import Backbone, adapt
 from dynamax_llm.backbones.loading import load
+from dynamax_llm.decoding.draft_choice import ChainCosts
 from dynamax_llm.decoding.trace import TokenCosts
 from dynamax_llm.engines.plan import POLICIES, ExitPlan
 from dynamax_llm.exits.artifact import Exits
-from dynamax_llm.exits.confidence.measures import measure
 from dynamax_llm.text.answers import make_answers
 from dynamax_llm.text.batches import Batch, pad
 from dynamax_llm.text.prompts import read_prompts
 from dynamax_llm.text.settings import AnswerSettings
-from dynamax_llm.traces.chains import STEPS, ChainCosts, ChainTrace, best_threshold, collect_chains
+from dynamax_llm.traces.chain_choice import prompts_of
+from dynamax_llm.traces.chain_trace import best_threshold, record_chains
 from dynamax_llm.traces.collect import collect_exits
 from dynamax_llm.traces.curves import oracle_depth, sweep
 from dynamax_llm.traces.simulate import simulate_no_exit
@@ -167,20 +168,16 @@ def propagate_report(backbone: Backbone, exits: Exits, kinds: dict[str, list], t
 
 def draft_report(backbone: Backbone, exits: Exits, kinds: dict[str, list]) -> dict:
     """Matches by step, and tokens per verification at the threshold that pays by weights read."""
-    readout, estimator = exits.readout(backbone), exits.estimator()
-    draft = readout.macs(0) / backbone.costs().total
+    draft = exits.readout(backbone).macs(0) / backbone.costs().total
     report: dict = {"draft_step_in_weights": draft}
-    for name, judged in (("head", estimator), ("margin", measure("softmax_margin"))):
-        traces = {}
-        for kind, batches in kinds.items():
-            parts = [collect_chains(backbone, readout, batch) for batch in batches if batch is not None]
-            traces[kind] = ChainTrace.of(parts, judged, STEPS)
-        for kind, trace in traces.items():
-            costs = ChainCosts(draft, (1.0,) * (STEPS + 1))
-            choice = best_threshold(trace, costs, STEPS)
-            row = report.setdefault(kind, {"match": trace.match, "chains": len(trace.accepted)})
-            row[name] = vars(choice)
-            row["tokens_if_all_steps"] = trace.outcome(0.0, STEPS)[0]
+    for kind, batches in kinds.items():
+        trace = record_chains(backbone, exits, prompts_of([batch for batch in batches if batch is not None]))
+        if trace is None:
+            continue
+        steps = trace.confidence.shape[1]
+        choice = best_threshold(trace, ChainCosts(draft=draft, passes=(1.0,) * (steps + 1)))
+        row = report[kind] = {"match": trace.match, "chains": len(trace), "head": vars(choice)}
+        row["tokens_if_all_steps"] = trace.outcome(0.0, steps)[0]
     return report
 
 
@@ -232,9 +229,8 @@ def show(record: dict) -> None:
                     steps = " ".join(f"{value:.2f}" for value in row["match"])
                     print(
                         f"draft {kind:8} match {steps}; tokens a verification: head {row['head']['tokens']:.2f} with "
-                        f"{row['head']['proposals']:.1f} proposals (counted {row['head']['speed_up']:.2f}), margin "
-                        f"{row['margin']['tokens']:.2f} (counted {row['margin']['speed_up']:.2f}), "
-                        f"all {STEPS} {row['tokens_if_all_steps']:.2f}"
+                        f"{row['head']['proposals']:.1f} proposals (counted {row['head']['speed_up']:.2f}), "
+                        f"all {len(row['match'])} {row['tokens_if_all_steps']:.2f}"
                     )
 
 

@@ -11,7 +11,7 @@ from dynamax_llm import errors
 from dynamax_llm.lazy import lazy
 
 if TYPE_CHECKING:
-    from dynamax_llm.api import bench_exits, calibrate, scan, train, tune
+    from dynamax_llm.api import bench_exits, calibrate, calibrate_draft, scan, train, tune
     from dynamax_llm.backbones.loading import load
     from dynamax_llm.calibration.settings import CalibrationSettings
     from dynamax_llm.decoding import EarlyExit, EarlyExitOutput, Thresholds, Trace
@@ -36,6 +36,7 @@ __all__ = [  # noqa: RUF022  by purpose
     "train",
     "tune",
     "calibrate",
+    "calibrate_draft",
     "bench_exits",
     # what is configured and recorded
     "ExitConfig",
@@ -61,6 +62,7 @@ _lazy = lazy(
         "train": "api",
         "tune": "api",
         "calibrate": "api",
+        "calibrate_draft": "api",
         "bench_exits": "api",
         "ExitConfig": "exits.config",
         "ScanSettings": "evaluation.scan.settings",

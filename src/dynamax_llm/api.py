@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dynamax_llm.backbones import Backbone, adapt
+from dynamax_llm.errors import UsageError
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import DEFAULT_EXITS, ExitConfig, place_exits
 from dynamax_llm.exits.promise import Promise
@@ -24,6 +25,7 @@ from dynamax_llm.training.tuning.settings import TuneSettings
 if TYPE_CHECKING:
     import torch
 
+    from dynamax_llm.decoding.draft_choice import DraftChoice
     from dynamax_llm.evaluation.bench.exits.document import ExitBench
     from dynamax_llm.evaluation.bench.exits.settings import ExitBenchSettings
     from dynamax_llm.evaluation.scan.document import Scan
@@ -88,6 +90,45 @@ def calibrate(
     return run(_backbone(model), tokenizer, chosen, _source(data), promise, **how)
 
 
+def calibrate_draft(
+    model: nn.Module | Backbone,
+    exits: Exits | str | Path,
+    *,
+    tokenizer: Any = None,
+    prompts: str | Path | Sequence[str | Prompt] | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    batch_size: int = 1,
+    engine: str | None = None,
+) -> DraftChoice:
+    """Threshold and window of a draft, by what its chains cost on this machine with ``batch_size`` rows.
+
+    The choice is kept with ``exits``; where they are given as their folder, also there. ``prompts``: decoded, with
+    ``tokenizer``, in place of the recorded chains; ``chat``: through its chat template.
+    Raises UsageError for exits that are no draft or have no chains, and what ``traces.chain_choice`` raises.
+    """
+    from dynamax_llm.decoding.draft_choice import drafts
+    from dynamax_llm.text.prompts import chat_ids
+    from dynamax_llm.traces.chain_choice import choose, record, recorded
+
+    backbone = _backbone(model)
+    chosen = exits if isinstance(exits, Exits) else Exits.from_pretrained(str(exits))
+    if chosen.heads is not None:
+        chosen.heads.to(backbone.device)
+    if prompts is None:
+        recorded(chosen)
+    else:
+        ids = [chat_ids(tokenizer, prompt, system, chat) for prompt in _prompts(prompts)]
+        if not drafts(chosen) or not record(backbone, chosen, ids):
+            raise UsageError(
+                "these exits are no draft, or the model ends every text with its first token: there are no chains."
+            )
+    choice = choose(backbone, chosen, batch_size, engine)
+    if not isinstance(exits, Exits):
+        chosen.save(exits)
+    return choice
+
+
 def bench_exits(
     model: nn.Module,
     tokenizer: Any,
@@ -102,14 +143,9 @@ def bench_exits(
     ``bench_exits`` (``name``, ``on_part`` …), which also says what is raised.
     """
     from dynamax_llm.evaluation.bench.exits.run import bench_exits as run
-    from dynamax_llm.text.prompts import Prompt, read_prompts
 
     chosen = exits if isinstance(exits, Exits) else Exits.from_pretrained(str(exits))
-    if isinstance(prompts, str | Path):
-        read = read_prompts(prompts)
-    else:
-        read = [Prompt.of(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    return run(model, tokenizer, chosen, read, settings, **how)
+    return run(model, tokenizer, chosen, _prompts(prompts), settings, **how)
 
 
 def tune(
@@ -135,6 +171,15 @@ def tune(
 
 def _backbone(model: nn.Module | Backbone) -> Backbone:
     return model if isinstance(model, Backbone) else adapt(model)
+
+
+def _prompts(prompts: str | Path | Sequence[str | Prompt]) -> list[Prompt]:
+    """The prompts of a file, or those given."""
+    from dynamax_llm.text.prompts import Prompt, read_prompts
+
+    if isinstance(prompts, str | Path):
+        return read_prompts(prompts)
+    return [Prompt.of(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 def _source(data: str | Path | Source) -> Source:

@@ -37,9 +37,7 @@ class Pieces:
         self._depth = 0
 
     def push(self, token: int, depth: int) -> Piece | None:
-        """The text that ``token`` completes, or None; depth 0 marks a row that has ended and gives None."""
-        if depth == 0:
-            return None
+        """The text that ``token`` completes, or None."""
         self._ids.append(token)
         self._depth = max(self._depth, depth)
         return self._emit(final=False)
@@ -61,7 +59,7 @@ class Pieces:
 
 
 def pieces(tokenizer: Any, ids: Sequence[int], depths: Sequence[int], context: Sequence[int] = ()) -> list[Piece]:
-    """The new tokens ``ids``, each with the layers it ran, as text; ``context`` are the prompt's ids."""
+    """New tokens ``ids`` up to the row's end, each with the layers it ran, as text; ``context``: the prompt's ids."""
     stream = Pieces(tokenizer, context)
     emitted = [stream.push(token, depth) for token, depth in zip(ids, depths, strict=True)]
     return [piece for piece in (*emitted, stream.flush()) if piece is not None]

@@ -138,6 +138,9 @@ class DecodeSettings:
         "window and confidence estimator.",
         metavar="TEXT",
     )
+    adaptive: bool = setting(
+        True, "Under verify, let drafting rest while it does not pay.", flag="--adaptive/--no-adaptive"
+    )
     engine: str | None = setting(
         None, "eager or cuda. Default: the fastest that can run this.", choices=ENGINES, metavar="NAME"
     )

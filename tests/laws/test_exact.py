@@ -168,7 +168,7 @@ def verifying(case: Case, window: int = 16, estimator=None, lies: list[bool] | N
         measure="softmax_margin",
         policy="verify",
         window=window,
-        **{"threshold": 0.5, **options},
+        **{"threshold": 0.5, "adaptive": False, **options},
     )
     early.estimator = early.estimator if estimator is None else estimator
     if lies is not None:

@@ -31,7 +31,9 @@ class CalibrationSettings:
         64, "Tokens read after a prompt (agreement), or generated.", flag="--max-new-tokens", least=1
     )
     path_share: float = setting(0.2, "Share of the prompts on which the path is learnt.", above=0, below=1)
-    batch: int = setting(16, "Prompts at once.", flag="--batch-size", least=1)
+    batch: int = setting(
+        16, "Prompts at once; of a draft, rows whose costs are measured (1 if left out).", flag="--batch-size", least=1
+    )
     seed: int = setting(0, "Seed of the draw.", **SEED)
     chat: bool = setting(False, f"{CHAT_HELP} Agreement is then read on the full model's own answers.")
     system: str | None = setting(None, SYSTEM_HELP, metavar="TEXT")

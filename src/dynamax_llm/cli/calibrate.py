@@ -18,21 +18,30 @@ if TYPE_CHECKING:
     from dynamax_llm.exits.promise import Promise
 
 
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Text like that to come: a .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id; for a risk, "
+        ".jsonl with question (or a whole prompt) and answers; with --chat, and for a draft, prompts. A draft needs "
+        "none.",
+        metavar="PATH|ID",
+    ),
+]
+PromiseText = Annotated[
+    str | None,
+    typer.Option(
+        help=r"agreement>=0.98, consistency>=0.9, risk\[f1]<=0.02 or risk\[exact_match]<=0.02. Without: of a draft, "
+        "measure its costs here and choose threshold and window."
+    ),
+]
+
+
 @opt.verb(place=opt.PLACE, proof=opt.Fields(PromiseSettings), settings=opt.Fields(CalibrationSettings))
 def calibrate(
     *,
     model: opt.Model,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Text like that to come: a .jsonl, .jsonl.xz or .txt file, a folder of them, or a dataset id; "
-            "for a risk, .jsonl with question (or a whole prompt) and answers; with --chat, prompts.",
-            metavar="PATH|ID",
-        ),
-    ],
-    promise: Annotated[
-        str, typer.Option(help=r"agreement>=0.98, consistency>=0.9, risk\[f1]<=0.02 or risk\[exact_match]<=0.02.")
-    ],
+    data: Data = None,
+    promise: PromiseText = None,
     exits: ExitsFolder = None,
     out: Annotated[
         Path | None,
@@ -43,10 +52,18 @@ def calibrate(
     text_field: opt.TextField = None,
     place: opt.Given,
 ) -> None:
-    """Find the thresholds that save most and keep a promise, prove it, and record it with the exits."""
+    """Find the thresholds that save most and keep a promise, prove it, and record it with the exits.
+
+    Exits that are a draft need no promise: what their chains cost on this machine decides threshold and window.
+    """
     draws = CalibrationSettings(**settings)
     note_unused_window(proof)
     check_exits(exits, None, None)
+    if promise is None:
+        _draft(model, exits, out, data, draws, settings, place)
+        return
+    if data is None:
+        raise UsageError(f"the promise {promise!r} is proved on text: give `data`.")
 
     from rich.console import Console
 
@@ -77,6 +94,29 @@ def calibrate(
             proved = prove(adapt(lm), tokenizer, found, source, promise, **arguments)
         found.keep(proved).save(target)
     report(proved, found, model, target)
+
+
+def _draft(
+    model: str,
+    exits: str | None,
+    out: Path | None,
+    data: str | None,
+    draws: CalibrationSettings,
+    settings: opt.Given,
+    place: opt.Given,
+) -> None:
+    """Calibrate a draft. Raises UsageError for other exits, which need a promise."""
+    from dynamax_llm.cli.drafted import calibrate_draft
+    from dynamax_llm.decoding.draft_choice import drafts
+
+    peek_backbone(model)
+    found, target = _exits(model, exits, out)
+    if not drafts(found):
+        raise UsageError(
+            f"exits with the readout {found.config.readout!r} are calibrated for a promise: give `promise`, "
+            "agreement>=0.98 for instance. Only a draft needs none."
+        )
+    calibrate_draft(model, found, target, data, draws, settings.get("batch", 1), place)
 
 
 def _exits(model: str, exits: str | None, out: Path | None) -> tuple[Exits, Path]:

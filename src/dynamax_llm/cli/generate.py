@@ -58,7 +58,8 @@ def generate(
     if live is not None:
         early_exit.on_token = live.on_token
     inputs = job.encode()
-    if options.get("threshold") != "never" and not any(value is not None for value in early_exit.thresholds.values):
+    closed = not early_exit.drafting.threshold and not early_exit.thresholds.active
+    if closed and options.get("threshold") != "never":
         typer.echo("note: no exit can fire at this threshold: every token runs all layers.", err=True)
     new = _within(backbone.max_positions(), job, request.max_new_tokens)
     if request.seed is not None:

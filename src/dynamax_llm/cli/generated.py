@@ -59,9 +59,11 @@ class Generation:
         }
 
     def rows(self, out: Any) -> list[tuple[list[int], list[int]]]:
-        """New ids and their depths, per prompt."""
+        """New ids up to the row's end and their depths, per prompt."""
         new = out.exit_layers.shape[1]
-        return list(zip(out.sequences[:, -new:].tolist(), out.exit_layers.tolist(), strict=True))
+        lengths = (out.trace.exit_index >= 0).sum(1).tolist()
+        rows = zip(out.sequences[:, -new:].tolist(), out.exit_layers.tolist(), lengths, strict=True)
+        return [(ids[:length], depths[:length]) for ids, depths, length in rows]
 
     def print_all(self, terminal: Terminal, out: Any) -> None:
         """Print every prompt with its continuation."""
@@ -105,6 +107,8 @@ class Generation:
         exact = exactness(trace, out.verification)
         if exact is not None:
             terminal.write_line(exact)
+        if out.drafting is not None:
+            terminal.write_line(f"draft: {out.drafting}")
 
     def json(self, out: Any, seconds: float) -> str:
         """Everything as one JSON document, escaped where stdout does not take every character."""
@@ -119,9 +123,7 @@ class Generation:
             "results": [
                 {
                     "prompt": text,
-                    "text": self.tokenizer.decode(
-                        [i for i, d in zip(ids, depths, strict=True) if d], skip_special_tokens=True
-                    ),
+                    "text": self.tokenizer.decode(ids, skip_special_tokens=True),
                     "tokens": [vars(piece) for piece in pieces(self.tokenizer, ids, depths, context)],
                 }
                 for text, context, (ids, depths) in rows
@@ -134,8 +136,9 @@ class Generation:
             "state_policy": out.trace.policy,
             "engine": out.engine,
             "promise": None if self.promise is None else self.promise.text,
+            "drafting": out.drafting,
             "window_bytes": out.trace.stats.window_bytes,
-            "verification": verification and {**vars(verification), "acceptance_rate": verification.acceptance_rate},
+            "verification": verification and verification.counts(),
             "seconds": seconds,
         }
 

@@ -14,10 +14,16 @@ if TYPE_CHECKING:
 
 def report(exits: Exits, model: str, out: Path) -> None:
     """Print what training measured on held-out text, and the command that uses the exits."""
+    from dynamax_llm.cli.drafted import report_draft
     from dynamax_llm.cli.tables import Terminal
+    from dynamax_llm.decoding.draft_choice import drafts
 
+    if drafts(exits):
+        report_draft(exits, model, out)
+        return
     config, held = exits.config, exits.provenance["held_out"]
     terminal = Terminal()
+    terminal.write_line(_verdict(exits))
     rows = [
         (f"{depth} of {config.n_layers}", f"{rate:.3f}", "–" if quality is None else f"{quality:.3f}")
         for depth, rate, quality in zip(config.layers, held["base_rate"], held["auroc"], strict=True)
@@ -42,10 +48,20 @@ def report(exits: Exits, model: str, out: Path) -> None:
             f"{best['agreement']:.1%}, mean depth {best['depth']:.3f} of the layers, counted reduction "
             f"{best['counted_reduction']:.1%}."
         )
-        if best["counted_reduction"] <= 0.0:
-            terminal.write_line(
-                "These exits cost more than they save on this model and text, so they do not pay. dynamax tune makes a "
-                "copy of the model whose exits can."
-            )
     terminal.write_line(f"Saved in {out}. Next:")
     terminal.write_line(f'  dynamax generate {model} --exits {out} --prompt "…" --threshold {threshold}')
+
+
+def _verdict(exits: Exits) -> str:
+    """Whether these exits pay, by what was counted on decoded text, and what would where they do not."""
+    best = exits.provenance["decoded"]["best"]
+    if best is not None and best["counted_reduction"] > 0.0:
+        saved = f"{best['counted_reduction']:.1%}"
+        return (
+            f"These exits pay: they save {saved} of the arithmetic, counted; dynamax bench says how much of the time."
+        )
+    why = "no threshold keeps the agreement" if best is None else "they cost more than they save on this model and text"
+    return (
+        f"These exits do not pay: {why}. --readout draft runs ahead of the model, whose own text stays exact, and is "
+        "judged by time; dynamax tune makes a copy of the model whose exits can pay."
+    )

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from dynamax_llm.backbones import Backbone
+from dynamax_llm.decoding.draft_choice import DraftChoice
+from dynamax_llm.decoding.draft_control import DraftControl
+from dynamax_llm.decoding.drafting import Drafting, control
 from dynamax_llm.decoding.output import EarlyExitOutput, columns, kept_scores
 from dynamax_llm.decoding.request import Request
 from dynamax_llm.decoding.request_checks import caller_arguments, check_prompt, check_request
@@ -51,16 +54,27 @@ class Attached(NamedTuple):
     costs: TokenCosts
 
 
+class _Prepared(NamedTuple):
+    """What decoding takes, the thresholds in force, and a draft's choice for this case."""
+
+    attached: Attached
+    thresholds: Thresholds
+    choice: DraftChoice | None
+
+
 class EarlyExit:
     """Generate with as many layers as each token needs.
 
     ``threshold``: the least confidence that lets a token leave, one or one per exit, in [0, 1] or "never". One for all
     exits rises at each by the exits' ``drift_penalty``; one per exit is taken as it is.
+    A draft without threshold, window and policy is decoded under "verify" with those that calibration or training chose
+    for this device and batch size, the nearest otherwise; at full depth where no chain pays. ``out.drafting`` says so.
     ``policy``: what happens to skipped layers' state: "propagate", "copy", "stale" (approximate state), "defer" (exact
     state) or "verify" (exact state and the full model's own output).
     ``window``: tokens per row that may wait under ``defer``, or be drafted under ``verify``, at least 1.
     ``measure``: decide by this confidence measure instead of the trained head; ``confidence``: by an estimator of your
     own.
+    ``adaptive``: under ``verify``, whether drafting rests while it does not pay (``decoding/draft_control.py``).
     ``schedule``: "fixed", or CALM's "decaying". ``on_token`` is called after every step (streaming).
     ``engine``: the name of an engine, or None for the fastest that can; the output says which ran.
     ``promise``: one that calibration recorded with the exits, "agreement>=0.98" for instance; thresholds, policy,
@@ -82,8 +96,9 @@ class EarlyExit:
         promise: str | None = None,
         on_token: OnToken | None = None,
         engine: str | None = None,
+        adaptive: bool = True,
     ) -> None:
-        self.exits, self.on_token = exits, on_token
+        self.exits, self.on_token, self.adaptive = exits, on_token, adaptive
         self.promise = None
         if measure is not None and confidence is not None:
             raise UsageError(f"measure {measure!r} beside an estimator of your own: give only one.")
@@ -96,10 +111,18 @@ class EarlyExit:
             threshold = [NEVER if limit is None else limit for limit in self.promise.thresholds]
             policy, window = self.promise.policy, self.promise.window
             measure = self.promise.estimator if self.promise.estimator in MEASURES else None
-        policy = DEFAULT_POLICY if policy is None else policy
+        own = measure is None and confidence is None
+        self.drafting = Drafting(exits, threshold is None and own, window is None)
+        if policy is None:
+            policy = "verify" if self.drafting.drafts else DEFAULT_POLICY
         self.policy = POLICIES.lookup(policy)
         self._schedule = schedule
-        self._drift = exits.drift_penalty.get(policy, ()) if measure is None and confidence is None else ()
+        self._drift = exits.drift_penalty.get(policy, ()) if own else ()
+        choice = self.drafting.choice(None, 1, engine)
+        if self.drafting.threshold:
+            threshold = self.drafting.chosen_threshold(choice)
+        if self.drafting.window:
+            window = self.drafting.chosen_window(choice)
         self.thresholds = self._parse(DEFAULT_THRESHOLD if threshold is None else threshold)
         self.window = DEFAULT_WINDOW if window is None else window
         if not isinstance(self.window, int) or self.window < 1:
@@ -112,17 +135,35 @@ class EarlyExit:
     def _parse(self, threshold: Threshold | Sequence[Threshold]) -> Thresholds:
         return Thresholds.parse(threshold, len(self.exits.config.layers), self._schedule, self._drift)
 
-    def attach(self, model: nn.Module, thresholds: Thresholds | None = None) -> Attached:
-        """What decoding ``model`` takes. Raises ArtifactMismatchError, PolicyMismatchError, UnsupportedModelError."""
+    def attach(self, model: nn.Module, thresholds: Thresholds | None = None, batch_size: int = 1) -> Attached:
+        """What decoding ``model`` takes; ``thresholds`` in place of its own, ``batch_size`` rows at once.
+
+        Raises ArtifactMismatchError, PolicyMismatchError, UnsupportedModelError."""
+        return self._prepare(model, thresholds, batch_size).attached
+
+    def _prepare(self, model: nn.Module, thresholds: Thresholds | None, batch_size: int) -> _Prepared:
         backbone = self.exits.drive(model)
         readout = self.exits.readout(backbone)
         self.policy.check(backbone, readout)
         backbone.refresh()
         if isinstance(self.estimator, nn.Module):
             self.estimator.to(backbone.device)
-        active = (self.thresholds if thresholds is None else thresholds).active
-        plan = ExitPlan(self.exits.config.layers, self.estimator, readout, self.policy, self.window, active)
-        return Attached(backbone, plan, TokenCosts.of(backbone.costs(), plan))
+        choice = self.drafting.choice(backbone, batch_size, self.engine)
+        if thresholds is None:
+            thresholds = self.thresholds
+            if self.drafting.threshold:
+                thresholds = self._parse(self.drafting.chosen_threshold(choice))
+        window = self.drafting.chosen_window(choice) if self.drafting.window else self.window
+        policy = self.policy
+        if self.drafting.drafts and not thresholds.active:  # full depth, with no window to keep
+            policy = POLICIES[DEFAULT_POLICY]
+        plan = ExitPlan(self.exits.config.layers, self.estimator, readout, policy, window, thresholds.active)
+        return _Prepared(Attached(backbone, plan, TokenCosts.of(backbone.costs(), plan)), thresholds, choice)
+
+    def _control(self, found: Attached, choice: DraftChoice | None) -> DraftControl | None:
+        """What switches a session's drafting off and on."""
+        wanted = self.adaptive and found.plan.policy.exact_output and found.plan.active
+        return control(choice, found.costs) if wanted else None
 
     @torch.no_grad()
     def open(self, model: nn.Module, slots: int = 1) -> Session:
@@ -133,9 +174,10 @@ class EarlyExit:
         if not isinstance(slots, int) or slots < 1:
             raise UsageError(f"slots {slots!r}: give the number of rows, a whole number from 1.")
         every = Thresholds((0.0,) * len(self.exits.config.layers))
-        found = self.attach(model, every)
+        own = self._prepare(model, None, slots).thresholds
+        found, _, choice = self._prepare(model, every, slots)
         session, _ = open_session(found.backbone, found.plan, slots, self.engine)
-        return Session(session, self.thresholds)
+        return Session(session, own, control=self._control(found, choice))
 
     def __call__(
         self,
@@ -156,8 +198,7 @@ class EarlyExit:
         if caller.get("assistant_model") is not None:
             raise UsageError("assistant_model: policy='verify' drafts with the exits. Leave assistant_model out.")
         check_request(generation_config, model_kwargs, self.policy, logits_processor)
-        thresholds = self._per_call(threshold)
-        found = self.attach(model, thresholds)
+        found, thresholds, choice = self._prepare(model, self._per_call(threshold), len(input_ids))
         padding = model_kwargs.get("attention_mask")
         request = Request(input_ids, logits_processor, stopping_criteria, generation_config)
         new = request.max_length - input_ids.shape[1]
@@ -165,19 +206,19 @@ class EarlyExit:
         streamer = caller.get("streamer")
         engine, name = open_session(found.backbone, found.plan, len(input_ids), self.engine)
         try:
-            session = Session(engine, thresholds, RequestSampler(request))
+            session = Session(engine, thresholds, RequestSampler(request), self._control(found, choice))
             events = session.fill(input_ids, padding, self._prefill(engine, input_ids, padding), new)
             self._run(session, events, found.costs, request, on_token or self.on_token, streamer)
-            out = self._output(session, found.costs, request, name)
+            out = self._output(session, found.costs, choice, request, name)
         finally:
             engine.close()
             if streamer is not None:
                 streamer.end()
         return out.sequences if caller.get("return_dict_in_generate") is False else out
 
-    def _per_call(self, threshold: Threshold | Sequence[Threshold] | None) -> Thresholds:
+    def _per_call(self, threshold: Threshold | Sequence[Threshold] | None) -> Thresholds | None:
         if threshold is None:
-            return self.thresholds
+            return None
         if self.promise is not None:
             raise UsageError(
                 f"threshold {threshold!r} beside the promise {self.promise.text!r}: its thresholds are the calibrated "
@@ -207,7 +248,9 @@ class EarlyExit:
                 return
             session.step()
 
-    def _output(self, session: Session, costs: TokenCosts, request: Request, engine: str) -> EarlyExitOutput:
+    def _output(
+        self, session: Session, costs: TokenCosts, choice: DraftChoice | None, request: Request, engine: str
+    ) -> EarlyExitOutput:
         rows = [row for row in session.rows if row is not None]
         sequences, exit_index = columns(rows, int(request.pad))
         trace = Trace(exit_index, costs, self.policy.name, session.decoder.stats())
@@ -217,6 +260,7 @@ class EarlyExit:
             trace=trace,
             verification=session.verification if self.policy.exact_output else None,
             engine=engine,
+            drafting=self.drafting.sentence(choice, session.verification),
             kernels=list(session.engine.kernels),  # not a tuple: pipelines take those for per-row values
             **kept_scores(rows, request.wants_scores, request.wants_logits),
         )

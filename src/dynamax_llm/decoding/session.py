@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.decoding.decoder import Decoder
+from dynamax_llm.decoding.draft_control import DraftControl
 from dynamax_llm.decoding.rows import Event, Row, RowSettings
 from dynamax_llm.decoding.sampler import RowSampler, Sampler
 from dynamax_llm.decoding.thresholds import Thresholds
@@ -32,8 +33,15 @@ from dynamax_llm.shapes import Ids
 class Session:
     """Rows decoded together. Raises UsageError for rows that do not exist or are not free."""
 
-    def __init__(self, engine: EngineSession, thresholds: Thresholds, sampler: Sampler | None = None) -> None:
+    def __init__(
+        self,
+        engine: EngineSession,
+        thresholds: Thresholds,
+        sampler: Sampler | None = None,
+        control: DraftControl | None = None,
+    ) -> None:
         self.engine, self.decoder, self.thresholds = engine, Decoder(engine), thresholds
+        self.control = control  # of drafting, under ``verify``; None: every window drafts
         self.sampler = RowSampler() if sampler is None else sampler
         self.plan, self.slots = engine.plan, engine.slots
         self.rows: list[Row | None] = [None] * self.slots

@@ -7,6 +7,16 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Round:
+    """One window: per slot, how many tokens exits proposed, and how many of them were accepted; ``steps`` draft steps,
+    which all rows share."""
+
+    proposed: tuple[int, ...]
+    accepted: tuple[int, ...]
+    steps: int
+
+
 @dataclass
 class Verification:
     """Counts over all rows until their ends."""
@@ -16,6 +26,13 @@ class Verification:
     corrected: int = 0  # proposals replaced by the full model's token
     rolled_back: int = 0  # proposals after a replaced one, or after a row's end
     windows: int = 0  # catch-up passes that checked at least one proposal
+    rested: int = 0  # steps at full depth because drafting rested
+    rounds: list[Round] = field(default_factory=list, repr=False)  # every window with a proposal, in order
+
+    def counts(self) -> dict[str, float]:
+        """The counts and the acceptance rate, by name."""
+        fields = ("drafted", "accepted", "corrected", "rolled_back", "windows", "rested")
+        return {**{name: getattr(self, name) for name in fields}, "acceptance_rate": self.acceptance_rate}
 
     @property
     def acceptance_rate(self) -> float:

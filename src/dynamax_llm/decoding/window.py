@@ -7,7 +7,8 @@
     keep         the engine rolls the rest back
 
 Hugging Face's processors and criteria see what they would see in plain ``generate``: each row's own accepted text, one
-token at a time, in order. The length of a draft depends on the past alone.
+token at a time, in order. The length of a draft depends on the past alone; where the session has a ``DraftControl``,
+that says how long it may be.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.decoding.rows import Event, Row
-from dynamax_llm.decoding.verification import Draft
+from dynamax_llm.decoding.verification import Draft, Round
 from dynamax_llm.engines.plan import RowThresholds
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ class Window:
 
     def __init__(self, session: Session) -> None:
         self.session, self.engine, self.decoder = session, session.engine, session.decoder
-        self.sampler, self.plan = session.sampler, session.plan
+        self.sampler, self.plan, self.control = session.sampler, session.plan, session.control
+        #: Proposals at most.
+        self.most = self.plan.window if self.control is None or self.control.most is None else self.control.most
 
     def run(self) -> list[Event]:
         """One window: the tokens that rows accepted."""
@@ -49,7 +52,7 @@ class Window:
         while True:
             drafting = [slot for slot in slots if not resting[slot]]
             idle = self.session.flags(resting)
-            limits = self.session.limits(drafting, ahead=len(draft))
+            limits = self.session.limits(drafting if len(draft) < self.most else (), ahead=len(draft))
             deep = self.decoder.step(ids, limits, idle)
             if deep:
                 draft.exits.append([self.plan.full] * self.session.slots)
@@ -105,7 +108,8 @@ class Window:
         banned: tuple[int, ...],
     ) -> bool:
         """Whether the engine may start the next draft step: it does not fill the window, and no row rests before it."""
-        if idle is not None or not self.sampler.fixed_rows or self.decoder.drafted + 1 >= self.plan.window:
+        filled = self.decoder.drafted + 1 >= self.plan.window or len(draft) + 1 >= self.most
+        if idle is not None or not self.sampler.fixed_rows or filled:
             return False
         longest = max(len(row.tokens) for row in rows) + len(draft.choices) + 2
         return (
@@ -151,7 +155,7 @@ class Window:
                 events.append(Event(slot, tokens[slot], rows[slot].exits[-1], rows[slot].ended))
                 if not self.session.is_live(rows[slot]) or (proposed and not kept[slot]):
                     open_rows.discard(slot)
-        self._count(draft, accepted, replaced)
+        self._count(slots, draft, accepted, replaced, lengths)
         self._close_window(counts, width)
         return events
 
@@ -177,10 +181,20 @@ class Window:
         if any(live):
             self.decoder.keep([count if goes_on else most for count, goes_on in zip(counts, live, strict=True)])
 
-    def _count(self, draft: Draft, accepted: list[int], replaced: list[int]) -> None:
-        stats = self.session.verification
-        stats.windows += bool(draft.choices)
+    def _count(
+        self, slots: Sequence[int], draft: Draft, accepted: list[int], replaced: list[int], lengths: list[int]
+    ) -> None:
+        """Note what became of the proposals; ``lengths``: of the rows' texts before the window."""
+        stats, steps = self.session.verification, len(draft.choices)
+        if steps:
+            stats.windows += 1
+            stats.rounds.append(Round(tuple(draft.proposed), tuple(accepted), steps))
         stats.drafted += sum(draft.proposed)
         stats.accepted += sum(accepted)
         stats.corrected += sum(replaced)
         stats.rolled_back += sum(draft.proposed) - sum(accepted) - sum(replaced)
+        if self.control is not None:
+            stats.rested += self.control.most == 0
+            rows = self.session.all_rows()
+            grown = sum(len(rows[slot]) - lengths[slot] for slot in slots) / len(slots)
+            self.control.note(grown, draft.exits[:steps])

@@ -1,22 +1,20 @@
-"""What a draft proposes: chains of tokens from positions of whole texts, and the lengths that pay.
+"""What a draft proposes: chains of tokens from positions of whole texts, from which its heads learn.
 
 A chain starts after a token that ran at full depth. It goes on over its own proposals; where a proposal is not the
 text's token, what follows is not what decoding would do and is not counted.
 
-Shapes: B rows, T tokens, F forks, J steps, d width, N chains.
+Shapes: B rows, T tokens, F forks, J steps, d width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynamax_llm.backbones import Backbone
-from dynamax_llm.exits.confidence.base import ConfidenceEstimator
 from dynamax_llm.exits.features import ExitFeatures
 from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.exits.readouts.draft import DraftReadout, DraftWeights
@@ -74,87 +72,7 @@ def collect_chains(backbone: Backbone, readout: Readout, batch: Batch, steps: in
         return torch.stack(tuple(values), dim=2).flatten(1, 2)  # (B, F J, ...)
 
     moved, agreed, target, masks = (side_by_side([each[place] for each in parts]) for place in (0, 2, 3, 4))
+    values, tokens = side_by_side([each[1].values for each in parts]), side_by_side([each[1].token for each in parts])
     rows = [each[1].rows for each in parts if each[1].rows is not None]
-    features = ExitFeatures(
-        side_by_side([each[1].values for each in parts]), None, rows=side_by_side(rows) if rows else None
-    )
+    features = ExitFeatures(values, tokens, rows=side_by_side(rows) if rows else None)
     return ExitBatch(masks, (moved,), (features,), agreed[None], target, agreed[None].float())
-
-
-@dataclass(frozen=True)
-class ChainTrace:
-    """Chains of held-out text: per step the confidence (N, J), and whether the proposal was accepted, (N, J); a step
-    after a refused one is not accepted."""
-
-    confidence: Tensor
-    accepted: Tensor
-
-    @classmethod
-    def of(cls, batches: Sequence[ExitBatch], estimator: ConfidenceEstimator, steps: int) -> ChainTrace:
-        """From collected chains of ``steps`` steps each; those whose first step does not count are left out."""
-        confidences, accepted = [], []
-        for batch in batches:
-            confidence, _ = estimator.confidence(0, batch.hidden[0], batch.features[0], None)
-            rows = [part.unflatten(1, (-1, steps)).flatten(0, 1) for part in (confidence, batch.labels[0], batch.mask)]
-            first = rows[2][:, 0]
-            holds = (rows[1] & rows[2])[first].long().cumprod(1).bool()
-            confidences.append(rows[0][first].float().cpu())
-            accepted.append(holds.cpu())
-        return cls(torch.cat(confidences), torch.cat(accepted))
-
-    @property
-    def match(self) -> list[float]:
-        """Per step, the share of proposals accepted where all before were."""
-        reached = torch.cat((torch.ones_like(self.accepted[:, :1]), self.accepted[:, :-1]), dim=1)
-        hits, tries = self.accepted.sum(0).double(), reached.sum(0).double()
-        return (hits / tries.clamp(min=1)).tolist()
-
-    def lengths(self, threshold: float, most: int) -> Tensor:
-        """Proposals (N,) of a chain that goes on while the product of confidences is at least ``threshold``."""
-        goes_on = (self.confidence.cumprod(1) >= threshold)[:, : most - 1].long().cumprod(1)
-        return 1 + goes_on.sum(1)
-
-    def outcome(self, threshold: float, most: int) -> tuple[float, Tensor]:
-        """Mean tokens per verification, and the shares (most,) of chains with 1, 2, … ``most`` proposals."""
-        lengths = self.lengths(threshold, most)
-        within = torch.arange(self.accepted.shape[1]) < lengths.unsqueeze(1)
-        tokens = 1.0 + float((self.accepted & within).sum(1).double().mean())
-        return tokens, torch.bincount(lengths - 1, minlength=most).double() / len(lengths)
-
-
-@dataclass(frozen=True)
-class ChainCosts:
-    """Costs in units of a full step over one token: of a draft step, and of passes over 1, 2, … tokens."""
-
-    draft: float
-    passes: tuple[float, ...]
-
-    def window(self, proposals: int) -> float:
-        """The cost of so many proposals and their verification."""
-        return proposals * self.draft + self.passes[min(proposals, len(self.passes) - 1)]
-
-
-#: Thresholds from which the best is chosen.
-GRID = tuple(index / 40 for index in range(41))
-
-
-@dataclass(frozen=True)
-class ChainChoice:
-    """The threshold that gives most tokens for their cost, and what it gives by the trace."""
-
-    threshold: float
-    tokens: float  # a verification
-    proposals: float  # a verification
-    speed_up: float  # over full steps; below 1 the draft does not pay
-
-
-def best_threshold(trace: ChainTrace, costs: ChainCosts, most: int) -> ChainChoice:
-    """The expected-gain rule: of thresholds in GRID, the one with most tokens per cost; chains of 1 to ``most``."""
-    most = min(most, trace.confidence.shape[1], len(costs.passes) - 1)
-    windows = torch.tensor([costs.window(count) for count in range(1, most + 1)], dtype=torch.float64)
-    found = []
-    for threshold in GRID:
-        tokens, shares = trace.outcome(threshold, most)
-        proposals = float((shares * torch.arange(1, most + 1)).sum())
-        found.append(ChainChoice(threshold, tokens, proposals, tokens / float((shares * windows).sum())))
-    return max(found, key=lambda choice: choice.speed_up)

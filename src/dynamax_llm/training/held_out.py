@@ -22,7 +22,6 @@ from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.progress import Advance, unwatched
 from dynamax_llm.text.batches import Batch
-from dynamax_llm.traces.chains import STEPS, ChainTrace
 from dynamax_llm.traces.collect import ExitBatch, collect_exits
 from dynamax_llm.traces.curves import auroc, oracle_depth, sweep
 from dynamax_llm.traces.simulate import NEVER, ThresholdSample, depths, simulate_exits, simulate_no_exit
@@ -118,12 +117,6 @@ def _whole(parts: dict[int, Tensor], tokens: list[int], exits: int, group: Group
     for index, part in parts.items():
         whole[:, ends[index] - tokens[index] : ends[index]] = part
     return group.sum(whole)
-
-
-def chain_report(estimator: ConfidenceEstimator, held: HeldOut) -> dict[str, Any]:
-    """How a draft does on held-out text: the share of proposals accepted at each step, after those before it."""
-    trace = ChainTrace.of(list(held), estimator, STEPS)
-    return {"match": trace.match, "chains": len(trace.accepted)}
 
 
 def _trace_report(trace: Tensor, labels: Tensor, config: ExitConfig, agreement: float) -> dict[str, Any]:

@@ -23,9 +23,10 @@ from dynamax_llm.exits.registries import HEADS, READOUTS
 from dynamax_llm.progress import TokenBar
 from dynamax_llm.text.answer_source import AnySource
 from dynamax_llm.text.batches import Batch, Stream, first_batches
+from dynamax_llm.traces.chain_choice import choose, prompts_of, record
 from dynamax_llm.traces.drift import drift_penalty
 from dynamax_llm.training.blocks import TrainedLearner
-from dynamax_llm.training.held_out import chain_report, decoded_report, on_policy
+from dynamax_llm.training.held_out import decoded_report, on_policy
 from dynamax_llm.training.learner import HeadLearner
 from dynamax_llm.training.parallel import Group
 from dynamax_llm.training.phases import READOUT_LEARNERS, Heads, LearnReadouts, Phases, ReadoutLearner
@@ -62,11 +63,13 @@ def train_many(
     configs: Mapping[str, ExitConfig],
     settings: TrainSettings,
     out: str | Path,
+    *,
+    decode: bool = False,
 ) -> dict[str, Exits]:
-    """Train several configurations in one pass over the data; each is saved in ``out``/name. Otherwise as ``train``,
-    without the report on decoded text."""
+    """Train several configurations in one pass over the data; each is saved in ``out``/name. Otherwise as ``train``;
+    ``decode``: with the report on decoded text."""
     folders = {name: prepare_folder(Path(out) / name, (MANIFEST, TENSORS)) for name in configs}
-    return _Training(backbone, source, configs, settings).run(tokenizer, Path(out), folders, decode=False)
+    return _Training(backbone, source, configs, settings).run(tokenizer, Path(out), folders, decode)
 
 
 class _Training:
@@ -162,8 +165,9 @@ class _Training:
         losses = phases.readout.losses.get(number, {}) if phases.readout else {}
         exits.provenance = self._provenance(learner, losses, counters, held_out)
         if drafts:
-            bar.stage("measuring the draft")
-            exits.provenance["chains"] = chain_report(trained, heads.held)
+            prompts, advance = prompts_of(heads.held.batches), bar.stage("measuring the draft")
+            if self.group.main and record(backbone, exits, prompts, advance):
+                choose(backbone, exits)
         elif decode:
             advance = bar.stage("measuring decoded text")
             report = decoded_report(backbone, exits, heads.held.batches, settings.agreement, advance)

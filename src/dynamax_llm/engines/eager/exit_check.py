@@ -86,6 +86,8 @@ class ExitCheck:
         if readout.drafts:
             self._draft(token, index, self._limits[index])
             return
+        if not self.recurrent and all(limit is None for limit in self._limits[index:]):
+            return  # neither this token nor a later one needs to know what is said here
         logits, moved = None, self.transform(index, token.h)
         if plan.estimator.needs_logits:
             features, logits = readout.read(index, token.h, token.before, token.features, moved)

@@ -14,7 +14,7 @@ import torch
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.fingerprint import fingerprint
 from dynamax_llm.evaluation.common.documents import BackboneFacts, Run
-from dynamax_llm.version import installed_version
+from dynamax_llm.version import installed_version, processor_name
 
 #: Distributions whose versions affect results.
 PACKAGES = {"torch": "torch", "transformers": "transformers", "lm_eval": "lm_eval"}
@@ -59,16 +59,7 @@ def hardware() -> str:
     chips = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
-    return ", ".join([*chips, f"{_processor()}, {cores} cores, {threads} thread{'' if threads == 1 else 's'}"])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    return ", ".join([*chips, f"{processor_name()}, {cores} cores, {threads} thread{'' if threads == 1 else 's'}"])
 
 
 def commit() -> str | None:
