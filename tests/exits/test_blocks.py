@@ -143,7 +143,7 @@ def test_forks_are_passes_that_went_another_way(kind: str, shape: BlockShape, dt
     """Outputs at forks, and over further tokens of each fork's own: more of them than the short window holds."""
     block, x = block_of(kind, shape, dtype), text(2).to(dtype)
     forks = block.forks(COUNT, 5, torch.Generator().manual_seed(seed))
-    assert 0 <= int(forks.min()) and int(forks.max()) < COUNT and len(forks) > 1
+    assert int(forks.min()) >= 0 and int(forks.max()) < COUNT and len(forks) > 1
     steps, own = 9, text(2 * len(forks), 9, seed=5).to(dtype).unflatten(0, (2, -1))  # (B, F, steps, d)
     first, fork = block.fork(x, forks)
     found = [fork.step(own[:, :, step]) for step in range(steps)]
