@@ -24,6 +24,7 @@ Ids = Int[Tensor, "batch tokens"]
 Flags = Bool[Tensor, "batch tokens"]
 Hidden = Float[Tensor, "batch tokens width"]
 Logits = Float[Tensor, "batch tokens choices"]  # over the vocabulary, or over candidates
+Spoken = Float[Tensor, "batch tokens spoken"]  # over the tokens that a readout speaks
 Scores = Float[Tensor, "batch tokens"]
 Statistics = Float[Tensor, "batch tokens statistics"]
 Choices = Int[Tensor, "batch tokens choices"]

@@ -16,6 +16,7 @@ from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.features import STATISTICS, ExitFeatures, exit_features
 from dynamax_llm.exits.readouts.base import Readout, build_readout
+from dynamax_llm.exits.readouts.trained import TrainedReadout
 from dynamax_llm.exits.registries import HEADS, MEASURES, READOUTS
 from dynamax_llm.exits.state import ExitState, State, Stateful
 from dynamax_llm.testing import tiny_model
@@ -42,6 +43,9 @@ def moved_off_zero(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def config(**changes) -> ExitConfig:
+    kind = READOUTS[changes.get("readout", "head")]
+    if issubclass(kind, TrainedReadout):
+        changes["readout_options"] = kind.Options(vocabulary=0, block_window=6)
     return ExitConfig(**{"layers": LAYERS, "n_layers": 5, "head": None, "width": None, "candidates": 0, **changes})
 
 
@@ -67,7 +71,8 @@ def estimators() -> dict[str, Callable[[], ConfidenceEstimator]]:
 
 
 with registered(*PAGES):
-    READOUT_KINDS, ESTIMATORS = list(READOUTS), estimators()
+    # A draft reads no h of its own and one token at a time: its contract is in tests/laws/test_draft_state.py.
+    READOUT_KINDS, ESTIMATORS = [name for name, kind in READOUTS.items() if not kind.drafts], estimators()
 Use = Callable[[Stateful, int, Tensor, ExitFeatures, State | None, Tensor | None], tuple[Tensor, State | None]]
 
 

@@ -75,7 +75,7 @@ def test_slices_of_a_sequence_see_what_the_whole_does(backbone, monkeypatch) -> 
     whole = exit_features(h, before, readout.logits(1, h), previous)
     calls = []
     monkeypatch.setattr(base, "LOGITS_AT_ONCE", 2 * 2 * backbone.vocab_size)
-    monkeypatch.setattr(readout, "logits", lambda exit, h: calls.append(h.shape) or backbone.readout(h))
+    monkeypatch.setattr(readout, "scores", lambda exit, h: calls.append(h.shape) or backbone.readout(h))
     sliced, tokens = readout.features(1, h, before, previous)
     assert [shape[1] for shape in calls] == [2, 2, 2, 1]
     torch.testing.assert_close(sliced.values, whole.values, atol=1e-5, rtol=1e-5)

@@ -35,14 +35,15 @@ class TokenCosts:
         by_exit, overhead = [], []
         for index, depth in enumerate((*exits, n_layers)):
             leaves = index < len(exits)
-            asked = min(index + 1, active)
+            # A draft is not asked of a token that goes deep: the chain has ended before it.
+            asked = min(index + 1, active) if leaves or not readout.drafts else 0
             checks = sum(estimator.macs(e) for e in range(asked))
             if estimator.recurrent:
                 checks += sum(estimator.update_macs(e) for e in range(asked, active))
-            if readout.recurrent:
+            if readout.drafts:  # tokens that were checked are read again, with the backbone's features
+                checks += readout.update_macs(0) if active else 0
+            elif readout.recurrent:
                 checks += sum(readout.update_macs(e) for e in range(asked, active))
-            if readout.drafts and active:  # tokens that were checked are read again, with the backbone's features
-                checks += readout.update_macs(0)
             # An exit's own readout serves as the token's if it was complete, unless a tail runs between the two.
             looked = sum(readout.read_macs(e) for e in range(asked)) if estimator.needs_logits else 0
             reused = leaves and tail == 0 and estimator.needs_logits and readout.reads_all(index)

@@ -58,8 +58,8 @@ class StatePolicy:
             )
         if readout.drafts and not self.exact_output:
             raise PolicyMismatchError(
-                f"state policy {self.name!r} cannot be used with the readout 'draft': a draft runs no layer, and its "
-                "tokens must be checked. Use the policy 'verify', or exits with the readout 'block'."
+                f"state policy {self.name!r} cannot be used with the readout {readout.kind!r}: a draft runs no layer, "
+                "and its tokens must be checked. Use the policy 'verify', or exits with the readout 'block'."
             )
         if self.exact_state and readout.tail_layers:
             raise PolicyMismatchError(

@@ -109,7 +109,11 @@ class ExitCheck:
     def _draft(self, token: Token, index: int, limit: float | Tensor | None) -> None:
         """Exit ``index``, of depth 0, proposes a token, unless the chain of proposals has become too unlikely."""
         readout = self.plan.readout
-        if limit is None or (self._holds is not None and not bool((self._mean_holds(token) >= limit).all())):
+        if limit is None:
+            return
+        likely = 1.0 if self._holds is None else self._mean_holds(token)
+        goes_on = torch.as_tensor(likely >= limit, device=token.h.device)
+        if not bool((goes_on | token.left).all()):  # a row that rests has no limit of its own
             return
         moved = self.transform(index, token.h)
         features, logits = readout.read(index, token.h, token.before, None, moved)
@@ -161,6 +165,9 @@ class ExitCheck:
         if before.readout is not None:
             read = self.plan.readout.observe(embedded, tapped, before.readout, padding, counts)
             self.states = ExitState(self.states.estimator, read)
+
+    def end_chain(self) -> None:
+        """The window is closed: the next proposals begin a chain of their own."""
         self._holds = None
 
     def read_prompt(

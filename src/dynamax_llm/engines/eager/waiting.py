@@ -142,6 +142,7 @@ class WaitingSession(EagerSession):
             counted = None if shortest == width else kept
             window, self._entered = torch.cat(self._entered, dim=1), []
             self.exit_check.observe(self._before_window, window, self._take_tapped(), counts=counted)
+        self.exit_check.end_chain()
         self.length = start + longest
         self.cache.set_length(0, self.backbone.n_layers, self.length)
         if self.padding is not None or shortest < longest:

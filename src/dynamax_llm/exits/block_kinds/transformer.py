@@ -134,7 +134,8 @@ class _TransformerFork(Fork):
     def step(self, x: Tensor) -> Tensor:
         self.positions = self.positions + 1
         n = rms_norm(x, self.block.norm)
-        self._own.append(self.block._keys_values(n, self.positions.unsqueeze(0)))
+        newest = self.block._keys_values(n, self.positions.unsqueeze(0))
+        self._own = [*self._own, newest][-self.block.shape.window :]
         q = self._queries(n).transpose(1, 2)  # (B, H, F, P)
         groups = self.block.shape.heads // self.block.shape.kv_heads
 

@@ -21,7 +21,7 @@ from dynamax_llm.exits.config import ExitConfig, ReadoutOptions
 from dynamax_llm.exits.features import ExitFeatures, concatenate, exit_features, slice_features
 from dynamax_llm.exits.registries import READOUTS
 from dynamax_llm.exits.state import State, Stateful
-from dynamax_llm.shapes import Hidden, Ids, Logits
+from dynamax_llm.shapes import Hidden, Ids, Logits, Spoken
 
 #: Logits made at once when a whole sequence is read out; bounds memory at 64 MiB a float32 copy.
 LOGITS_AT_ONCE = 1 << 24
@@ -118,7 +118,7 @@ class Readout(Stateful):
         """Multiply-accumulates of ``transform`` of one token."""
         return 0
 
-    def scores(self, exit: int, moved: Hidden) -> Logits:
+    def scores(self, exit: int, moved: Hidden) -> Spoken:
         """Float32 logits of the tokens it speaks, (B, T, V) or (B, T, K), from transformed h."""
         return self.backbone.readout(moved)
 
@@ -127,7 +127,7 @@ class Readout(Stateful):
         """Float32 logits (B, T, V) of exit ``exit`` from transformed h; with a tail, from h after the tail."""
         return self.spread(self.scores(exit, moved))
 
-    def spread(self, scores: Logits) -> Logits:
+    def spread(self, scores: Spoken) -> Logits:
         """Logits (B, T, V) from ``scores``: minus infinity for tokens that it does not speak."""
         if self.vocabulary is None:
             return scores

@@ -21,7 +21,7 @@ from dynamax_llm.exits.block_kinds.base import Block, BlockShape
 from dynamax_llm.exits.config import LEAST_CANDIDATES, ExitConfig, ReadoutOptions
 from dynamax_llm.exits.readouts.base import Readout
 from dynamax_llm.exits.registries import BLOCKS
-from dynamax_llm.shapes import Hidden, Logits
+from dynamax_llm.shapes import Hidden, Spoken
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class TrainedReadout(Readout):
             return f"its vocabulary of {len(tokens)} tokens is not part of the model's {vocab_size}"
         return None if bool((tokens[1:] > tokens[:-1]).all()) else "its vocabulary is not in ascending order"
 
-    def scores(self, exit: int, moved: Hidden) -> Logits:
+    def scores(self, exit: int, moved: Hidden) -> Spoken:
         if self.vocabulary is None:
             return self.backbone.readout(moved)
         return self.backbone.readout_through(moved, self._rows, self._bias)
