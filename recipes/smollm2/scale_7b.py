@@ -12,6 +12,7 @@ import statistics
 import time
 
 import torch
+from recipes.common import conditions, parsed, parser
 
 from dynamax_llm.backbones import adapt
 from dynamax_llm.evaluation.common.random_models import random_model
@@ -21,7 +22,6 @@ from dynamax_llm.text.batches import Batch
 from dynamax_llm.traces.collect import hidden_at
 from dynamax_llm.training.blocks import BlockLearner, DraftLearner
 from dynamax_llm.training.settings import TrainSettings
-from recipes.common import conditions, parsed, parser
 
 SEQUENCE = 512
 

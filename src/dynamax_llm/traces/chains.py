@@ -41,8 +41,11 @@ def chain(
 
 
 @torch.no_grad()
-def collect_chains(backbone: Backbone, readout: Readout, batch: Batch, steps: int = STEPS) -> ExitBatch:
-    """The chains of a batch as an ExitBatch of one exit: (B, F J), a fork's steps side by side.
+def collect_chains(
+    backbone: Backbone, readout: Readout, batch: Batch, steps: int = STEPS, every: int = EVERY
+) -> ExitBatch:
+    """The chains of a batch as an ExitBatch of one exit: (B, F J), a fork's steps side by side; about one fork in
+    ``every`` tokens, where the block can fork.
 
     ``mask``: the steps that decoding would reach, each proposal before them having been the text's token; ``labels``:
     whether the proposal is the full model's token.
@@ -53,7 +56,7 @@ def collect_chains(backbone: Backbone, readout: Readout, batch: Batch, steps: in
     hidden = hidden_at(backbone, (0, *readout.taps), batch.ids)
     device = hidden[0].device
     generator = torch.Generator().manual_seed(0)
-    forks = readout.weights.block.forks(count - steps + 1, EVERY, generator).to(device)
+    forks = readout.weights.block.forks(count - steps + 1, every, generator).to(device)
     final = hidden[backbone.n_layers]
     full = argmax(backbone, final.flatten(0, 1)).view(final.shape[:2])  # (B, T)
     ids = batch.ids.to(device)

@@ -56,7 +56,7 @@ class TrainedLearner(abc.ABC):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.weights = self._new_weights()
-        for block in self.blocks():
+        for block in self.blocks() if settings.warm_start else ():
             start_from_last_layer(block, backbone)
         self.weights.to(backbone.device)
         self.readout = build_readout(backbone, config, self.weights)
@@ -145,12 +145,12 @@ class TrainedLearner(abc.ABC):
         counted = (batch.mask if batch.answers is None else batch.answers).to(final.device, non_blocking=True)
         with torch.set_grad_enabled(learn):
             weighted: list[Tensor] = []
-            target, at = None, None
+            target: tuple[Tensor, Tensor] | None = None
+            at: Tensor | None = None
             for number, outputs, positions in self.parts(hidden, batch, forks):
                 if target is None or at is not positions:
-                    target, at = self._target(final[:, positions]), positions
-                p, log_target = target
-                loss = self._loss(outputs, p, log_target, counted[:, positions])
+                    target, at = self.target(final[:, positions]), positions
+                loss = self._loss(outputs, target, counted[:, positions])
                 losses[number] = loss.detach()
                 weighted.append(loss * self._weight(number))
                 if learn and self.separate:
@@ -177,7 +177,7 @@ class TrainedLearner(abc.ABC):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     @torch.no_grad()
-    def _target(self, final: Tensor) -> tuple[Tensor, Tensor]:
+    def target(self, final: Tensor) -> tuple[Tensor, Tensor]:
         """The full model's distribution over the tokens that the readout speaks, from its h (B, F, d): probabilities
         p (B, F, K), and their logarithms taken among these tokens."""
         log_p = torch.log_softmax(self.backbone.readout(final), dim=-1)  # (B, F, V)
@@ -185,13 +185,16 @@ class TrainedLearner(abc.ABC):
             log_p = log_p[..., self.readout.vocabulary]
         return log_p.exp(), log_p.log_softmax(-1)
 
-    def _loss(self, outputs: Tensor, p: Tensor, log_target: Tensor, real: Tensor) -> Tensor:
-        """Mean loss over ``real`` (B, F) positions of outputs (B, F, d) against ``_target``."""
+    def _loss(self, outputs: Tensor, target: tuple[Tensor, Tensor], real: Tensor) -> Tensor:
+        """Mean loss over ``real`` (B, F) positions of outputs (B, F, d) against ``target``."""
+        count = self.group.sum(real.sum().float()).clamp(min=1)
+        return (self.losses(outputs, *target) * real).sum() / count
+
+    def losses(self, outputs: Tensor, p: Tensor, log_target: Tensor) -> Tensor:
+        """The loss (B, F) of each of outputs (B, F, d) against ``target``."""
         log_q = torch.log_softmax(self.readout.scores(0, outputs), dim=-1)  # (B, F, K)
         divergence = (log_target.exp() * (log_target - log_q)).sum(-1)
-        variation = 1.0 - torch.minimum(p, log_q.exp()).sum(-1)
-        count = self.group.sum(real.sum().float()).clamp(min=1)
-        return ((divergence + variation) * real).sum() / count
+        return divergence + (1.0 - torch.minimum(p, log_q.exp()).sum(-1))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything of it, for a checkpoint."""

@@ -97,6 +97,7 @@ class TrainSettings(RunSettings):
     )
     block_lr: float = setting(1e-3, "Peak learning rate of blocks and drafts.", above=0, most=1)
     draft_steps: int = setting(3, "Own steps over which a draft is trained.", least=1)
+    warm_start: bool = setting(True, "A block starts as a copy of the last layer if both have one form.", flag="")
     every: int = setting(4, "Blocks and drafts learn at one token in this many.", flag="", least=1)
     eval_every: int = setting(100_000, "Training tokens between evaluations.", flag="", least=1)
     patience: int = setting(5, "Evaluations without a better held-out loss before a head stops.", least=1)

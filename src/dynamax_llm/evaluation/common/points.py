@@ -41,10 +41,10 @@ class Points:
         Full depth agrees on every token and closes the curve. Below the lowest point's agreement: that point's depth.
         """
         index = draws(len(self.tokens))  # (draws, N)
-        low, high = ends(np.concatenate([self._depths(part, target) for part in np.array_split(index, 40)]))
-        return Interval(value=float(self._depths(np.arange(len(self.tokens))[None], target)[0]), low=low, high=high)
+        low, high = ends(np.concatenate([self.drawn(part, target) for part in np.array_split(index, 40)]))
+        return Interval(value=float(self.drawn(np.arange(len(self.tokens))[None], target)[0]), low=low, high=high)
 
-    def _depths(self, index: np.ndarray, target: float) -> np.ndarray:
+    def drawn(self, index: np.ndarray, target: float) -> np.ndarray:
         """Depth at the target (D,) for documents ``index`` (D, N)."""
         total = self.tokens[index].sum(-1)  # (D,)
         agreement, depth = (part[:, index].sum(-1) / total for part in (self.agree, self.depth))  # (P, D)
