@@ -120,7 +120,7 @@ def exit_features(
     else:
         candidates = named
         if whole:
-            column = previous.token if vocabulary is None else torch.searchsorted(vocabulary, previous.token)
+            column = previous.token if vocabulary is None else torch.searchsorted(vocabulary, previous.token.contiguous())
             there = log_p.gather(-1, column.unsqueeze(-1)).exp().squeeze(-1)
         else:
             assert named is not None
