@@ -189,8 +189,8 @@ def test_options_that_do_not_fit_are_refused() -> None:
     refused(r"block_kv_heads 3: give a divisor of the 4 heads", block_kv_heads=3)
     refused(r"block_head_width 7: .* even", block_head_width=7)
     refused(r"unknown block 'gru'\. Available: transformer, mamba", block="gru", error=UsageError)
+    mamba = adapt(tiny_model("mamba2"))
     with pytest.raises(UsageError, match=r"block_kv_heads 5: give a divisor of the 2 heads"):  # heads from the width
-        mamba = adapt(tiny_model("mamba2"))
         draft_config(mamba, block_heads=0, block_head_width=18, block_kv_heads=5)
     with pytest.raises(ExitPlacementError, match=r"exits after layers \(2,\): a draft is one exit, of depth 0"):
         ExitConfig((2,), 5, head=None, readout="draft", readout_options=DraftOptions(vocabulary=0))

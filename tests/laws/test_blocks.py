@@ -1,4 +1,4 @@
-"""Exits with blocks under every policy: one pass is step by step, a row alone is a row in company, heads read blocks."""
+"""Exits with blocks: one pass is step by step, a row alone is a row in company, heads read blocks."""
 
 from __future__ import annotations
 

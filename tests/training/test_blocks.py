@@ -1,8 +1,9 @@
-"""Blocks and drafts learn: losses fall, runs resume, vocabularies are counted, backbones stay, labels are decoding's."""
+"""Blocks and drafts learn: losses, resumption, vocabularies, an untouched backbone, labels that are decoding's."""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,8 +90,8 @@ def test_every_weight_learns(readout: str) -> None:
     learner = learner_of(readout, "transformer", backbone_of())
     before = {name: value.clone() for name, value in learner.weights.named_parameters()}
     learner.prepare([batch()])
-    for step in range(3):
-        learner.step(batch(), 0.3)
+    for progress in (0.2, 0.3, 0.4):
+        learner.step(batch(), progress)
     for name, value in learner.weights.named_parameters():
         assert not torch.equal(value, before[name]), name
 
@@ -258,7 +259,7 @@ def test_what_a_draft_cannot_be_trained_with_is_refused(corpus: Path, tmp_path: 
             train(backbone_of(), ByteTokenizer(), find_source(corpus), made, settings, tmp_path / "out")
         assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
-    refused(r"on_policy 0\.5: a draft leaves no state behind.*Leave it out", dataclasses.replace(SETTINGS, on_policy=0.5))
-    refused(r"the readout 'draft' learns from its share.*documents", dataclasses.replace(SETTINGS, documents=10))
+    refused(r"on_policy 0\.5: a draft leaves no state behind.*Leave it out", replace(SETTINGS, on_policy=0.5))
+    refused(r"the readout 'draft' learns from its share.*documents", replace(SETTINGS, documents=10))
     refused(r"vocabulary 62: this model has 61 tokens", made=config("draft", "mamba", 62))
     refused(r"vocabulary 62: this model has 61 tokens", made=config("block", "mamba", 62))

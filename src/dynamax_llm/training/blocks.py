@@ -142,7 +142,8 @@ class TrainedLearner(abc.ABC):
         counted = (batch.mask if batch.answers is None else batch.answers).to(final.device, non_blocking=True)
         with torch.set_grad_enabled(learn):
             weighted: list[Tensor] = []
-            target, at = None, None
+            target: tuple[Tensor, Tensor] | None = None
+            at: Tensor | None = None
             for number, outputs, positions in self.parts(hidden, batch, forks):
                 if target is None or at is not positions:
                     target, at = self._target(final[:, positions]), positions
