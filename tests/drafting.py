@@ -1,4 +1,4 @@
-"""Drafts for tests: random exits of depth 0, proposals that follow a script, states that are checked as they come."""
+"""Drafts for tests: random exits of depth 0, scripted proposals, and states that are checked as they come."""
 
 from __future__ import annotations
 

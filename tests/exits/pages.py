@@ -9,12 +9,12 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from dynamax_llm.exits.registries import HEADS, MEASURES, READOUTS
+from dynamax_llm.exits.registries import BLOCKS, HEADS, MEASURES, READOUTS
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-REGISTRIES = (READOUTS, HEADS, MEASURES)
+REGISTRIES = (READOUTS, BLOCKS, HEADS, MEASURES)
 
 
 @cache

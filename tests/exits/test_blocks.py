@@ -1,4 +1,4 @@
-"""The contract of blocks, on every registered kind: causal, cut anywhere, pads unseen, rows apart, forks faithful."""
+"""The contract of blocks, on every kind: causal, cut anywhere, pads unseen, rows apart, forks faithful."""
 
 from __future__ import annotations
 
@@ -8,18 +8,30 @@ import pytest
 import torch
 from torch import Tensor
 
+from dynamax_llm.backbones import adapt
+from dynamax_llm.decoding import EarlyExit
+from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.block_kinds.base import Block, BlockShape
 from dynamax_llm.exits.registries import BLOCKS
 from dynamax_llm.exits.state import State
+from dynamax_llm.testing import random_ids, tiny_model
+from tests.drafting import draft_exits
+from tests.exits.pages import page, registered
 
 #: Grouped heads, and a window that is much shorter than the text.
 SHAPE = BlockShape.of(24, heads=4, kv_heads=2, head_width=6, inner=20, window=7)
 #: No grouping, and a window longer than the text.
 WIDE = dataclasses.replace(SHAPE, kv_heads=4, window=64)
-KINDS = pytest.mark.parametrize("kind", ["transformer", "mamba"])
+KINDS = pytest.mark.parametrize("kind", ["transformer", "mamba", "mean"])
 SHAPES = pytest.mark.parametrize("shape", [SHAPE, WIDE], ids=["short-window", "long-window"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 COUNT = 41
+
+
+@pytest.fixture(autouse=True)
+def pages():
+    with registered("add-a-block.md"):
+        yield
 
 
 def block_of(kind: str, shape: BlockShape = SHAPE, dtype: torch.dtype = torch.float32) -> Block:
@@ -67,7 +79,7 @@ def same_state(found: State, expected: State, dtype: torch.dtype = torch.float32
 def test_a_text_may_be_cut_anywhere(kind: str, shape: BlockShape, dtype: torch.dtype) -> None:
     block, x = block_of(kind, shape, dtype), text().to(dtype)
     whole, end = block(x, block.initial_state(3, "cpu"))
-    assert float((whole - x).float().abs().mean()) > 0.5
+    assert float((whole - x).float().abs().mean()) > 0.2
     for cuts in ([1] * COUNT, [1, 2, 5, 30, 3], [40, 1], [17, 24]):
         state, parts, start = block.initial_state(3, "cpu"), [], 0
         for length in cuts:
@@ -157,7 +169,7 @@ def test_forks_are_passes_that_went_another_way(kind: str, shape: BlockShape, dt
 @KINDS
 def test_forks_lie_apart_as_asked_and_begin_anywhere(kind: str) -> None:
     block = block_of(kind)
-    step = {"transformer": 5, "mamba": 16}[kind]  # of a state-space block: ends of chunks
+    step = {"transformer": 5, "mamba": 16, "mean": 5}[kind]  # of a state-space block: ends of chunks
     starts = set()
     for seed in range(40):
         forks = block.forks(100, 5, torch.Generator().manual_seed(seed))
@@ -201,3 +213,17 @@ def test_blocks_have_about_as_many_weights_and_count_their_products() -> None:
         assert 0 < block.update_macs() < block.macs()
     assert sizes["transformer"] == shape.size
     assert sizes["mamba"] == pytest.approx(sizes["transformer"], rel=0.02)
+
+
+def test_a_block_from_outside_drafts(tmp_path) -> None:
+    """Registered by the page, it is saved, loaded and verified like any other."""
+    assert BLOCKS["mean"] is page("add-a-block.md").MeanBlock
+    model = tiny_model("llama")
+    draft_exits(adapt(model), "mean", 40).save(tmp_path)
+    exits = Exits.from_pretrained(tmp_path)
+    assert type(exits.readout_weights.block).__name__ == "MeanBlock"
+    early = EarlyExit(exits, measure="softmax_max", threshold=0.0, policy="verify", window=5)
+    ids, request = random_ids(2, 6), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    out = model.generate(ids, custom_generate=early, **request)
+    assert out.sequences.tolist() == model.generate(ids, **request).tolist()
+    assert out.verification.drafted > 20

@@ -82,6 +82,12 @@ class ExitConfig:
                 f"candidates {self.candidates!r}: give at least {LEAST_CANDIDATES}, or 0 to read the whole "
                 "vocabulary at every exit."
             )
+        if kind.drafts and bank is not None and bank.recurrent:
+            plain = [repr(name) for name, each in HEADS.items() if not each.recurrent]
+            raise UsageError(
+                f"head {self.head!r} with the readout {self.readout!r}: its chains are no sequence for a head with a "
+                f"memory. Use {' or '.join(plain)}."
+            )
         self.readout_options.check(self.layers, self.n_layers)
 
     @property

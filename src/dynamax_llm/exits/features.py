@@ -51,10 +51,9 @@ class ExitFeatures:
 def select(mask: Flags, a: ExitFeatures, b: ExitFeatures) -> ExitFeatures:
     """``a`` where ``mask`` (B, T) is True, else ``b``: tokens that left keep the features with which they left."""
     values = torch.where(mask.unsqueeze(-1), a.values, b.values)
-    if a.token is None or b.token is None:
-        return ExitFeatures(values, None)
+    token = None if a.token is None or b.token is None else torch.where(mask, a.token, b.token)
     rows = None if a.rows is None or b.rows is None else torch.where(mask.unsqueeze(-1), a.rows, b.rows)
-    return ExitFeatures(values, torch.where(mask, a.token, b.token), b.candidates, rows=rows)
+    return ExitFeatures(values, token, b.candidates, rows=rows)
 
 
 def shortlist(logits: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +119,9 @@ def exit_features(
     else:
         candidates = named
         if whole:
-            column = previous.token if vocabulary is None else torch.searchsorted(vocabulary, previous.token)
+            column = (
+                previous.token if vocabulary is None else torch.searchsorted(vocabulary, previous.token.contiguous())
+            )
             there = log_p.gather(-1, column.unsqueeze(-1)).exp().squeeze(-1)
         else:
             assert named is not None

@@ -19,7 +19,7 @@ from dynamax_llm.exits.artifact import MANIFEST, TENSORS, Exits
 from dynamax_llm.exits.config import INPUTS, ExitConfig
 from dynamax_llm.exits.files import prepare_folder
 from dynamax_llm.exits.readouts.base import build_readout
-from dynamax_llm.exits.registries import HEADS, READOUTS
+from dynamax_llm.exits.registries import READOUTS
 from dynamax_llm.progress import TokenBar
 from dynamax_llm.text.answer_source import AnySource
 from dynamax_llm.text.batches import Batch, Stream, first_batches
@@ -207,12 +207,6 @@ def _check(config: ExitConfig, settings: TrainSettings) -> None:
         raise UsageError(
             f"on_policy {settings.on_policy}: a draft leaves no state behind, so there is nothing to learn on policy. "
             "Leave it out, or train the draft by itself."
-        )
-    if kind.drafts and config.head is not None and HEADS.lookup(config.head).recurrent:
-        plain = [repr(name) for name, bank in HEADS.items() if not bank.recurrent]
-        raise UsageError(
-            f"head {config.head!r} with the readout {config.readout!r}: its chains are no sequence for a head with a "
-            f"memory. Use {' or '.join(plain)}."
         )
 
 

@@ -51,13 +51,19 @@ class TrainedOptions(ReadoutOptions):
         for name in ("block_heads", "block_kv_heads", "block_head_width", "block_inner", "block_theta"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} {getattr(self, name)!r}: give 0 for its default, or a positive number.")
-        heads, groups = self.block_heads, self.block_kv_heads
-        if heads and groups and heads % groups:
+        if self.block_head_width % 2:
+            raise UsageError(f"block_head_width {self.block_head_width}: give an even number: channels turn in pairs.")
+        if self.block_heads:
+            self._check_groups(self.block_heads, self.block_kv_heads)
+
+    @staticmethod
+    def _check_groups(heads: int, groups: int) -> None:
+        if groups and heads % groups:
             raise UsageError(f"block_kv_heads {groups}: give a divisor of the {heads} heads.")
 
     def shape(self, width: int) -> BlockShape:
-        """Of a block of this width."""
-        return BlockShape.of(
+        """Of a block of this width. Raises UsageError if its heads do not share keys and values evenly."""
+        shape = BlockShape.of(
             width,
             heads=self.block_heads,
             kv_heads=self.block_kv_heads,
@@ -66,6 +72,8 @@ class TrainedOptions(ReadoutOptions):
             window=self.block_window,
             theta=self.block_theta or 10_000.0,
         )
+        self._check_groups(shape.heads, shape.kv_heads)
+        return shape
 
     def new_block(self, width: int) -> Block:
         """An untrained block."""
@@ -117,13 +125,17 @@ class TrainedReadout(Readout):
         own = dataclasses.asdict(options)
         sizes = attention_sizes(backbone)
         changes: dict[str, Any] = {name: value for name, value in sizes.items() if not own[name]}
-        return dataclasses.replace(config, readout_options=dataclasses.replace(options, **changes))
+        options = dataclasses.replace(options, **changes)
+        options.shape(backbone.width)
+        return dataclasses.replace(config, readout_options=options)
 
     @classmethod
     def fault(cls, weights: nn.Module, vocab_size: int) -> str | None:
         tokens = getattr(weights, "tokens", None)
         if tokens is None:
             return None
+        if tokens.dtype != torch.int64:
+            return f"its vocabulary is of {tokens.dtype}, not torch.int64"
         if len(tokens) > vocab_size or int(tokens[0]) < 0 or int(tokens[-1]) >= vocab_size:
             return f"its vocabulary of {len(tokens)} tokens is not part of the model's {vocab_size}"
         return None if bool((tokens[1:] > tokens[:-1]).all()) else "its vocabulary is not in ascending order"
