@@ -11,10 +11,12 @@ import torch
 
 from dynamax_llm import api
 from dynamax_llm.backbones import Backbone, adapt
-from dynamax_llm.decoding import EarlyExit
+from dynamax_llm.decoding import EarlyExit, chain_costs
 from dynamax_llm.decoding.chain_costs import measure_costs
 from dynamax_llm.decoding.draft_choice import ChainCosts, DraftChoice, keep_choice, kept_choices, nearest, setting
 from dynamax_llm.errors import ArtifactCorruptError, UsageError
+from dynamax_llm.evaluation.bench.exits.modes import modes
+from dynamax_llm.evaluation.bench.exits.settings import ExitBenchSettings
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence.heads import ExitHeads
 from dynamax_llm.exits.config import ExitConfig
@@ -104,12 +106,24 @@ def test_the_rule_weighs_gain_against_cost() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("family", ["mistral", "mamba2"])
-def test_costs_are_measured_in_full_steps(family: str, rows: int) -> None:
+def test_costs_are_in_full_steps(family: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With readings of a layer in place of seconds: a draft step reads none, a verification all of them once."""
+
+    def layers_read(clock, call: Callable[[], None]) -> float:
+        before = sum(session.stats().passes for session in clock.sessions)
+        call()
+        return float(sum(session.stats().passes for session in clock.sessions) - before)
+
+    monkeypatch.setattr(chain_costs._Clock, "_seconds", layers_read)
     backbone = adapt(tiny_model(family))
-    costs, where = measure_costs(backbone, draft(backbone), rows, window=3, repeats=2)
+    costs, where = measure_costs(backbone, draft(backbone), rows, window=4, repeats=2)
     assert where == setting(torch.device("cpu"), torch.float32, "eager", rows)
-    assert len(costs.passes) == 3 and costs.step_seconds is not None
-    assert 0 < costs.draft < 5 and all(0.2 < cost < 20 for cost in costs.passes)
+    assert costs == ChainCosts(draft=0.0, passes=(1.0,) * 4, step_seconds=float(backbone.n_layers))
+
+
+def test_costs_are_measured(tiny: tuple[Backbone, Exits]) -> None:
+    costs, _ = measure_costs(*tiny, window=2, repeats=1)
+    assert costs.draft > 0 and len(costs.passes) == 2 and min(costs.passes) > 0 and costs.step_seconds > 0
 
 
 def test_only_a_draft_has_chains(backbone: Callable[[str], Backbone]) -> None:
@@ -162,6 +176,16 @@ def test_generation_follows_the_choice(tiny: tuple[Backbone, Exits], pays: bool)
     named = EarlyExit(exits, threshold=0.0, window=3, adaptive=False)
     named_out = backbone.model.generate(ids, custom_generate=named, **request)
     assert max(window.steps for window in named_out.verification.rounds) == 2 and named_out.drafting is None
+
+
+def test_a_calibrated_draft_is_timed(tiny: tuple[Backbone, Exits]) -> None:
+    backbone, exits = tiny
+    labels = [mode.label for mode in modes(exits, backbone, ExitBenchSettings())[0]]
+    assert "draft as calibrated" not in labels
+    keep_choice(exits, choice(speed_up=0.9))
+    found, left_out = modes(exits, backbone, ExitBenchSettings())
+    assert [mode.label for mode in found] == ["never exit", "draft as calibrated", "verify at 0.9"]
+    assert {item.label for item in left_out} == {"propagate at 0.9", "defer at 0.9"}
 
 
 def test_prompts_end_where_answers_begin() -> None:

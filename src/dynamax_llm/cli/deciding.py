@@ -78,14 +78,18 @@ def saved_exits(model: str, exits: str | None, exit_layers: str | None, measure:
     return None
 
 
-def decode_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """EarlyExit's arguments for the options given; thresholds are checked. Raises UsageError."""
+def decode_options(given: Mapping[str, Any], exits: str | None = None) -> dict[str, Any]:
+    """EarlyExit's arguments for the options given; thresholds are checked. Raises UsageError.
+
+    With a folder of ``exits`` it depends on them whether a window has an effect: no note is printed here.
+    """
     options = dict(given)
     if "threshold" in options:
         parts = [item.strip() for item in str(options["threshold"]).split(",")]
         Thresholds.parse(parts, len(parts))
         options["threshold"] = parts[0] if len(parts) == 1 else parts
-    note_unused_window(options)
+    if exits is None:
+        note_unused_window(options)
     return options
 
 
@@ -94,6 +98,13 @@ def note_unused_window(given: Mapping[str, Any]) -> None:
     policy = given.get("policy", DecodeSettings.policy)
     if "window" in given and "promise" not in given and policy not in _WINDOWED:
         typer.echo(f"note: --window has no effect under --policy {policy}; it is for defer and verify.", err=True)
+
+
+def note_closed(early_exit: EarlyExit, options: Mapping[str, Any]) -> None:
+    """Print a note where no exit can fire, though exits were wanted; a draft's choice says so itself."""
+    closed = not early_exit.drafting.threshold and not early_exit.thresholds.active
+    if closed and options.get("threshold") != "never":
+        typer.echo("note: no exit can fire at this threshold: every token runs all layers.", err=True)
 
 
 def at_layers(backbone: Backbone, exit_layers: str | None, options: Mapping[str, Any]) -> EarlyExit:

@@ -10,7 +10,16 @@ import typer
 
 from dynamax_llm.cli import options as opt
 from dynamax_llm.cli.backbone import load_backbone, peek_backbone
-from dynamax_llm.cli.deciding import ExitsFolder, MeasureLayers, at_layers, check_exits, decode_options, saved_exits
+from dynamax_llm.cli.deciding import (
+    ExitsFolder,
+    MeasureLayers,
+    at_layers,
+    check_exits,
+    decode_options,
+    note_closed,
+    note_unused_window,
+    saved_exits,
+)
 from dynamax_llm.errors import DataError, UsageError
 from dynamax_llm.settings import DecodeSettings, GenerateSettings
 
@@ -37,7 +46,7 @@ def generate(
     request = GenerateSettings(**settings)
     measure = decode.get("measure")
     check_exits(exits, exit_layers, measure)
-    options = decode_options(decode)
+    options = decode_options(decode, exits)
     peek_backbone(model)
 
     from dynamax_llm.backbones import adapt
@@ -48,6 +57,8 @@ def generate(
     saved = saved_exits(model, exits, exit_layers, measure)
     # With saved exits, a wrong threshold is refused before the backbone is loaded, which may take minutes.
     early_exit = None if saved is None else EarlyExit(saved, **options)
+    if early_exit is not None and exits is not None:
+        note_unused_window({**options, "policy": early_exit.policy.name})
     lm, tokenizer = load_backbone(model, place)
     backbone = adapt(lm)
     if early_exit is None:
@@ -58,9 +69,7 @@ def generate(
     if live is not None:
         early_exit.on_token = live.on_token
     inputs = job.encode()
-    closed = not early_exit.drafting.threshold and not early_exit.thresholds.active
-    if closed and options.get("threshold") != "never":
-        typer.echo("note: no exit can fire at this threshold: every token runs all layers.", err=True)
+    note_closed(early_exit, options)
     new = _within(backbone.max_positions(), job, request.max_new_tokens)
     if request.seed is not None:
         import torch

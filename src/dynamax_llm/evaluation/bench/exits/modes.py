@@ -8,6 +8,7 @@ from typing import Any
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.decoding import EarlyExit
+from dynamax_llm.decoding.draft_choice import kept_choices
 from dynamax_llm.decoding.thresholds import NEVER
 from dynamax_llm.engines.plan import POLICIES
 from dynamax_llm.errors import ArtifactMismatchError, UsageError
@@ -33,7 +34,7 @@ class Mode:
 
 
 def modes(exits: Exits, backbone: Backbone, settings: ExitBenchSettings) -> tuple[list[Mode], list[LeftOut]]:
-    """Full depth first, then promises, then thresholds under every policy.
+    """Full depth first, then a draft as it was calibrated, promises, and thresholds under every policy.
 
     Raises UsageError for exits without heads where no measure is named, ArtifactMismatchError for another backbone's.
     """
@@ -49,7 +50,7 @@ def modes(exits: Exits, backbone: Backbone, settings: ExitBenchSettings) -> tupl
         except (UsageError, ArtifactMismatchError) as error:
             left_out.append(LeftOut(label=label, reason=str(error).rstrip(".")))
             continue
-        if early.thresholds.active == 0:
+        if early.thresholds.active == 0 and not early.drafting.threshold:
             left_out.append(LeftOut(label=label, reason="no exit can fire at this threshold, so it is full depth"))
             continue
         found.append(Mode(label, kind, early, options.get("threshold")))
@@ -58,6 +59,8 @@ def modes(exits: Exits, backbone: Backbone, settings: ExitBenchSettings) -> tupl
 
 def _wanted(exits: Exits, settings: ExitBenchSettings) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Label, kind and EarlyExit's own arguments of every mode beside full depth."""
+    if kept_choices(exits) and settings.measure is None:
+        yield "draft as calibrated", "threshold", {}
     for promise in exits.promises:
         # Alone among its exits it is found by its text, whatever else was recorded.
         alone = replace(exits, promises=(promise,))
