@@ -115,8 +115,8 @@ class Readout(Stateful):
         """Float32 logits (B, T, V) of exit ``exit`` from transformed h; with a tail, from h after the tail."""
         return self.spread(self.scores(exit, moved))
 
-    def spread(self, scores: Logits) -> Logits:
-        """Logits (B, T, V) from ``scores``: minus infinity for tokens that it does not speak."""
+    def spread(self, scores: Tensor) -> Logits:
+        """Logits (B, T, V) from ``scores`` (B, T, K): minus infinity for tokens that it does not speak."""
         if self.vocabulary is None:
             return scores
         whole = scores.new_full((*scores.shape[:-1], self.backbone.vocab_size), -torch.inf)

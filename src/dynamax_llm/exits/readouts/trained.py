@@ -55,6 +55,11 @@ class TrainedOptions(ReadoutOptions):
         if heads and groups and heads % groups:
             raise UsageError(f"block_kv_heads {groups}: give a divisor of the {heads} heads.")
 
+    @property
+    def paired(self) -> bool:
+        """Whether the block reads pairs of vectors side by side."""
+        return False
+
     def shape(self, width: int) -> BlockShape:
         """Of a block of this width."""
         return BlockShape.of(
@@ -65,6 +70,7 @@ class TrainedOptions(ReadoutOptions):
             inner=self.block_inner,
             window=self.block_window,
             theta=self.block_theta or 10_000.0,
+            paired=self.paired,
         )
 
     def new_block(self, width: int) -> Block:
