@@ -1,5 +1,4 @@
-"""A draft as a folder of the library ``speculators`` (vllm-project, 0.9), in the form of EAGLE-3 (arXiv 2503.01840), for
-other programs to load.
+"""A draft as an EAGLE-3 folder (arXiv 2503.01840) of the library ``speculators`` (vllm-project, 0.9).
 
     export_speculators(Exits.from_pretrained("draft"), model, "draft-eagle3", verifier="owner/name")
 
@@ -105,8 +104,8 @@ def checked(exits: Exits) -> tuple[DraftOptions, DraftWeights]:
     if not options.paired:
         raise UsageError(
             f"a draft with join={options.join!r} has no exact form in EAGLE-3: its block norms the mixture of "
-            "embedding and features and adds it to the residual stream, where EAGLE-3 norms both apart, reads them side by side "
-            "and begins its stream with the features. Train one with join='concatenate'."
+            "embedding and features and adds it to the residual stream, where EAGLE-3 norms both apart, reads them "
+            "side by side and begins its stream with the features. Train one with join='concatenate'."
         )
     return options, weights
 
