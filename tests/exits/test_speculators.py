@@ -24,11 +24,15 @@ from dynamax_llm.exits.readouts.draft import DraftReadout, DraftWeights
 from dynamax_llm.exits.registries import READOUTS
 from dynamax_llm.exits.speculators import export_speculators
 from dynamax_llm.testing import random_ids, tiny_model
+from dynamax_llm.text.sources import find_source
 from dynamax_llm.traces.chains import chain
 from dynamax_llm.traces.collect import hidden_at
+from dynamax_llm.training.settings import TrainSettings
+from dynamax_llm.training.trainer import train_many
 from dynamax_llm.training.warm_start import start_from_last_layer
 from tests.folders import backbone as byte_backbone
-from tests.folders import model_folder
+from tests.folders import byte_tokenizer, model_folder
+from tests.training.conftest import sentences, write_jsonl
 
 STEPS = 3
 
@@ -218,6 +222,40 @@ def test_a_paired_draft_is_exact_and_its_rows_are_their_own(paired, batch: int) 
     new = hidden[0][:, :1]
     outputs = [readout.transform(0, new, states[0])[0] for states in (alone, beside)]
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("join", "block"), [("matrix", "transformer"), ("concatenate", "transformer"), ("matrix", "mamba")]
+)
+def test_chains_over_texts_are_the_steps_of_decoding(kind: str) -> None:
+    model, (join, block) = tiny_model("mistral"), kind.split()
+    exits, backbone = drafted(model, join=join, block=block, block_window=7), adapt(model)
+    readout = exits.readout(backbone)
+    assert isinstance(readout.weights, DraftWeights)
+    ids = random_ids(2, 40, backbone.vocab_size)
+    hidden = hidden_at(backbone, (0, *readout.taps), ids)
+    forks = torch.tensor([4, 20])  # a Mamba block's lie 16 apart
+    chains = [outputs for outputs, _ in chain(readout.weights, readout.taps, hidden, forks, STEPS)]
+    for place, fork in enumerate(forks.tolist()):
+        tapped = [hidden[tap][:, :fork] for tap in readout.taps]
+        state = readout.observe(hidden[0][:, :fork], tapped, readout.initial_state(2))[0]
+        for step, outputs in enumerate(chains):
+            output, state = readout.transform(0, hidden[0][:, fork + step : fork + step + 1], state)
+            torch.testing.assert_close(output[:, 0], outputs[:, place], atol=1e-4, rtol=1e-4)
+
+
+def test_a_paired_draft_learns(tmp_path: Path) -> None:
+    backbone, layers = adapt(byte_backbone("llama")), (0,)
+    config = ExitConfig.from_options(layers, 5, readout="draft", join="concatenate", vocabulary=0, inputs=("hidden",))
+    sizes = {"max_tokens": 9000, "sequence": 64, "batch_tokens": 512, "draft_steps": 2, "block_lr": 3e-3}
+    settings = TrainSettings(**sizes, eval_tokens=500, quiet=True)
+    source = find_source(write_jsonl(tmp_path / "text.jsonl", sentences(200)))
+    losses = train_many(backbone, byte_tokenizer(), source, {"a": config}, settings, tmp_path / "out")["a"]
+    before, after = (losses.provenance["readout_losses"][when] for when in ("before", "after"))
+    assert len(before) == 2 and all(new < 0.8 * old for new, old in zip(after, before, strict=True))
+    loaded = Exits.from_pretrained(tmp_path / "out" / "a")
+    assert loaded.config.readout_options.join == "concatenate"
 
 
 def test_a_paired_block_starts_from_the_last_layer() -> None:
