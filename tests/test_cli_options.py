@@ -46,7 +46,7 @@ from tests.folders import exits_folder
 OWN = {
     *("context", "model", "models", "evaluations", "data", "out", "figures", "exits", "exit_layers", "prompt"),
     *("prompt_file", "preset", "text_field", "as_json", "no_color", "shape", "promise", "tail_layers"),
-    *("train_data", "help", "readout", "block", "vocabulary"),
+    *("train_data", "help", "readout", "block", "vocabulary", "file_format", "verifier", "proposals"),
 }
 SETTINGS = {
     "generate": (DecodeSettings, GenerateSettings, PlaceSettings),
@@ -121,7 +121,7 @@ def test_one_name_for_one_thing():
     flags = {verb: {option for item in parameters(verb).values() for option in item.opts} for verb in cli.VERBS}
     every = set().union(*flags.values())
     assert not every & {"--batch", "--new-tokens", "--new", "--exit-at", "--schedule", "--baseline-new"}
-    assert {verb for verb in flags if "--exits" in flags[verb]} == {"generate", "eval", "calibrate", "bench"}
+    assert {verb for verb in flags if "--exits" in flags[verb]} == {"generate", "eval", "calibrate", "bench", "export"}
     assert {verb for verb in flags if "--engine" in flags[verb]} == {"generate", "eval", "bench", "paper"}
     assert {verb for verb in flags if "--tokens-per-step" in flags[verb]} == {"train", "tune", "scan"}
     assert {verb for verb in flags if "--batch-size" in flags[verb]} == {"eval", "calibrate", "bench", "paper"}

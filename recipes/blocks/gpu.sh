@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The comparison of block kinds on both shipped backbones, on one GPU: a process per backbone and kind, seed after seed.
-#   DATA=FILE OUT=DIR [TOKENS=4e6] [SEEDS="0 1 2"] [SECONDS_MOST=535] [WORK=DIR] bash recipes/blocks/gpu.sh [options]
+#   DATA=FILE OUT=DIR [TOKENS=3e6] [SEEDS="0 1 2"] [SECONDS_MOST=535] [WORK=DIR] bash recipes/blocks/gpu.sh [options]
 # DATA: plain text, as compare.py takes it. SECONDS_MOST: when all is cut off; runs measured by then are in the file, and
 # the same WORK goes on from there. Leaves OUT/blocks.json and OUT/blocks.md. The processes share the GPU, so seconds of
 # training are no measure of a kind's speed.
@@ -18,7 +18,7 @@ for each in "${kinds[@]}"; do
     read -r model kind start_from <<<"$each"
     # shellcheck disable=SC2086  # several words each
     timeout "${SECONDS_MOST:-535}" "$python" -m recipes.blocks.compare "$model" --kinds "$kind" $start_from \
-        --data "$DATA" --out "$work/blocks.json" --work "$work/runs" --tokens "${TOKENS:-4e6}" \
+        --data "$DATA" --out "$work/blocks.json" --work "$work/runs" --tokens "${TOKENS:-3e6}" \
         --seeds ${SEEDS:-0 1 2} --device "${DEVICE:-cuda}" "$@" >"$work/${each// /_}.log" 2>&1 &
 done
 wait

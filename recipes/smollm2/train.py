@@ -37,6 +37,7 @@ def main() -> None:
     made.add_argument("--tokens", type=float, default=30e6, help="0: answers alone")
     made.add_argument("--layers", type=int, nargs="+", default=LAYERS)
     made.add_argument("--block", default="transformer")
+    made.add_argument("--join", default="matrix", help="of the draft; concatenate: dynamax export can write it")
     made.add_argument("--vocabulary", type=int, nargs=2, default=(8192, 16384), help="of the blocks, of the draft")
     made.add_argument("--max-prompts", type=int)
     made.add_argument("--answers", help="folder of the answers; default OUT/answers")
@@ -68,7 +69,7 @@ def main() -> None:
     source = AnswerSource(answers)
     if args.text:
         source = MixedSource(source, find_source(args.text), args.text_share)
-    options = {"block": args.block, "inputs": INPUTS, "head": "mlp"}
+    options = {"block": args.block, "inputs": INPUTS, "head": "mlp", "join": args.join}
     n_layers, (blocks, draft) = backbone.n_layers, args.vocabulary
     configs = {
         "block": ExitConfig.from_options(

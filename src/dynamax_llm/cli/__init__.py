@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from dynamax_llm.cli import bench, calibrate, demo, eval, generate, paper, report, scan, train, tune
+from dynamax_llm.cli import bench, calibrate, demo, eval, export, generate, paper, report, scan, train, tune
 from dynamax_llm.cli.options import INTERRUPTED
 from dynamax_llm.errors import DynamaxError
 from dynamax_llm.version import installed_version
@@ -37,6 +37,7 @@ VERBS = {
     "generate": generate.generate,
     "eval": eval.evaluate,
     "bench": bench.bench,
+    "export": export.export,
     "report": report.report,
     "paper": paper.paper,
 }

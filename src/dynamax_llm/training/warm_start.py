@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.backbones.stacking import dense_weight
@@ -34,8 +34,22 @@ def start_from_last_layer(block: Block, backbone: Backbone) -> bool:
         (block.feed_forward.down, layer.mlp.down_proj),
     ]
     weights = [(own, dense_weight(module)) for own, module in pairs]
+    if block.shape.paired:
+        weights = _side_by_side(block, weights)
     if any(own.shape != weight.shape for own, weight in weights):
         return False
     for own, weight in weights:
         own.copy_(weight)
     return True
+
+
+def _side_by_side(
+    block: TransformerBlock, weights: list[tuple[nn.Parameter, Tensor]]
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """The same for a block that reads pairs: both halves as the layer reads its stream, which is normed without a
+    weight, because the block's own stream begins there."""
+    norm = weights[0][1]
+    found = [(block.norm, torch.ones_like(block.norm))]
+    for own, weight in weights[1:4]:
+        found.append((own, torch.cat((weight * norm, weight * norm), dim=1) * 0.7))
+    return found + weights[4:]

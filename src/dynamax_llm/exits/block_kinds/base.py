@@ -26,7 +26,11 @@ HEAD_WIDTH = 64
 @dataclass(frozen=True)
 class BlockShape:
     """Sizes of a block of width d: attention heads and their channels, inner width of the feed-forward part, tokens
-    that attention reaches back (``window``), base of the rotary positions (``theta``)."""
+    that attention reaches back (``window``), base of the rotary positions (``theta``).
+
+    ``paired``: the block reads pairs of vectors side by side (2 d wide), and its residual stream begins as the second
+    of each, normed: the form of EAGLE-3's layer (arXiv 2503.01840). A token whose second vector is zero is no key.
+    """
 
     width: int
     heads: int
@@ -35,6 +39,7 @@ class BlockShape:
     inner: int
     window: int
     theta: float
+    paired: bool = False
 
     @classmethod
     def of(
@@ -47,18 +52,24 @@ class BlockShape:
         inner: int = 0,
         window: int = 512,
         theta: float = 10_000.0,
+        paired: bool = False,
     ) -> BlockShape:
         """Sizes given as 0 follow from the width: heads of HEAD_WIDTH channels, a third of them with keys and values
         of their own where that divides, and an inner width of eight thirds of the width."""
         head_width = head_width or min(HEAD_WIDTH, width)
         heads = heads or max(1, width // head_width)
         kv_heads = kv_heads or (heads // 3 if heads % 3 == 0 else heads)
-        return cls(width, heads, kv_heads, head_width, inner or 8 * width // 3, window, theta)
+        return cls(width, heads, kv_heads, head_width, inner or 8 * width // 3, window, theta, paired)
+
+    @property
+    def inputs(self) -> int:
+        """Width of what queries, keys and values are made from."""
+        return 2 * self.width if self.paired else self.width
 
     @property
     def attention_size(self) -> int:
         """Weights of the attention part."""
-        return self.width * self.head_width * 2 * (self.heads + self.kv_heads)
+        return self.head_width * (self.inputs * (self.heads + 2 * self.kv_heads) + self.width * self.heads)
 
     @property
     def size(self) -> int:

@@ -31,8 +31,8 @@ class TransformerBlock(Block):
     def __init__(self, shape: BlockShape) -> None:
         super().__init__(shape)
         rows, kv_rows = shape.heads * shape.head_width, shape.kv_heads * shape.head_width
-        self.norm = nn.Parameter(torch.ones(shape.width))
-        self.query, self.key, self.value = (matrix(count, shape.width) for count in (rows, kv_rows, kv_rows))
+        self.norm = nn.Parameter(torch.ones(shape.inputs))
+        self.query, self.key, self.value = (matrix(count, shape.inputs) for count in (rows, kv_rows, kv_rows))
         self.out = matrix(shape.width, rows, scale=0.1)
         self.feed_forward = FeedForward(shape.width, shape.inner)
 
@@ -49,16 +49,30 @@ class TransformerBlock(Block):
         )
 
     def forward(self, x: Tensor, state: State, padding: Tensor | None = None) -> tuple[Tensor, State]:
-        n = rms_norm(x, self.norm)
+        n, stream = self._read(x)
         real, positions = _positions(x, state[3], padding)
         keys, values, seen, after = self._append(n, state, real, positions, None)
         q = rotate(linear(n, self.query).unflatten(-1, (self.shape.heads, -1)), positions, self.shape.theta)
         y = self._attend(q, keys, values, self._visible(seen, x.shape[1]))
-        return self.feed_forward(x + linear(y, self.out)), after
+        return self.feed_forward(stream + linear(y, self.out)), after
+
+    def _read(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What queries, keys and values are made from, and the residual stream, from x (B, T, d or 2 d)."""
+        if not self.shape.paired:
+            return rms_norm(x, self.norm), x
+        parts = zip(x.chunk(2, dim=-1), self.norm.chunk(2), strict=True)
+        first, second = (rms_norm(part, weight) for part, weight in parts)
+        return torch.cat((first, second), dim=-1), second
+
+    def _is_key(self, n: Tensor) -> Tensor:
+        """Which of normed inputs n (B, T, d or 2 d) others may attend to (B, T)."""
+        if not self.shape.paired:
+            return torch.ones(n.shape[:2], dtype=torch.bool, device=n.device)
+        return n.chunk(2, dim=-1)[1].any(-1)
 
     def update(self, x: Tensor, state: State, padding: Tensor | None = None, counts: Tensor | None = None) -> State:
         real, positions = _positions(x, state[3], padding)
-        return self._append(rms_norm(x, self.norm), state, real, positions, counts)[3]
+        return self._append(self._read(x)[0], state, real, positions, counts)[3]
 
     def _keys_values(self, n: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Of normed inputs n (B, T, d): (B, T, G, P) each, keys turned."""
@@ -69,7 +83,7 @@ class TransformerBlock(Block):
         self, n: Tensor, state: State, real: Tensor, positions: Tensor, counts: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, State]:
         """Keys, values (B, S, G, P) and validity (B, S) of the state and the new tokens, and the state after them."""
-        fresh = (*self._keys_values(n, positions), real)
+        fresh = (*self._keys_values(n, positions), real & self._is_key(n))
         joined = [torch.cat((past.to(new.dtype), new), dim=1) for past, new in zip(state[:3], fresh, strict=True)]
         count = n.shape[1]
         if counts is None:
@@ -99,10 +113,10 @@ class TransformerBlock(Block):
         return y.transpose(1, 2).flatten(2)
 
     def fork(self, x: Tensor, forks: Tensor) -> tuple[Tensor, Fork]:
-        n = rms_norm(x, self.norm)
+        n, stream = self._read(x)
         keys, values = self._keys_values(n, torch.arange(x.shape[1], device=x.device).unsqueeze(0))
-        fork = _TransformerFork(self, forks, keys, values)
-        return fork.first(x[:, forks], n[:, forks]), fork
+        fork = _TransformerFork(self, forks, keys, values, self._is_key(n))
+        return fork.first(stream[:, forks], n[:, forks]), fork
 
     def forks(self, count: int, every: int, generator: torch.Generator) -> Tensor:
         start = int(torch.randint(min(every, count), (1,), generator=generator))
@@ -118,22 +132,24 @@ class TransformerBlock(Block):
 class _TransformerFork(Fork):
     """Keys and values of the sequence (B, T, G, P), shared by all forks, and of each fork's own tokens."""
 
-    def __init__(self, block: TransformerBlock, forks: Tensor, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, block: TransformerBlock, forks: Tensor, keys: Tensor, values: Tensor, is_key: Tensor) -> None:
         self.block, self.positions, self.keys, self.values = block, forks, keys, values
         slots = torch.arange(keys.shape[1], device=forks.device)
-        self._before = slots <= forks.unsqueeze(1)  # (F, T): the sequence up to the fork
+        own = forks.unsqueeze(1)
+        # (B, F, T): the sequence up to the fork
+        self._before = (slots <= own) & (is_key.unsqueeze(1) | (slots == own))
         self._slots = slots
         self._own: list[tuple[Tensor, Tensor]] = []
 
     def first(self, x: Tensor, n: Tensor) -> Tensor:
-        """The outputs at the forks themselves, from x and its norm n (B, F, d)."""
+        """The outputs at the forks themselves, from the stream x and the normed inputs n (B, F, ...)."""
         q = self._queries(n)
-        y = self.block._attend(q, self.keys, self.values, self._inside()[None, None])
+        y = self.block._attend(q, self.keys, self.values, self._inside())
         return self.block.feed_forward(x + linear(y, self.block.out))
 
     def step(self, x: Tensor) -> Tensor:
         self.positions = self.positions + 1
-        n = rms_norm(x, self.block.norm)
+        n, stream = self.block._read(x)
         newest = self.block._keys_values(n, self.positions.unsqueeze(0))
         self._own = [*self._own, newest][-self.block.shape.window :]
         q = self._queries(n).transpose(1, 2)  # (B, H, F, P)
@@ -150,7 +166,7 @@ class _TransformerFork(Fork):
         y = weights[..., : -len(own)] @ spread(self.values)
         for place, (_, v) in enumerate(self._own):
             y = y + weights[..., place - len(own), None] * spread(v)
-        return self.block.feed_forward(x + linear(y.transpose(1, 2).flatten(2), self.block.out))
+        return self.block.feed_forward(stream + linear(y.transpose(1, 2).flatten(2), self.block.out))
 
     def _queries(self, n: Tensor) -> Tensor:
         block = self.block
@@ -158,8 +174,9 @@ class _TransformerFork(Fork):
         return rotate(q, self.positions.unsqueeze(0), block.shape.theta)
 
     def _inside(self) -> Tensor:
-        """Which positions of the sequence each fork's newest token attends to (F, T)."""
-        return self._before & (self._slots > self.positions.unsqueeze(1) - self.block.shape.window)
+        """Which positions of the sequence each fork's newest token attends to (B, 1, F, T)."""
+        inside = self._before & (self._slots > self.positions.unsqueeze(1) - self.block.shape.window)
+        return inside.unsqueeze(1)
 
 
 def _positions(x: Tensor, past: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -29,15 +29,22 @@ from dynamax_llm.exits.state import State
 
 #: Where features are taken by default, as shares of the depth.
 TAPS = (1 / 3, 2 / 3, 1.0)
+#: How the embedding and the features reach the block: mixed by a matrix, or side by side.
+JOINS = ("matrix", "concatenate")
 
 
 @final
 @dataclass(frozen=True)
 class DraftOptions(TrainedOptions):
-    """``taps``: depths whose h are the features, ascending; empty: at a third, two thirds and the last layer."""
+    """``taps``: depths whose h are the features, ascending; empty: at a third, two thirds and the last layer.
+
+    ``join``: "matrix", one matrix makes the block's input of embedding and features; "concatenate", a transformer block
+    reads both side by side, as EAGLE-3's does (what ``exits.speculators`` can export).
+    """
 
     vocabulary: int = 16384
     taps: tuple[int, ...] = ()
+    join: str = "matrix"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "taps", tuple(self.taps))
@@ -46,14 +53,25 @@ class DraftOptions(TrainedOptions):
         super().check(layers, n_layers)
         if tuple(layers) != (0,):
             raise ExitPlacementError(f"exits after layers {tuple(layers)}: a draft is one exit, of depth 0.")
+        if self.join not in JOINS:
+            raise UsageError(f"join {self.join!r}: give one of {', '.join(JOINS)}.")
+        if self.paired and self.block != "transformer":
+            raise UsageError(
+                f"join 'concatenate' with the block {self.block!r}: give the block transformer, or matrix."
+            )
         ascending = list(self.taps) == sorted(set(self.taps))
         if not ascending or any(not 1 <= depth <= n_layers for depth in self.taps):
             raise UsageError(f"taps {self.taps}: give depths from 1 to {n_layers}, ascending, each once.")
 
+    @property
+    def paired(self) -> bool:
+        return self.join == "concatenate"
+
 
 @final
 class DraftWeights(TrainedWeights):
-    """Norms of the embedding and of the features, the matrices that join them, and the block."""
+    """Norms and the matrix of the features, norms of embedding and features and the matrix that joins them unless the
+    block reads them side by side, and the block."""
 
     def __init__(self, config: ExitConfig, width: int) -> None:
         options = config.readout_options
@@ -63,8 +81,9 @@ class DraftWeights(TrainedWeights):
         self.tap_norm = nn.Parameter(torch.ones(taps, width))
         shares = [0.2] * (taps - 1) + [0.8]
         self.mix = nn.Parameter(torch.cat([torch.eye(width) * share for share in shares], dim=1))
-        self.embedding_norm, self.feature_norm = (nn.Parameter(torch.ones(width)) for _ in range(2))
-        self.join = nn.Parameter(torch.cat([torch.eye(width)] * 2, dim=1) * 0.7)
+        if not options.paired:
+            self.embedding_norm, self.feature_norm = (nn.Parameter(torch.ones(width)) for _ in range(2))
+            self.join = nn.Parameter(torch.cat([torch.eye(width)] * 2, dim=1) * 0.7)
         self.block = options.new_block(width)
 
     def mixed(self, tapped: Sequence[Tensor]) -> Tensor:
@@ -73,9 +92,16 @@ class DraftWeights(TrainedWeights):
         return linear(torch.cat(normed, dim=-1), self.mix)
 
     def joined(self, embedded: Tensor, features: Tensor) -> Tensor:
-        """The block's input (B, T, d) from embeddings of tokens and the features before each, both (B, T, d)."""
+        """The block's input (B, T, d or 2 d) from embeddings of tokens and the features before each, (B, T, d) both."""
+        if self.block.shape.paired:
+            return torch.cat((embedded, features.to(embedded.dtype)), dim=-1)
         parts = (rms_norm(embedded, self.embedding_norm), rms_norm(features, self.feature_norm))
         return linear(torch.cat(parts, dim=-1), self.join)
+
+    @property
+    def join_size(self) -> int:
+        """Weights of the matrix that joins embedding and features."""
+        return 0 if self.block.shape.paired else self.join.numel()
 
 
 @final
@@ -149,7 +175,7 @@ class DraftReadout(TrainedReadout):
         return [(newest, *after)]
 
     def transform_macs(self, exit: int) -> int:
-        return self._draft.join.numel() + self._draft.block.macs()
+        return self._draft.join_size + self._draft.block.macs()
 
     def update_macs(self, exit: int) -> int:
-        return self._draft.join.numel() + self._draft.mix.numel() + self._draft.block.update_macs()
+        return self._draft.join_size + self._draft.mix.numel() + self._draft.block.update_macs()

@@ -61,6 +61,11 @@ class TrainedOptions(ReadoutOptions):
         if groups and heads % groups:
             raise UsageError(f"block_kv_heads {groups}: give a divisor of the {heads} heads.")
 
+    @property
+    def paired(self) -> bool:
+        """Whether the block reads pairs of vectors side by side."""
+        return False
+
     def shape(self, width: int) -> BlockShape:
         """Of a block of this width. Raises UsageError if its heads do not share keys and values evenly."""
         shape = BlockShape.of(
@@ -71,6 +76,7 @@ class TrainedOptions(ReadoutOptions):
             inner=self.block_inner,
             window=self.block_window,
             theta=self.block_theta or 10_000.0,
+            paired=self.paired,
         )
         self._check_groups(shape.heads, shape.kv_heads)
         return shape
