@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from typing import Any
 
@@ -10,11 +11,19 @@ import torch
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.evaluation.common.timing import seconds
 from dynamax_llm.exits.config import ExitConfig
+from dynamax_llm.exits.readouts.draft import DraftOptions
 from dynamax_llm.exits.registries import READOUTS
 from dynamax_llm.traces.chains import ChainCosts
 
 #: Tokens before the timed ones; passes that are timed, by tokens; calls of each, in turns.
 CONTEXT, WIDTHS, REPEATS = 64, (1, 2, 3, 4, 6, 8, 9), 5
+
+
+def draft_taps(backbone: Backbone) -> tuple[int, ...]:
+    """The depths whose h such a draft reads."""
+    options = draft_config(backbone).readout_options
+    assert isinstance(options, DraftOptions)
+    return options.taps
 
 
 def draft_config(backbone: Backbone) -> ExitConfig:
@@ -43,7 +52,7 @@ def measure_chain_costs(backbone: Backbone) -> tuple[ChainCosts, float]:
     drafts: list[float] = []
     for turn in range(REPEATS + 1):  # the first turn warms up
         for width in WIDTHS:
-            spent = seconds(lambda width=width: passes.run(width), device)
+            spent = seconds(functools.partial(passes.run, width), device)
             times[width] += [spent] if turn else []
         spent = seconds(lambda: readout.scores(0, readout.transform(0, embedded, state)[0]).argmax(-1), device)
         drafts += [spent] if turn else []

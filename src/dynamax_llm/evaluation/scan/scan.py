@@ -29,7 +29,7 @@ from dynamax_llm.evaluation.common.documents import Interval
 from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
 from dynamax_llm.evaluation.compare.heads import HeadComparison, HeadSetting
 from dynamax_llm.evaluation.scan.collect import Chunk, Depths, ScannedTokens, gather, packed, read
-from dynamax_llm.evaluation.scan.costs import draft_config
+from dynamax_llm.evaluation.scan.costs import draft_taps
 from dynamax_llm.evaluation.scan.document import (
     VERDICT_AT,
     BreakEven,
@@ -96,7 +96,7 @@ def scan(
             f"data {source.spec!r} has {sum(chunk.scanned for chunk in chunks)} tokens in {documents} documents: too "
             "little to estimate from. Give at least two documents, and better some thousand tokens."
         )
-    taps = draft_config(backbone).readout_options.taps
+    taps = draft_taps(backbone)
     scanned = read(backbone, readout, chunks, settings, Depths(block_layers(backbone.n_layers), taps))
     data = Data(
         source=source.spec,
