@@ -28,7 +28,7 @@ from dynamax_llm.testing import tiny_model, zero_tail
 from dynamax_llm.traces.curves import auroc
 from tests.folders import backbone, byte_tokenizer, corpus, model_folder
 
-SETTINGS = dx.ScanSettings(tokens=1200, sequence=64, batch_tokens=512, candidates=0, quiet=True)
+SETTINGS = dx.ScanSettings(tokens=1200, sequence=64, batch_tokens=512, candidates=0, layer_tokens=5000, quiet=True)
 
 
 def scanned(model: torch.nn.Module, exits: str = "2,3,4", **changes: object) -> Scan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ ROWS = 24
 WIDE = 100
 
 if TYPE_CHECKING:
+    from dynamax_llm.cli.tables import Terminal
     from dynamax_llm.evaluation.scan.document import Scan
 
 
@@ -48,19 +50,56 @@ def scan(
     lm, tokenizer = load_backbone(model, place)
     names = {"name": Path(model).name, "command": command_line("scan")}
     found = run(adapt(lm), tokenizer, source, exit_layers, how, **names)
-    typer.echo(found.model_dump_json(indent=1)) if as_json else _show(found)
+    typer.echo(found.model_dump_json(indent=1)) if as_json else _show(found, _command(found, model, data, how))
     if out is not None:
         written = write_scan(found, out)
         typer.echo(f"Saved: {', '.join(map(str, written))}.", err=as_json)
 
 
-def _show(found: Scan) -> None:
-    """Layers, judges, policies, and the verdict."""
+def _command(found: Scan, model: str, data: str, how: ScanSettings) -> str | None:
+    """The command that trains what the scan says pays; None where nothing does."""
+    modes = found.modes
+    if modes is None or modes.use is None:
+        return None
+    words = ["dynamax", "train", model, "--data", data, *(("--answers", how.answers) if how.answers else ())]
+    if modes.use == "blocks":
+        words += ["--readout", "block", "--exit-layers", ",".join(map(str, modes.blocks.layers))]
+    elif modes.use == "draft":
+        words += ["--readout", "draft"]
+    return shlex.join([*words, "--out", "DIR"])
+
+
+def _show_modes(terminal: Terminal, found: Scan, command: str | None) -> None:
+    """What to train, first of all."""
+    modes = found.modes
+    assert modes is not None
+    for line in modes.lines:
+        terminal.write_line(line, style="bold")
+    use = "nothing that a scan foretells pays here." if command is None else f"{modes.use}: {command}"
+    terminal.write_line(f"Use {use}", style="bold")
+    if modes.draft is not None:
+        draft, passes = modes.draft, modes.draft.pass_costs
+        match = " ".join(f"{share:.2f}" for share in draft.match)
+        terminal.write_line(
+            f"A draft's proposals should match in {match} of the cases by step; {draft.tokens:.1f} tokens a "
+            f"verification with {draft.proposals:.1f} proposals. Timed here: a draft step {draft.step_cost:.2f} of a "
+            f"pass ({1000 * draft.pass_seconds:.0f} ms), a pass over 4 tokens {passes[3]:.2f}, over 8 {passes[7]:.2f}."
+        )
+    agreement = ", ".join(
+        f"{share:.2f} after layer {layer}"
+        for share, layer in zip(modes.blocks.agreement, modes.blocks.layers, strict=True)
+    )
+    terminal.write_line(f"Blocks should agree in {agreement}. Both are foretold, not measured: {modes.law}")
+
+
+def _show(found: Scan, command: str | None) -> None:
+    """The verdict on modes, then layers, estimators, policies, and the verdict on ordinary heads."""
     from dynamax_llm.cli.tables import Terminal, ranged
     from dynamax_llm.evaluation.scan.document import VERDICT_AT
 
     terminal = Terminal()
     wide = terminal.width >= WIDE
+    _show_modes(terminal, found, command)
     last, targets = found.backbone.n_layers, sorted({point.target for point in found.predicted})
     where = f"{found.data.tokens:,} tokens of {found.data.documents:,} documents"
     layers = [
@@ -98,7 +137,7 @@ def _show(found: Scan) -> None:
         f"of the depth, with states intact {left.margin_intact:.3f}. If as much is left for a trained head: depth "
         f"{left.predicted:.3f}, counted reduction {left.counted_reduction:.1%}.",
     )
-    terminal.write_line(f"\n{found.verdict.answer.capitalize()}. {found.verdict.reason}", style="bold")
+    terminal.write_line(f"\nOrdinary heads: {found.verdict.answer}. {found.verdict.reason}", style="bold")
     terminal.write_line(
         "The tables are with every layer's state intact, as under defer; propagate, copy and stale need more depth for "
         "the same agreement. Intervals: 95 %, bootstrap over "

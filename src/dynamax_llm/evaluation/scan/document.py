@@ -9,7 +9,8 @@
     ├── reaches               counted saving and layer passes saved at most, by state policy and rule
     ├── disturbed             what is left of it under propagate
     ├── break_even, checks    what a check may cost, and what it costs
-    └── verdict
+    ├── modes                 what a trained draft and trained blocks are foretold to reach, and which to use
+    └── verdict               on ordinary heads
 
 Depths, agreement and reductions are shares 0..1 unless a name says layers; costs are multiply-accumulates.
 """
@@ -33,6 +34,7 @@ class Data(Part):
 
     source: str
     documents: int
+    prompts: int = 0  # prompts that the model answered for this scan; 0: the text was given
     tokens: int
     groups: int
     grouped_by: str  # "document" or "chunk": what intervals and the fit draw
@@ -109,6 +111,37 @@ class Drift(Part):
     counted_reduction: float
 
 
+class ForetoldDraft(Part):
+    """A trained draft, its proposals verified: exact output. Costs are in passes over one token, timed here."""
+
+    match: tuple[float, ...]  # by step, the share of proposals that match where all before did
+    tokens: float  # a verification
+    proposals: float  # a verification
+    speed_up: Interval  # over single steps; the interval is the law's error
+    step_cost: float  # of one of its steps
+    pass_costs: tuple[float, ...]  # of a pass over 1, 2, … tokens
+    pass_seconds: float
+
+
+class ForetoldBlocks(Part):
+    """Trained blocks with states intact: approximate output."""
+
+    layers: tuple[int, ...]  # depths of their exits
+    agreement: tuple[float, ...]  # by exit, if all tokens left there
+    targets: tuple[float, ...]
+    depth: tuple[Interval, ...]  # mean depth at each target, blocks not counted; the interval is the law's error
+
+
+class Modes(Part):
+    """What to train: ``use`` is "draft", "blocks" or "heads"; None: nothing that is foretold pays."""
+
+    draft: ForetoldDraft | None  # None: no text is long enough for a chain
+    blocks: ForetoldBlocks
+    law: str  # what the law was fitted on
+    use: str | None
+    lines: tuple[str, ...]  # the verdict in words, the best first
+
+
 class Verdict(Part):
     """``answer``: "worth it", "only for layer passes" or "not worth it"."""
 
@@ -139,6 +172,7 @@ class Scan(Document):
     disturbed: Drift
     break_even: tuple[BreakEven, ...]
     checks: tuple[Check, ...]
+    modes: Modes | None = None  # older scans have none
     verdict: Verdict
 
 

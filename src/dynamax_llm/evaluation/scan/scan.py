@@ -1,19 +1,20 @@
 """Before any training: is early exit worth it on this model and text?
 
 One frozen full-depth pass (``collect``), then arithmetic: what an oracle, the margin rule and a small fitted estimator
-(``estimator``) would do at the exits, and what that would save. Nothing is trained but a logistic regression. In that
-pass states are intact, as under ``defer``. Under ``propagate`` later tokens read approximate states, and the same
-agreement costs more depth: on a part of the text the margin rule is decoded so, and the share of its saving that is
-left is taken to hold for a trained head too.
+(``estimator``) would do at the exits, and what that would save; and what trained blocks and a trained draft would do
+(``foretell``), the draft at costs timed here (``costs``). Nothing is trained but regressions. In that pass states are
+intact, as under ``defer``. Under ``propagate`` later tokens read approximate states, and the same agreement costs more
+depth: on a part of the text the margin rule is decoded so, and the share of its saving that is left is taken to hold
+for a trained head too.
 
 Shapes: E exits, L layers, N tokens scanned.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from dynamax_llm.evaluation.common import FREE_MEASURE
 from dynamax_llm.evaluation.common.documents import Interval
 from dynamax_llm.evaluation.common.provenance import backbone_facts, run_facts
 from dynamax_llm.evaluation.compare.heads import HeadComparison, HeadSetting
-from dynamax_llm.evaluation.scan.collect import Chunk, ScannedTokens, ScanSettings, gather, packed, read
+from dynamax_llm.evaluation.scan.collect import Chunk, Depths, ScannedTokens, gather, packed, read
+from dynamax_llm.evaluation.scan.costs import draft_taps
 from dynamax_llm.evaluation.scan.document import (
     VERDICT_AT,
     BreakEven,
@@ -42,6 +44,9 @@ from dynamax_llm.evaluation.scan.document import (
     verdict,
 )
 from dynamax_llm.evaluation.scan.estimator import FOLDS, cross_fitted
+from dynamax_llm.evaluation.scan.modes import block_layers, modes_of
+from dynamax_llm.evaluation.scan.settings import ScanSettings
+from dynamax_llm.evaluation.scan.text import text_to_scan
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.confidence.base import ConfidenceEstimator
 from dynamax_llm.exits.confidence.heads import ExitHeads
@@ -56,8 +61,8 @@ from dynamax_llm.traces.curves import sweep
 #: Agreements at which estimators are placed.
 TARGETS = (0.95, 0.98, 0.99)
 MARGIN = "softmax_margin"
-#: Tokens decoded under propagate, several times over: enough for a ratio.
-DRIFT_TOKENS = 5_000
+#: Tokens decoded under propagate, seven times over: enough for a ratio, and a third of the time of a scan.
+DRIFT_TOKENS = 1_000
 #: An estimator without cost: what is counted with it are layers, states and the token's own readout.
 _FREE = measure(FREE_MEASURE)
 
@@ -80,20 +85,24 @@ def scan(
     settings, started = settings or ScanSettings(), time.monotonic()
     config = ExitConfig(place_exits(exits, backbone.n_layers), backbone.n_layers, candidates=settings.candidates)
     readout = build_readout(backbone, config)
-    chunks = gather(source, tokenizer, settings, min(settings.sequence, backbone.max_positions() or settings.sequence))
+    text, prompts = text_to_scan(backbone, tokenizer, source, settings)
+    sequence = settings.sequence if settings.answers is None else max(settings.sequence, settings.max_new_tokens + 256)
+    chunks = gather(text, tokenizer, settings, min(sequence, backbone.max_positions() or sequence))
     documents = len({chunk.document for chunk in chunks})
     if documents < FOLDS:  # too few to stand apart: their chunks do
-        chunks = [Chunk(index, chunk.ids) for index, chunk in enumerate(chunks)]
+        chunks = [replace(chunk, document=index) for index, chunk in enumerate(chunks)]
     if len(chunks) < 2:
         raise DataError(
-            f"data {source.spec!r} has {sum(len(chunk.ids) for chunk in chunks)} tokens in {documents} documents: too "
+            f"data {source.spec!r} has {sum(chunk.scanned for chunk in chunks)} tokens in {documents} documents: too "
             "little to estimate from. Give at least two documents, and better some thousand tokens."
         )
-    scanned = read(backbone, readout, chunks, settings)
+    taps = draft_taps(backbone)
+    scanned = read(backbone, readout, chunks, settings, Depths(block_layers(backbone.n_layers), taps))
     data = Data(
         source=source.spec,
         documents=documents,
-        tokens=scanned.agrees.shape[1],
+        prompts=prompts,
+        tokens=scanned.labels.shape[1],
         groups=len({chunk.document for chunk in chunks}),
         grouped_by="chunk" if documents < FOLDS else "document",
     )
@@ -102,14 +111,16 @@ def scan(
         decoded,
         backbone=backbone_facts(name or str(backbone.config.name_or_path or backbone.model_type), backbone),
         data=data,
+        modes=modes_of(backbone, scanned.kept, TARGETS),
         run=run_facts(command, time.monotonic() - started),
     )
 
 
 def _margin_under_propagate(
     backbone: Backbone, config: ExitConfig, chunks: Sequence[Chunk], settings: ScanSettings
-) -> tuple[float, int]:
-    """The margin rule's mean depth at VERDICT_AT decoded under ``propagate``, and the number of documents decoded."""
+) -> tuple[float, float, int]:
+    """The margin rule's mean depth at VERDICT_AT with states intact and decoded under ``propagate``, and the number of
+    tokens of these, prompts included."""
     tokens = documents = 0
     for chunk in chunks:
         if tokens >= DRIFT_TOKENS and chunk.document >= documents:
@@ -117,10 +128,11 @@ def _margin_under_propagate(
         tokens, documents = tokens + len(chunk.ids), max(documents, chunk.document + 1)
     part = [chunk for chunk in chunks if chunk.document < documents]
     batches = [pad([chunk.ids for chunk in group]) for group in packed(part, settings.batch_tokens)]
-    plain = Exits.of(backbone, dataclasses.replace(config, head=None))
+    plain = Exits.of(backbone, replace(config, head=None))
     comparison = HeadComparison(backbone, batches, prompt_length=1)
-    found = comparison.evaluate(HeadSetting(MARGIN, plain, MARGIN), target=VERDICT_AT, intact=False)
-    return found.propagate.at(VERDICT_AT).value, documents
+    found = comparison.evaluate(HeadSetting(MARGIN, plain, MARGIN), target=VERDICT_AT)
+    assert found.intact is not None
+    return found.intact.at(VERDICT_AT).value, found.propagate.at(VERDICT_AT).value, tokens
 
 
 def _first(leaves: Tensor) -> Tensor:
@@ -135,7 +147,7 @@ class _Analysis:
         self.scanned, self.readout, self.costs = scanned, readout, backbone.costs()
         self.places, self.n_layers = readout.config.layers, backbone.n_layers
         self.layer_macs = self.costs.depth(self.n_layers) / self.n_layers
-        self.labels = scanned.agrees[[place - 1 for place in self.places]]  # (E, N)
+        self.labels = scanned.labels  # (E, N)
         self.policies = [
             policy
             for policy in POLICIES.values()
@@ -144,9 +156,10 @@ class _Analysis:
         with torch.device("meta"):  # only its costs are used
             self.head = ExitHeads(readout.config, backbone.width)
 
-    def document(self, decoded: tuple[float, int], **facts: Any) -> Scan:
+    def document(self, decoded: tuple[float, float, int], **facts: Any) -> Scan:
         """The whole document; ``decoded`` is ``_margin_under_propagate``'s, ``facts`` the parts known before."""
         features, agrees = self.scanned.features, self.scanned.agrees
+        group = self.scanned.group[self.scanned.sampled]
         margin = measure(MARGIN).confidence(0, features, ExitFeatures(features, None), None)[0]
         fitted = cross_fitted(features, self.labels, self.scanned.group)
         margin_points, fitted_points = self._points(MARGIN, margin), self._points("fitted", fitted)
@@ -154,14 +167,17 @@ class _Analysis:
             min(pair, key=lambda point: point.depth.value) for pair in zip(fitted_points, margin_points, strict=True)
         )
         central = predicted[TARGETS.index(VERDICT_AT)]
-        drift = self._drift(decoded, margin, margin if central.rule == MARGIN else fitted, central)
+        drift = self._drift(decoded, margin if central.rule == MARGIN else fitted, central)
         oracle = Oracle(
-            every_layer=self._depth(_first(agrees), tuple(range(1, self.n_layers))),
+            every_layer=self._depth(_first(agrees), tuple(range(1, self.n_layers)), group),
             exits=self._depth(_first(self.labels), self.places),
         )
         settled = agrees.cummax(0).values
         layers = enumerate(zip(agrees, settled, strict=True), start=1)
-        mean = self.scanned.mean
+
+        def mean(values: Tensor) -> Interval:
+            return self.scanned.mean(values, group)
+
         return Scan(
             exits=self.places,
             candidates=self.readout.config.candidates,
@@ -245,15 +261,12 @@ class _Analysis:
         macs = self.readout.read_macs(index) + self.head.macs(index)
         return Check(depth=place, macs=macs, of_layer=macs / self.layer_macs)
 
-    def _drift(self, decoded: tuple[float, int], margin: Tensor, best: Tensor, point: Point) -> Drift:
+    def _drift(self, decoded: tuple[float, float, int], best: Tensor, point: Point) -> Drift:
         """What ``propagate`` leaves of the margin rule's saving, and of the predicted one if the share is the same.
 
         ``best`` are the confidences (E, N) of the rule that predicts ``point``.
         """
-        depth, documents = decoded
-        part = self.scanned.group < documents
-        intact = sweep(margin[:, part], self.labels[:, part], self.places, self.n_layers).depth_at(VERDICT_AT)[0]
-        intact /= self.n_layers
+        intact, depth, tokens = decoded
         kept = min(max((1.0 - depth) / (1.0 - intact), 0.0), 1.0) if intact < 1.0 else 1.0
         expected = 1.0 - kept * (1.0 - point.depth.value)
         curve = sweep(best, self.labels, self.places, self.n_layers)
@@ -261,7 +274,7 @@ class _Analysis:
         left = self._counts(_first(best.double() >= threshold), self.places)
         reach = self._reach(POLICIES["propagate"], "predicted", None, self.places, left, self.head)
         return Drift(
-            tokens=int(part.sum()),
+            tokens=tokens,
             margin_intact=intact,
             margin=depth,
             kept=kept,
@@ -269,10 +282,10 @@ class _Analysis:
             counted_reduction=reach.counted_reduction,
         )
 
-    def _depth(self, left: Tensor, places: tuple[int, ...]) -> Interval:
-        """Mean depth, as a share, of tokens that left at place ``left`` (N,)."""
+    def _depth(self, left: Tensor, places: tuple[int, ...], group: Tensor | None = None) -> Interval:
+        """Mean depth, as a share, of tokens (N,), or those of ``group`` (M,), that left at place ``left``."""
         depths = torch.tensor([*places, self.n_layers], dtype=torch.float64) / self.n_layers
-        return self.scanned.mean(depths[left])
+        return self.scanned.mean(depths[left], group)
 
     @staticmethod
     def _counts(left: Tensor, places: tuple[int, ...]) -> tuple[int, ...]:
