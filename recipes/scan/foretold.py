@@ -22,6 +22,7 @@ from torch import Tensor
 
 import dynamax_llm as dx
 from dynamax_llm.backbones import adapt
+from dynamax_llm.decoding.draft_choice import ChainCosts
 from dynamax_llm.evaluation.scan.collect import Chunk, Depths, batch_of, gather, packed, read
 from dynamax_llm.evaluation.scan.estimator import logistic
 from dynamax_llm.evaluation.scan.foretell import (
@@ -40,14 +41,15 @@ from dynamax_llm.text.answer_source import AnswerSource
 from dynamax_llm.text.answers import make_answers
 from dynamax_llm.text.prompts import read_prompts
 from dynamax_llm.text.settings import AnswerSettings
-from dynamax_llm.traces.chains import ChainCosts, ChainTrace, best_threshold, chain
+from dynamax_llm.traces.chain_trace import ChainTrace, best_threshold
+from dynamax_llm.traces.chains import chain
 from dynamax_llm.traces.collect import hidden_at
 from dynamax_llm.traces.curves import sweep
 
 #: Parts of the answers, each as large as what a scan reads.
 PARTS = 5
 #: Costs at which drafts are compared here: the passes of SmolLM2 on two CPU cores, about.
-COSTS = ChainCosts(0.12, (1.0, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9))
+COSTS = ChainCosts(draft=0.12, passes=(1.0, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9))
 
 
 @torch.no_grad()
@@ -198,8 +200,10 @@ def speeds(law: Law, one: dict, use: Tensor) -> tuple[object, object, list[float
     """Foretold and reached choices, and the reached match by step."""
     told = foretell_draft(law, one["draft"][use], one["row"][use], COSTS, len(one["match"]))
     starts = use & one["reached"].all(0)
-    accepted = (one["match"] & one["reached"])[:, starts].T.long().cumprod(1).bool()
-    trace = ChainTrace(one["chain_margin"][:, starts].T, accepted)
+    accepted = (one["match"] & one["reached"])[:, starts].T.long().cumprod(1).sum(1)
+    trace = ChainTrace(
+        one["chain_margin"][:, starts].T.double(), accepted, torch.full_like(accepted, len(one["match"]))
+    )
     return told, best_threshold(trace, COSTS, len(one["match"])), trace.match
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from dynamax_llm.backbones import Backbone
+from dynamax_llm.decoding.draft_choice import ChainCosts
 from dynamax_llm.evaluation.common.timing import seconds
 from dynamax_llm.exits.config import ExitConfig
 from dynamax_llm.exits.readouts.draft import DraftOptions
 from dynamax_llm.exits.registries import READOUTS
-from dynamax_llm.traces.chains import ChainCosts
 
 #: Tokens before the timed ones; passes that are timed, by tokens; calls of each, in turns.
 CONTEXT, WIDTHS, REPEATS = 64, (1, 2, 3, 4, 6, 8, 9), 5
@@ -59,7 +59,7 @@ def measure_chain_costs(backbone: Backbone) -> tuple[ChainCosts, float]:
     medians = {width: statistics.median(found) for width, found in times.items()}
     one = medians[1]
     costs = tuple(_between(medians, width) / one for width in range(1, max(WIDTHS) + 1))
-    return ChainCosts(statistics.median(drafts) / one, costs), one
+    return ChainCosts(draft=statistics.median(drafts) / one, passes=costs), one
 
 
 class _Passes:

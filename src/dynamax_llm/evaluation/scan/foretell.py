@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dynamax_llm.backbones import Backbone
+from dynamax_llm.decoding.draft_choice import ChainCosts
 from dynamax_llm.evaluation.scan.collect import Kept
-from dynamax_llm.traces.chains import ChainChoice, ChainCosts, ChainTrace, best_threshold
+from dynamax_llm.traces.chain_trace import ChainChoice, ChainTrace, best_threshold
 from dynamax_llm.traces.curves import sweep
 
 #: Parts of the rows; each is judged with what was fitted on the others.
@@ -151,6 +152,6 @@ def foretell_draft(law: Law, inputs: Tensor, row: Tensor, costs: ChainCosts, mos
     generator = torch.Generator().manual_seed(0)
     many = chances.repeat(DRAWS, 1)
     sharp = torch.sigmoid(law.sharpness * torch.logit(many.clamp(1e-9, 1 - 1e-9)))
-    accepted = (torch.rand(many.shape, generator=generator, dtype=many.dtype) < many).long().cumprod(1).bool()
-    trace = ChainTrace(sharp.float(), accepted)
+    accepted = (torch.rand(many.shape, generator=generator, dtype=many.dtype) < many).long().cumprod(1).sum(1)
+    trace = ChainTrace(sharp.double(), accepted, torch.full_like(accepted, chances.shape[1]))
     return ForetoldDraft(tuple(trace.match), best_threshold(trace, costs, most))
