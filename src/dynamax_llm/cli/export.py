@@ -46,7 +46,7 @@ def export(
         lm, _ = load_backbone(model, place)
         target = export_speculators(found, lm, out, verifier=verifier or model, proposals=proposals)
     typer.echo(f"Saved in {target}: an EAGLE-3 draft in the format of speculators, taps {_taps(target)}.")
-    typer.echo("It was checked against that library's format, and not run in any engine.")
+    typer.echo("This folder was not run in any engine: recipes/export compares its logits with the draft's own.")
 
 
 def _taps(folder: Path) -> str:
