@@ -24,10 +24,10 @@ from dynamax_llm.evaluation.scan.foretell import (
     seen_before,
 )
 from dynamax_llm.evaluation.scan.modes import block_layers
-from dynamax_llm.traces.chains import ChainCosts
+from dynamax_llm.decoding.draft_choice import ChainCosts
 from tests.folders import backbone, model_folder
 
-FREE = ChainCosts(0.0, (1.0,) * 9)
+FREE = ChainCosts(draft=0.0, passes=(1.0,) * 9)
 
 
 def fixed(chance: float) -> Law:
@@ -74,7 +74,7 @@ def test_chances_give_depths_and_chains():
     assert draft is not None and draft.match[0] == pytest.approx(0.5, abs=0.06)
     assert draft.choice.tokens == pytest.approx(1 + sum(0.5**step for step in range(1, 9)), abs=0.1)
     assert foretell_draft(fixed(0.5), inputs[:7], row[:7], FREE) is None
-    dear = foretell_draft(fixed(0.5), inputs, row, ChainCosts(0.6, (1.0, 1.5, *(2.0,) * 7)))
+    dear = foretell_draft(fixed(0.5), inputs, row, ChainCosts(draft=0.6, passes=(1.0, 1.5, *(2.0,) * 7)))
     assert dear is not None and dear.choice.speed_up < 1.0
 
 
