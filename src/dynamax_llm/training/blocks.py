@@ -147,7 +147,8 @@ class TrainedLearner(abc.ABC):
             for number, outputs, positions in self.parts(hidden, batch, forks):
                 if target is None or at is not positions:
                     target, at = self._target(final[:, positions]), positions
-                loss = self._loss(outputs, *target, counted[:, positions])
+                p, log_target = target
+                loss = self._loss(outputs, p, log_target, counted[:, positions])
                 losses[number] = loss.detach()
                 weighted.append(loss * self._weight(number))
                 if learn and self.separate:
