@@ -10,6 +10,7 @@ import torch
 import dynamax_llm as dx
 from dynamax_llm import cli
 from dynamax_llm.backbones import adapt
+from dynamax_llm.decoding.draft_choice import ChainCosts
 from dynamax_llm.errors import UsageError
 from dynamax_llm.evaluation.scan import law
 from dynamax_llm.evaluation.scan.collect import Chunk, Kept, batch_of
@@ -24,7 +25,6 @@ from dynamax_llm.evaluation.scan.foretell import (
     seen_before,
 )
 from dynamax_llm.evaluation.scan.modes import block_layers
-from dynamax_llm.decoding.draft_choice import ChainCosts
 from tests.folders import backbone, model_folder
 
 FREE = ChainCosts(draft=0.0, passes=(1.0,) * 9)

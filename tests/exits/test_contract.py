@@ -71,7 +71,7 @@ def estimators() -> dict[str, Callable[[], ConfidenceEstimator]]:
 
 
 with registered(*PAGES):
-    # A draft reads no h of its own and one token at a time: its contract is in tests/laws/test_draft_state.py.
+    # A draft reads no h of its own and one token at a time: its contract is in tests/laws/test_draft.py.
     READOUT_KINDS, ESTIMATORS = [name for name, kind in READOUTS.items() if not kind.drafts], estimators()
 Use = Callable[[Stateful, int, Tensor, ExitFeatures, State | None, Tensor | None], tuple[Tensor, State | None]]
 

@@ -20,8 +20,9 @@ class EarlyExitOutput(GenerateDecoderOnlyOutput):
     """Hugging Face's output of ``generate``, and where every token left.
 
     ``sequences`` (B, prompt + new); ``exit_layers`` (B, new) layers run until a token was decided, 0 after a row's
-    end; the ``trace``; under ``verify`` what became of the proposals; the ``engine`` that ran and its own ``kernels``;
-    ``drafting``: with a draft, what decided its threshold and window, and whether it rested.
+    end and for a draft's own tokens; the ``trace``; under ``verify`` what became of the proposals; the ``engine`` that
+    ran and its own ``kernels``; ``drafting``: with a draft, what decided its threshold and window, and whether it
+    rested.
     ``scores`` (processed) and ``logits`` (raw) per step, each (B, V), where they were asked for; under ``verify`` they
     are 0 after a row's end. ``past_key_values``, ``attentions`` and ``hidden_states`` are always None.
     """

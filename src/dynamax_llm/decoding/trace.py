@@ -59,7 +59,7 @@ class TokenCosts:
         return cls(tuple(by_exit), tuple(overhead), depths, costs.total, costs.readout)
 
     def layers(self, exit_index: Tensor) -> Tensor:
-        """Layers run by tokens that left where ``exit_index`` says: 1..L, 0 where it is -1."""
+        """Layers run by tokens that left where ``exit_index`` says: 1..L, 0 for a draft's own and where it is -1."""
         return torch.tensor((*self.depths, 0), device=exit_index.device)[exit_index]
 
 
@@ -74,7 +74,7 @@ class Trace:
 
     @property
     def exit_layers(self) -> Tensor:
-        """Layers run per token until it was decided (B, T): 1..L, and 0 after a row's end."""
+        """Layers run per token until it was decided (B, T): 1..L, 0 for a draft's own, and 0 after a row's end."""
         return self.costs.layers(self.exit_index)
 
     @property

@@ -40,7 +40,7 @@ class Readout(Stateful):
     decision_is_output: bool = True
     #: True if heads read the transformed h in place of h.
     heads_read_output: bool = False
-    #: True if it drafts from depth 0: a chain of tokens between two passes of the backbone.
+    #: True if it drafts from depth 0: a chain of tokens between two passes of the backbone. With a state it needs taps.
     drafts: bool = False
     #: The tokens it speaks (K,), ascending, where they are a part of the vocabulary; None: all.
     vocabulary: Tensor | None = None
