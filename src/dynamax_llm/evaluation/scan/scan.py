@@ -62,7 +62,7 @@ from dynamax_llm.traces.curves import sweep
 TARGETS = (0.95, 0.98, 0.99)
 MARGIN = "softmax_margin"
 #: Tokens decoded under propagate, seven times over: enough for a ratio, and a third of the time of a scan.
-DRIFT_TOKENS = 1_000
+DRIFT_TOKENS = 500
 #: An estimator without cost: what is counted with it are layers, states and the token's own readout.
 _FREE = measure(FREE_MEASURE)
 
