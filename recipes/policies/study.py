@@ -29,7 +29,6 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from common import (
-    Ratio,
     bootstrap,
     conditions,
     decode_seconds,
@@ -47,6 +46,7 @@ from dynamax_llm.calibration.risks import AgreementRisk
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.thresholds import NEVER
 from dynamax_llm.engines.plan import DEFAULT_WINDOW, POLICIES
+from dynamax_llm.evaluation.common.timing import Ratio
 from dynamax_llm.evaluation.harness.records import Records, cell_path
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS
