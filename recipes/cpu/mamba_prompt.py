@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import conditions, markdown, paired, parsed, parser, seconds
+from common import conditions, markdown, parsed, parser
 from dynamax_llm.backbones import Backbone, StackedCache, adapt, mixers
 from dynamax_llm.backbones.loading import load
+from dynamax_llm.evaluation.common.timing import paired, seconds
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.readouts.base import build_readout
 from dynamax_llm.text.batches import Batch

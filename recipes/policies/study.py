@@ -34,7 +34,6 @@ from common import (
     decode_seconds,
     device_name,
     generate,
-    paired,
     parsed,
     parser,
     write_json,
@@ -46,7 +45,7 @@ from dynamax_llm.calibration.risks import AgreementRisk
 from dynamax_llm.decoding import EarlyExit
 from dynamax_llm.decoding.thresholds import NEVER
 from dynamax_llm.engines.plan import DEFAULT_WINDOW, POLICIES
-from dynamax_llm.evaluation.common.timing import Ratio
+from dynamax_llm.evaluation.common.timing import Ratio, paired
 from dynamax_llm.evaluation.harness.records import Records, cell_path
 from dynamax_llm.exits.artifact import Exits
 from dynamax_llm.exits.config import HEADS
