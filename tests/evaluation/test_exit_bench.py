@@ -322,7 +322,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("words", "says"), REFUSED, ids=[" ".join(words[:2]) for words, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("words", "says"), REFUSED, ids=[f"{number} {words[0]}" for number, (words, _) in enumerate(REFUSED)]
+)
 def test_refusals(words, says, capsys, prompts, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # without it a CPU has one engine
     exits = () if "--exits" in words else ("--exits", str(exits_folder()))
