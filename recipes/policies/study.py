@@ -201,7 +201,7 @@ class Study:
         found: dict[str, Any] = {"tokens": tokens, "full": full, "depth": out.trace.mean_depth, "gap": None}
         found |= {name: getattr(out.trace, name) for name in ("counted_reduction", "pass_reduction")}
         found |= {name: getattr(out.trace.stats, name) for name in ("window_bytes", "replayed")}
-        found["verification"] = None if out.verification is None else vars(out.verification)
+        found["verification"] = None if out.verification is None else _counts(out.verification)
         place = first_divergence(tokens, full)
         if place is not None:
             with torch.no_grad():
@@ -219,6 +219,11 @@ class Study:
             lambda d=decoding: decode_seconds(self.model, next(prompts), self.new, d) for decoding in (early, full)
         ]
         return paired(*sides, len(self.texts))
+
+
+def _counts(verification: Any) -> dict[str, int]:
+    """The counts of a generation, without its single windows."""
+    return {name: value for name, value in vars(verification).items() if name != "rounds"}
 
 
 def summary(estimator: str, run: str, aim: float, records: Records, tokenizer: Any) -> dict[str, Any]:

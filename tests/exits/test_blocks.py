@@ -222,7 +222,7 @@ def test_a_block_from_outside_drafts(tmp_path) -> None:
     draft_exits(adapt(model), "mean", 40).save(tmp_path)
     exits = Exits.from_pretrained(tmp_path)
     assert type(exits.readout_weights.block).__name__ == "MeanBlock"
-    early = EarlyExit(exits, measure="softmax_max", threshold=0.0, policy="verify", window=5)
+    early = EarlyExit(exits, measure="softmax_max", threshold=0.0, policy="verify", adaptive=False, window=5)
     ids, request = random_ids(2, 6), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     out = model.generate(ids, custom_generate=early, **request)
     assert out.sequences.tolist() == model.generate(ids, **request).tolist()

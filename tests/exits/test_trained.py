@@ -61,7 +61,7 @@ def _blocks(config: ExitConfig, backbone) -> torch.nn.Module:
 def decided(exits: Exits, model, policy: str, threshold: float):
     out = model.generate(
         random_ids(2, 6, seed=1),
-        custom_generate=EarlyExit(exits, threshold=threshold, policy=policy, window=6),
+        custom_generate=EarlyExit(exits, threshold=threshold, policy=policy, window=6, adaptive=False),
         max_new_tokens=14,
         do_sample=False,
         eos_token_id=None,

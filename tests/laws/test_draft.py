@@ -124,7 +124,12 @@ def test_drafted_text_is_generates(family: str) -> None:
         readout.script(rng, drawn["honest"])
         exits.readout = lambda backbone, readout=readout: readout  # type: ignore[method-assign]
         early = EarlyExit(
-            exits, measure="softmax_max", threshold=drawn["threshold"], policy="verify", window=drawn["window"]
+            exits,
+            measure="softmax_max",
+            threshold=drawn["threshold"],
+            policy="verify",
+            adaptive=False,
+            window=drawn["window"],
         )
         with ended_rows_known():
             out = backbone.model.generate(ids, custom_generate=early, **request)
@@ -161,7 +166,7 @@ def test_a_draft_without_a_state_begins_a_chain_in_every_window(family: str) -> 
     exits = Exits.untrained(backbone, (1,))
     exits.config = dataclasses.replace(exits.config, layers=(0,))
     exits.readout = lambda backbone: Bigram(backbone, exits.config)  # type: ignore[method-assign]
-    early = EarlyExit(exits, measure="softmax_max", threshold=0.01, policy="verify", window=6)
+    early = EarlyExit(exits, measure="softmax_max", threshold=0.01, policy="verify", adaptive=False, window=6)
     ids = random_ids(2, 6, seed=4)
     request = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None}
     out = backbone.model.generate(ids, custom_generate=early, **request)
@@ -185,7 +190,9 @@ def test_a_draft_with_random_weights_is_lossless(family: str, block: str) -> Non
     expected = greedy(backbone, ids, attention_mask=mask)
     for vocabulary, threshold, window in ((0, 0.0, 5), (30, 0.05, 8)):
         exits = draft_exits(backbone, block, vocabulary, seed=vocabulary)
-        early = EarlyExit(exits, measure="softmax_max", threshold=threshold, policy="verify", window=window)
+        early = EarlyExit(
+            exits, measure="softmax_max", threshold=threshold, policy="verify", adaptive=False, window=window
+        )
         out = greedy(backbone, ids, early, attention_mask=mask)
         assert out.sequences.tolist() == expected.tolist()
         assert out.verification.drafted > 20 and out.verification.corrected > 5
@@ -199,7 +206,9 @@ def test_rows_of_a_session_come_and_go(family: str) -> None:
     prompts = [random_ids(1, length, seed=length) for length in (5, 9, 3)]
     new = (14, 6, 9)
     expected = [greedy(backbone, ids, new=count)[0].tolist() for ids, count in zip(prompts, new, strict=True)]
-    early = EarlyExit(draft_exits(backbone), measure="softmax_max", threshold=0.0, policy="verify", window=4)
+    early = EarlyExit(
+        draft_exits(backbone), measure="softmax_max", threshold=0.0, policy="verify", adaptive=False, window=4
+    )
     session = early.open(backbone.model, slots=2)
     waiting, found = [0, 1, 2], {}
     slots: dict[int, int] = {}
@@ -222,7 +231,9 @@ def scripted(
     exits = draft_exits(backbone)
     readout = ScriptedDraft(backbone, exits, texts, window)
     exits.readout = lambda backbone: readout  # type: ignore[method-assign]
-    return EarlyExit(exits, measure="softmax_max", threshold=0.5, policy="verify", window=window), readout
+    return EarlyExit(
+        exits, measure="softmax_max", threshold=0.5, policy="verify", adaptive=False, window=window
+    ), readout
 
 
 def test_a_row_that_has_ended_does_not_shorten_the_chains_of_others() -> None:
@@ -240,7 +251,9 @@ def test_a_row_that_has_ended_does_not_shorten_the_chains_of_others() -> None:
 
 def test_a_row_that_may_never_leave_is_not_drafted_for() -> None:
     backbone, ids = backbone_of("llama"), random_ids(2, 6, seed=8)
-    early = EarlyExit(draft_exits(backbone), measure="softmax_max", threshold=0.0, policy="verify", window=4)
+    early = EarlyExit(
+        draft_exits(backbone), measure="softmax_max", threshold=0.0, policy="verify", adaptive=False, window=4
+    )
     session = early.open(backbone.model, slots=2)
     session.admit(ids[:1], RowSettings(8))
     session.admit(ids[1:], RowSettings(8, thresholds=Thresholds((None,))))

@@ -131,7 +131,8 @@ class Exits:
         """Their readout on ``backbone``; its weights move to that device. Kept for the next call, with the LM head's
         rows that it gathered, until the backbone or its LM head is another."""
         head = backbone.model.get_output_embeddings().weight
-        key = (id(backbone), id(self.readout_weights), id(head), getattr(head, "_version", 0))
+        counted = isinstance(head, Tensor) and not head.is_inference()  # others have no version
+        key = (id(backbone), id(self.readout_weights), id(head), head._version if counted else 0)
         if self._readout is None or self._readout[0] != key:
             self._readout = (key, build_readout(backbone, self.config, self.readout_weights))
         return self._readout[1]
