@@ -6,6 +6,8 @@ d width, H heads, G heads of keys and values, P channels of a head, W window, S 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,11 +19,17 @@ from dynamax_llm.exits.state import State
 def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary positions (B or 1, T) applied to x (B, T, heads, P), halves as in Llama."""
     half = x.shape[-1] // 2
-    steps = torch.arange(half, device=x.device, dtype=torch.float32) / half
-    angles = (positions.unsqueeze(-1).float() * theta**-steps).unsqueeze(2)  # (B or 1, T, 1, P / 2)
+    angles = (positions.unsqueeze(-1) * _frequencies(half, theta, x.device)).unsqueeze(2)  # (B or 1, T, 1, P / 2)
     cos, sin = angles.cos(), angles.sin()
     first, second = x.float().split(half, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+@lru_cache(maxsize=16)
+def _frequencies(half: int, theta: float, device: torch.device) -> Tensor:
+    """The rotary frequencies (P / 2,), made once."""
+    with torch.inference_mode(False):
+        return theta ** -(torch.arange(half, device=device, dtype=torch.float32) / half)
 
 
 class TransformerBlock(Block):
@@ -98,6 +106,8 @@ class TransformerBlock(Block):
 
     def _visible(self, seen: Tensor, count: int) -> Tensor:
         """Which slots each of the newest ``count`` tokens attends to (B, 1, T, S): itself at least."""
+        if count == 1:  # the state holds no more than the window
+            return torch.cat((seen[:, :-1], torch.ones_like(seen[:, -1:])), dim=1)[:, None, None]
         slots = torch.arange(seen.shape[1], device=seen.device)
         own = slots[-count:].unsqueeze(1)
         inside = (slots <= own) & (slots > own - self.shape.window)
