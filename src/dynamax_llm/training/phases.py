@@ -300,6 +300,12 @@ class Phases:
                 if heads.active:
                     heads.evaluate(tokens, self.current.on_policy)
 
+    def close(self) -> None:
+        """Called after the last step: a run that ended with its readouts' phase hands them over too."""
+        if self.readout is not None and self.begun == 1:
+            self.readout.complete()
+            self._hand_over()
+
     def _hand_over(self) -> None:
         """The heads' readouts have what was learned of them."""
         for number, learner in ({} if self.readout is None else self.readout.learners).items():

@@ -101,6 +101,7 @@ class _Training:
         with TokenBar(settings.max_tokens, 0, settings.quiet or not writes) as bar:
             phases = self._phases(stream, held)
             counters = run(phases, stream, checkpoint, settings, bar, writes)
+            phases.close()
             made = {name: self._exits(name, phases, counters, bar, decode) for name in self.configs}
         for name, one in made.items() if writes else ():
             one.save(folders[name])
