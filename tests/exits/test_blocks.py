@@ -59,8 +59,9 @@ def close(found: Tensor, expected: Tensor) -> None:
     assert float((found.float() - expected.float()).abs().max()) < tolerance * scale
 
 
-def same_state(found: State, expected: State, dtype: torch.dtype = torch.float32) -> None:
-    """States that later tokens cannot tell apart: of attention, slots without a token may hold anything."""
+def same_state(found: State, expected: State, dtype: torch.dtype = torch.float32) -> bool:
+    """States that later tokens cannot tell apart: of attention, slots without a token may hold anything. Fails at the
+    first tensor that differs."""
     assert len(found) == len(expected)
     masks = [part for part in expected if part.dtype == torch.bool]
     for part, other in zip(found, expected, strict=True):
@@ -71,6 +72,7 @@ def same_state(found: State, expected: State, dtype: torch.dtype = torch.float32
             close((part * seen).to(dtype), (other * seen).to(dtype))
         else:
             close(part.to(dtype), other.to(dtype))
+    return True
 
 
 @KINDS
@@ -88,7 +90,7 @@ def test_a_text_may_be_cut_anywhere(kind: str, shape: BlockShape, dtype: torch.d
             start += length
         assert start == COUNT
         close(torch.cat(parts, dim=1), whole)
-        same_state(state, end, dtype)
+        assert same_state(state, end, dtype)
 
 
 @KINDS
@@ -113,13 +115,13 @@ def test_left_pads_change_nothing(kind: str, dtype: torch.dtype) -> None:
     mask = (torch.arange(COUNT) >= torch.tensor(pads).unsqueeze(1)).long()
     out, state = block(x, block.initial_state(3, "cpu"), mask)
     updated = block.update(x, block.initial_state(3, "cpu"), mask)
-    same_state(updated, state, dtype)
+    assert same_state(updated, state, dtype)
     more = text(3, 5, seed=1).to(dtype)
     after, _ = block(more, state)
     for row, count in enumerate(pads):
         alone, end = block(x[[row], count:], block.initial_state(1, "cpu"))
         close(out[[row], count:], alone)
-        same_state(tuple(part[[row]] for part in state), end, dtype)
+        assert same_state(tuple(part[[row]] for part in state), end, dtype)
         close(after[[row]], block(more[[row]], end)[0])
 
 
@@ -131,7 +133,7 @@ def test_an_update_leaves_the_state_of_a_pass(kind: str, shape: BlockShape, dtyp
     _, before = block(x[:, :11], block.initial_state(3, "cpu"))
     for length in (1, 2, 6, 30):
         _, expected = block(x[:, 11 : 11 + length], before)
-        same_state(block.update(x[:, 11 : 11 + length], before), expected, dtype)
+        assert same_state(block.update(x[:, 11 : 11 + length], before), expected, dtype)
 
 
 @KINDS
@@ -144,7 +146,7 @@ def test_rows_keep_unequal_counts(kind: str, shape: BlockShape, dtype: torch.dty
         found = block.update(x[:, 4:16], before, counts=torch.tensor(counts))
         for row, count in enumerate(counts):
             alone = block.update(x[[row], 4 : 4 + count], tuple(part[[row]] for part in before))
-            same_state(tuple(part[[row]] for part in found), alone, dtype)
+            assert same_state(tuple(part[[row]] for part in found), alone, dtype)
 
 
 @KINDS
@@ -187,7 +189,7 @@ def test_rows_do_not_see_each_other(kind: str) -> None:
     for row in range(3):
         alone, end = block(x[[row]], block.initial_state(1, "cpu"))
         close(out[[row]], alone)
-        same_state(tuple(part[[row]] for part in state), end)
+        assert same_state(tuple(part[[row]] for part in state), end)
 
 
 @KINDS

@@ -59,8 +59,8 @@ def tiny() -> tuple[Backbone, Exits]:
 
 def choice(**changes: object) -> DraftChoice:
     values = {"device": "cpu", "engine": "eager", "dtype": "float32", "threads": 1, "batch_size": 1, "costs": COSTS}
-    foretold = {"threshold": 0.4, "window": 3, "tokens": 1.8, "proposals": 1.5, "speed_up": 1.3}
-    return DraftChoice(**{**values, **foretold, **changes})
+    estimated = {"threshold": 0.4, "window": 3, "tokens": 1.8, "proposals": 1.5, "speed_up": 1.3}
+    return DraftChoice(**{**values, **estimated, **changes})
 
 
 def test_the_trace_counts_what_decoding_accepted(tiny: tuple[Backbone, Exits]) -> None:
@@ -169,7 +169,7 @@ def test_generation_follows_the_choice(tiny: tuple[Backbone, Exits], pays: bool)
     assert out.sequences.tolist() == expected.tolist()
     if pays:
         assert {window.steps for window in out.verification.rounds} >= {3} and out.trace.policy == "verify"
-        assert "foretold 1.30x" in out.drafting and "threshold 0, window 4" in out.drafting
+        assert "estimated 1.30x" in out.drafting and "threshold 0, window 4" in out.drafting
     else:
         assert out.verification.drafted == 0 and "no chain pays" in out.drafting and "full depth" in out.drafting
         assert out.trace.pass_reduction == 0.0

@@ -66,7 +66,7 @@ def report_draft(exits: Exits, model: str, out: Path) -> None:
     terminal = Terminal()
     choice = next(iter(kept_choices(exits)), None)
     if choice is None:
-        terminal.write_line("Draft: held-out text gave no chain, so nothing is foretold.")
+        terminal.write_line("Draft: held-out text gave no chain, so nothing is estimated.")
     else:
         write_choice(terminal, choice)
         write_matches(terminal, exits)
@@ -82,7 +82,7 @@ def write_choice(terminal: Terminal, choice: DraftChoice) -> None:
     """The verdict, in time, and the costs it rests on."""
     if choice.pays:
         terminal.write_line(
-            f"Draft: {choice.speed_up:.2f}x of full depth foretold, the text exactly the full model's, at threshold "
+            f"Draft: {choice.speed_up:.2f}x of full depth estimated, the text exactly the full model's, at threshold "
             f"{choice.threshold:g} and window {choice.window}: {choice.tokens:.2f} tokens a verification by "
             f"{choice.proposals:.2f} proposals."
         )

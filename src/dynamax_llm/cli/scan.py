@@ -75,7 +75,7 @@ def _show_modes(terminal: Terminal, found: Scan, command: str | None) -> None:
     assert modes is not None
     for line in modes.lines:
         terminal.write_line(line, style="bold")
-    use = "nothing that a scan foretells pays here." if command is None else f"{modes.use}: {command}"
+    use = "nothing that a scan estimates pays here." if command is None else f"{modes.use}: {command}"
     terminal.write_line(f"Use {use}", style="bold")
     if modes.draft is not None:
         draft, passes = modes.draft, modes.draft.pass_costs
@@ -89,7 +89,7 @@ def _show_modes(terminal: Terminal, found: Scan, command: str | None) -> None:
         f"{share:.2f} after layer {layer}"
         for share, layer in zip(modes.blocks.agreement, modes.blocks.layers, strict=True)
     )
-    terminal.write_line(f"Blocks should agree in {agreement}. Both are foretold, not measured: {modes.law}")
+    terminal.write_line(f"Blocks should agree in {agreement}. Both are estimated, not measured: {modes.law}")
 
 
 def _show(found: Scan, command: str | None) -> None:

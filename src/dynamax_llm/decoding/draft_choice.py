@@ -58,7 +58,7 @@ def setting(device: torch.device, dtype: torch.dtype, engine: str, batch_size: i
 class DraftChoice(BaseModel):
     """The threshold and window that the expected-gain rule chose in one setting, and the costs it chose by.
 
-    ``tokens`` and ``proposals`` a verification and the ``speed_up`` over full depth are what the trace foretells.
+    ``tokens`` and ``proposals`` a verification and the ``speed_up`` over full depth are what the trace estimates.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -77,7 +77,7 @@ class DraftChoice(BaseModel):
 
     @property
     def pays(self) -> bool:
-        """Whether drafting is foretold to be no slower than full depth."""
+        """Whether drafting is estimated to be no slower than full depth."""
         return self.speed_up >= 1.0
 
     @property
@@ -85,13 +85,13 @@ class DraftChoice(BaseModel):
         return Setting(self.device, self.engine, self.dtype, self.threads, self.batch_size)
 
     def sentence(self) -> str:
-        """What was foretold, in words."""
+        """What was estimated, in words."""
         where = f"{self.device}, {self.engine}, {self.dtype}, batch size {self.batch_size}"
         where += f", {self.threads} thread{'' if self.threads == 1 else 's'}" if self.threads else ""
         if not self.pays:
             return f"no chain pays here (at best {self.speed_up:.2f}x of full depth; {where})"
         return (
-            f"foretold {self.speed_up:.2f}x of full depth at threshold {self.threshold:g}, window {self.window}: "
+            f"estimated {self.speed_up:.2f}x of full depth at threshold {self.threshold:g}, window {self.window}: "
             f"{self.tokens:.2f} tokens and {self.proposals:.1f} proposals a verification ({where})"
         )
 

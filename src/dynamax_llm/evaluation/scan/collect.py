@@ -2,7 +2,7 @@
 
 A layer's readout costs as much as a fifth of a small model, so layers that are no exits are read at about
 ``layer_tokens`` tokens, evenly spaced. Logits exist for one slice of one layer at a time; kept are 40 bytes per token
-and exit, and h at a few depths of at most FORETOLD tokens, for ``foretell``.
+and exit, and h at a few depths of at most FORETOLD tokens, for ``estimate``.
 
 Shapes: B rows, T tokens, E exits, L layers, N tokens scanned, n of them in a batch, M read at every layer.
 """
@@ -32,7 +32,7 @@ from dynamax_llm.traces.labels import argmax
 
 #: No document gives more than this share of the tokens while there are others: one book is not a sample of text.
 LARGEST_SHARE = 1 / 20
-#: Blocks and a draft are foretold from about this many tokens.
+#: Blocks and a draft are estimated from about this many tokens.
 FORETOLD = 5000
 
 #: Of the progress bar.
@@ -55,7 +55,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Kept:
-    """What ``foretell`` reads of the first tokens, on the CPU."""
+    """What ``estimate`` reads of the first tokens, on the CPU."""
 
     target: Tensor  # (n,) int64: the full model's token
     top: Tensor  # (n,) float32: its probability
@@ -118,7 +118,7 @@ def gather(source: Source | AnswerSource, tokenizer: Any, settings: ScanSettings
 
 @dataclass(frozen=True)
 class Depths:
-    """Where h is kept for ``foretell``: at the exits of blocks, and at the taps of a draft."""
+    """Where h is kept for ``estimate``: at the exits of blocks, and at the taps of a draft."""
 
     blocks: tuple[int, ...]
     taps: tuple[int, ...]
@@ -162,7 +162,7 @@ def batch_of(part: Sequence[Chunk]) -> tuple[Batch, Tensor]:
 
 
 class _Reader:
-    """Reads batches, and keeps of the first ones what ``foretell`` reads."""
+    """Reads batches, and keeps of the first ones what ``estimate`` reads."""
 
     def __init__(self, backbone: Backbone, readout: Readout, depths: Depths, stride: int) -> None:
         self.backbone, self.readout, self.depths, self.stride = backbone, readout, depths, stride

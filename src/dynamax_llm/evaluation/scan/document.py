@@ -9,7 +9,7 @@
     ├── reaches               counted saving and layer passes saved at most, by state policy and rule
     ├── disturbed             what is left of it under propagate
     ├── break_even, checks    what a check may cost, and what it costs
-    ├── modes                 what a trained draft and trained blocks are foretold to reach, and which to use
+    ├── modes                 what a trained draft and trained blocks are estimated to reach, and which to use
     └── verdict               on ordinary heads
 
 Depths, agreement and reductions are shares 0..1 unless a name says layers; costs are multiply-accumulates.
@@ -111,7 +111,7 @@ class Drift(Part):
     counted_reduction: float
 
 
-class ForetoldDraft(Part):
+class EstimatedDraft(Part):
     """A trained draft, its proposals verified: exact output. Costs are in passes over one token, timed here."""
 
     match: tuple[float, ...]  # by step, the share of proposals that match where all before did
@@ -123,7 +123,7 @@ class ForetoldDraft(Part):
     pass_seconds: float
 
 
-class ForetoldBlocks(Part):
+class EstimatedBlocks(Part):
     """Trained blocks with states intact: approximate output."""
 
     layers: tuple[int, ...]  # depths of their exits
@@ -133,10 +133,10 @@ class ForetoldBlocks(Part):
 
 
 class Modes(Part):
-    """What to train: ``use`` is "draft", "blocks" or "heads"; None: nothing that is foretold pays."""
+    """What to train: ``use`` is "draft", "blocks" or "heads"; None: nothing that is estimated pays."""
 
-    draft: ForetoldDraft | None  # None: no text is long enough for a chain
-    blocks: ForetoldBlocks
+    draft: EstimatedDraft | None  # None: no text is long enough for a chain
+    blocks: EstimatedBlocks
     law: str  # what the law was fitted on
     use: str | None
     lines: tuple[str, ...]  # the verdict in words, the best first

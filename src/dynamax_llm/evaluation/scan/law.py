@@ -1,8 +1,8 @@
-"""The laws of ``foretell``, and what they were fitted on; ``recipes/scan/foretold.py --fit`` makes them."""
+"""The laws of ``estimate``, and what they were fitted on; ``recipes/scan/trained_modes.py --fit`` makes them."""
 
 from __future__ import annotations
 
-from dynamax_llm.evaluation.scan.foretell import Law
+from dynamax_llm.evaluation.scan.trained_modes import Law
 
 FITTED_ON = (
     "the law was fitted on one model, SmolLM2-135M with transformer blocks and a draft trained on 24 M tokens of its "

@@ -1,4 +1,4 @@
-"""Which mode of exits to train, from what is foretold of a draft and of blocks: time first."""
+"""Which mode of exits to train, from what is estimated of a draft and of blocks: time first."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from dynamax_llm.backbones import Backbone
 from dynamax_llm.evaluation.common.documents import Interval
-from dynamax_llm.evaluation.scan import foretell
+from dynamax_llm.evaluation.scan import trained_modes
 from dynamax_llm.evaluation.scan.collect import Kept
 from dynamax_llm.evaluation.scan.costs import measure_chain_costs
-from dynamax_llm.evaluation.scan.document import LEAST_DEPTH_SAVED, VERDICT_AT, ForetoldBlocks, ForetoldDraft, Modes
+from dynamax_llm.evaluation.scan.document import LEAST_DEPTH_SAVED, VERDICT_AT, EstimatedBlocks, EstimatedDraft, Modes
 from dynamax_llm.evaluation.scan.law import BLOCKS, DRAFT, FITTED_ON
 
-#: Where the exits of blocks are foretold, as shares of the depth: earlier than heads' exits, because a block there
+#: Where the exits of blocks are estimated, as shares of the depth: earlier than heads' exits, because a block there
 #: knows much already.
 SHARES = (2 / 15, 4 / 15, 1 / 2, 11 / 15)
 #: A draft is worth training if it should be this much faster than single steps.
@@ -25,7 +25,7 @@ def block_layers(n_layers: int) -> tuple[int, ...]:
 
 
 def modes_of(backbone: Backbone, kept: Kept, targets: Sequence[float]) -> Modes:
-    """What is foretold from the tokens kept, the draft at costs that are timed now."""
+    """What is estimated from the tokens kept, the draft at costs that are timed now."""
     draft, blocks = _draft(backbone, kept), _blocks(backbone, kept, targets)
     depth = blocks.depth[list(targets).index(VERDICT_AT)]
     pays = draft is not None and draft.speed_up.value >= LEAST_SPEED_UP
@@ -35,14 +35,14 @@ def modes_of(backbone: Backbone, kept: Kept, targets: Sequence[float]) -> Modes:
     return Modes(draft=draft, blocks=blocks, law=FITTED_ON, use=use, lines=tuple(lines))
 
 
-def _draft(backbone: Backbone, kept: Kept) -> ForetoldDraft | None:
+def _draft(backbone: Backbone, kept: Kept) -> EstimatedDraft | None:
     costs, one = measure_chain_costs(backbone)
-    inputs = foretell.law_inputs(backbone, kept, kept.draft, foretell.DRAFT_RIDGE)
-    told = foretell.foretell_draft(DRAFT, inputs, kept.row, costs)
+    inputs = trained_modes.law_inputs(backbone, kept, kept.draft, trained_modes.DRAFT_RIDGE)
+    told = trained_modes.estimate_draft(DRAFT, inputs, kept.row, costs)
     if told is None:
         return None
     value, error = told.choice.speed_up, DRAFT.error
-    return ForetoldDraft(
+    return EstimatedDraft(
         match=told.match,
         tokens=told.choice.tokens,
         proposals=told.choice.proposals,
@@ -53,18 +53,18 @@ def _draft(backbone: Backbone, kept: Kept) -> ForetoldDraft | None:
     )
 
 
-def _blocks(backbone: Backbone, kept: Kept, targets: Sequence[float]) -> ForetoldBlocks:
+def _blocks(backbone: Backbone, kept: Kept, targets: Sequence[float]) -> EstimatedBlocks:
     layers = block_layers(backbone.n_layers)
-    inputs = [foretell.law_inputs(backbone, kept, states, foretell.RIDGE) for states in kept.exits]
-    told = foretell.foretell_blocks(BLOCKS, inputs, layers, backbone.n_layers, targets)
+    inputs = [trained_modes.law_inputs(backbone, kept, states, trained_modes.RIDGE) for states in kept.exits]
+    told = trained_modes.estimate_blocks(BLOCKS, inputs, layers, backbone.n_layers, targets)
     depth = tuple(
         Interval(value=value, low=max(value - BLOCKS.error, 0.0), high=min(value + BLOCKS.error, 1.0))
         for value in told.depth
     )
-    return ForetoldBlocks(layers=layers, agreement=told.agreement, targets=tuple(targets), depth=depth)
+    return EstimatedBlocks(layers=layers, agreement=told.agreement, targets=tuple(targets), depth=depth)
 
 
-def _draft_line(draft: ForetoldDraft | None, pays: bool) -> str:
+def _draft_line(draft: EstimatedDraft | None, pays: bool) -> str:
     """The verdict on a draft."""
     if draft is None:
         return "A draft: the texts are too short to say."

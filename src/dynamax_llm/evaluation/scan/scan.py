@@ -2,7 +2,7 @@
 
 One frozen full-depth pass (``collect``), then arithmetic: what an oracle, the margin rule and a small fitted estimator
 (``estimator``) would do at the exits, and what that would save; and what trained blocks and a trained draft would do
-(``foretell``), the draft at costs timed here (``costs``). Nothing is trained but regressions. In that pass states are
+(``estimate``), the draft at costs timed here (``costs``). Nothing is trained but regressions. In that pass states are
 intact, as under ``defer``. Under ``propagate`` later tokens read approximate states, and the same agreement costs more
 depth: on a part of the text the margin rule is decoded so, and the share of its saving that is left is taken to hold
 for a trained head too.

@@ -1,4 +1,4 @@
-"""Blocks and drafts foretold: the law's inputs, what follows from known chances, costs, and the verdict in words."""
+"""Blocks and drafts estimated: the law's inputs, what follows from known chances, costs, and the verdict in words."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dynamax_llm.evaluation.scan import law
 from dynamax_llm.evaluation.scan.collect import Chunk, Kept, batch_of
 from dynamax_llm.evaluation.scan.costs import WIDTHS, measure_chain_costs
 from dynamax_llm.evaluation.scan.document import Scan
-from dynamax_llm.evaluation.scan.foretell import (
+from dynamax_llm.evaluation.scan.modes import block_layers
+from dynamax_llm.evaluation.scan.trained_modes import (
     Law,
+    estimate_blocks,
+    estimate_draft,
     expanded,
-    foretell_blocks,
-    foretell_draft,
     law_inputs,
     seen_before,
 )
-from dynamax_llm.evaluation.scan.modes import block_layers
 from tests.folders import backbone, model_folder
 
 FREE = ChainCosts(draft=0.0, passes=(1.0,) * 9)
@@ -66,15 +66,15 @@ def test_what_can_be_read_off_linearly_is_found():
 
 def test_chances_give_depths_and_chains():
     inputs = torch.ones(60, 5, dtype=torch.float64)
-    told = foretell_blocks(fixed(0.99), [inputs] * 2, (2, 4), 8, (0.98, 0.995))
+    told = estimate_blocks(fixed(0.99), [inputs] * 2, (2, 4), 8, (0.98, 0.995))
     assert told.agreement == pytest.approx((0.99, 0.99))
     assert told.depth == pytest.approx((2 / 8, 1.0))
     row = torch.arange(60) // 30
-    draft = foretell_draft(fixed(0.5), inputs, row, FREE, most=8)
+    draft = estimate_draft(fixed(0.5), inputs, row, FREE, most=8)
     assert draft is not None and draft.match[0] == pytest.approx(0.5, abs=0.06)
     assert draft.choice.tokens == pytest.approx(1 + sum(0.5**step for step in range(1, 9)), abs=0.1)
-    assert foretell_draft(fixed(0.5), inputs[:7], row[:7], FREE) is None
-    dear = foretell_draft(fixed(0.5), inputs, row, ChainCosts(draft=0.6, passes=(1.0, 1.5, *(2.0,) * 7)))
+    assert estimate_draft(fixed(0.5), inputs[:7], row[:7], FREE) is None
+    dear = estimate_draft(fixed(0.5), inputs, row, ChainCosts(draft=0.6, passes=(1.0, 1.5, *(2.0,) * 7)))
     assert dear is not None and dear.choice.speed_up < 1.0
 
 

@@ -1,12 +1,12 @@
-"""Does a scan foretell what trained blocks and a trained draft reach? Both on the same tokens; and the law's own fit.
+"""Does a scan estimate what trained blocks and a trained draft reach? Both on the same tokens; and the law's own fit.
 
-    python recipes/scan/foretold.py MODEL --exits DIR --prompts heldout.jsonl --count 40 --skip 0 --out FILE.pt
-    python recipes/scan/foretold.py MODEL --exits DIR --text FILE --out FILE.pt
-    python recipes/scan/foretold.py --fit FILE.pt … [--test FILE.pt …]
+    python recipes/scan/trained_modes.py MODEL --exits DIR --prompts heldout.jsonl --count 40 --skip 0 --out FILE.pt
+    python recipes/scan/trained_modes.py MODEL --exits DIR --text FILE --out FILE.pt
+    python recipes/scan/trained_modes.py --fit FILE.pt … [--test FILE.pt …]
 
 DIR holds block/ and draft/ (recipes/smollm2/train.py). The first two forms record, of a text or of greedy answers, what
 the law reads of each token and what the trained exits did there. ``--fit`` fits the laws on records, with each kind of
-prompt left out in turn, prints foretold beside reached, and the coefficients for ``evaluation/scan/law.py``.
+prompt left out in turn, prints estimated beside reached, and the coefficients for ``evaluation/scan/law.py``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from dynamax_llm.backbones import adapt
 from dynamax_llm.decoding.draft_choice import ChainCosts
 from dynamax_llm.evaluation.scan.collect import Chunk, Depths, batch_of, gather, packed, read
 from dynamax_llm.evaluation.scan.estimator import logistic
-from dynamax_llm.evaluation.scan.foretell import (
+from dynamax_llm.evaluation.scan.trained_modes import (
     DRAFT_RIDGE,
     RIDGE,
     STEPS,
     Law,
+    estimate_blocks,
+    estimate_draft,
     expanded,
-    foretell_blocks,
-    foretell_draft,
     law_inputs,
 )
 from dynamax_llm.exits.config import ExitConfig
@@ -189,16 +189,16 @@ def fitted(records: list[dict], kind: str | None) -> tuple[Law, Law]:
 
 
 def depths(law: Law, one: dict, use: Tensor) -> tuple[float, float]:
-    """Foretold and reached at 98 %."""
+    """Estimated and reached at 98 %."""
     layers, n_layers = one["layers"], one["n_layers"]
-    told = foretell_blocks(law, [each[use] for each in one["blocks"]], layers, n_layers, (0.98,)).depth[0]
+    told = estimate_blocks(law, [each[use] for each in one["blocks"]], layers, n_layers, (0.98,)).depth[0]
     curve = sweep(one["margin"][:, use], one["agrees"][:, use], layers, n_layers)
     return told, curve.depth_at(0.98)[0] / n_layers
 
 
 def speeds(law: Law, one: dict, use: Tensor) -> tuple[object, object, list[float]]:
-    """Foretold and reached choices, and the reached match by step."""
-    told = foretell_draft(law, one["draft"][use], one["row"][use], COSTS, len(one["match"]))
+    """Estimated and reached choices, and the reached match by step."""
+    told = estimate_draft(law, one["draft"][use], one["row"][use], COSTS, len(one["match"]))
     starts = use & one["reached"].all(0)
     accepted = (one["match"] & one["reached"])[:, starts].T.long().cumprod(1).sum(1)
     trace = ChainTrace(
@@ -219,7 +219,7 @@ def speed_gap(law: Law, one: dict, kind: str | None, without: bool) -> float:
 
 def show(name: str, laws: tuple[Law, Law], one: dict, use: Tensor) -> None:
     told, reached = depths(laws[0], one, use)
-    agrees = foretell_blocks(
+    agrees = estimate_blocks(
         laws[0], [e[use] for e in one["blocks"]], one["layers"], one["n_layers"], (0.98,)
     ).agreement
     draft, best, match = speeds(laws[1], one, use)
@@ -236,7 +236,7 @@ def show(name: str, laws: tuple[Law, Law], one: dict, use: Tensor) -> None:
 def fit(files: list[Path], tests: list[Path]) -> None:
     """Fit, leaving out each kind in turn, and print."""
     records = [torch.load(file) for file in files]
-    print("foretold / reached")
+    print("estimated / reached")
     for kind in sorted({name for one in records for name in one["kind"]}):
         laws = fitted(records, kind)
         for file, one in zip(files, records, strict=True):

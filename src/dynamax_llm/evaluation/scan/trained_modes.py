@@ -1,4 +1,4 @@
-"""What trained blocks and a trained draft will reach, foretold without training them.
+"""What trained blocks and a trained draft will reach, estimated without training them.
 
 Whether a block on h agrees with the full model depends on how sure the full model is of its token, how common the token
 is, whether the text has shown it after the same token before, and how much of it can be read off h. The last is a ridge
@@ -30,7 +30,7 @@ FOLDS = 5
 RIDGE, DRAFT_RIDGE = 0.03, 0.1
 #: Probabilities are kept this far from 0 and 1 before their logit is taken.
 CLAMP = 1e-4
-#: Steps of a draft that are foretold, and draws of what is accepted for each chain.
+#: Steps of a draft that are estimated, and draws of what is accepted for each chain.
 STEPS, DRAWS = 8, 8
 
 
@@ -109,26 +109,26 @@ def seen_before(target: Tensor, row: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ForetoldBlocks:
+class EstimatedBlocks:
     """Agreement of each exit if all left there, and the mean depth, a share, at each target agreement."""
 
     agreement: tuple[float, ...]
     depth: tuple[float, ...]
 
 
-def foretell_blocks(
+def estimate_blocks(
     law: Law, inputs: Sequence[Tensor], layers: tuple[int, ...], n_layers: int, targets: Sequence[float]
-) -> ForetoldBlocks:
+) -> EstimatedBlocks:
     """From the inputs (n, 5) of the law at each exit."""
     chances = torch.stack([law.probability(own, at / n_layers) for own, at in zip(inputs, layers, strict=True)])
     sharp = torch.sigmoid(law.sharpness * torch.logit(chances.clamp(1e-9, 1 - 1e-9)))
     curve = sweep(sharp, sharp, layers, n_layers)
     depth = tuple(curve.depth_at(target)[0] / n_layers for target in targets)
-    return ForetoldBlocks(tuple(chances.mean(1).tolist()), depth)
+    return EstimatedBlocks(tuple(chances.mean(1).tolist()), depth)
 
 
 @dataclass(frozen=True)
-class ForetoldDraft:
+class EstimatedDraft:
     """The share of proposals that match by step, where all before did, and what the best threshold gives."""
 
     match: tuple[float, ...]
@@ -143,7 +143,9 @@ def chances_of_chains(law: Law, inputs: Tensor, row: Tensor, steps: int = STEPS)
     return torch.stack(by_step, dim=1)
 
 
-def foretell_draft(law: Law, inputs: Tensor, row: Tensor, costs: ChainCosts, most: int = STEPS) -> ForetoldDraft | None:
+def estimate_draft(
+    law: Law, inputs: Tensor, row: Tensor, costs: ChainCosts, most: int = STEPS
+) -> EstimatedDraft | None:
     """From the inputs (n, 5) of the law for a draft; None where no chunk is long enough. Each chain stands for many:
     what is accepted is drawn, with a fixed seed, DRAWS times."""
     chances = chances_of_chains(law, inputs, row)
@@ -154,4 +156,4 @@ def foretell_draft(law: Law, inputs: Tensor, row: Tensor, costs: ChainCosts, mos
     sharp = torch.sigmoid(law.sharpness * torch.logit(many.clamp(1e-9, 1 - 1e-9)))
     accepted = (torch.rand(many.shape, generator=generator, dtype=many.dtype) < many).long().cumprod(1).sum(1)
     trace = ChainTrace(sharp.double(), accepted, torch.full_like(accepted, chances.shape[1]))
-    return ForetoldDraft(tuple(trace.match), best_threshold(trace, costs, most))
+    return EstimatedDraft(tuple(trace.match), best_threshold(trace, costs, most))
